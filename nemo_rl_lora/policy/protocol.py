@@ -1,0 +1,40 @@
+"""The verbs of a policy: the model that is trained. A driver knows nothing else about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Policy(Protocol):
+    def logprobs(self, batch: Batch) -> Tensor:
+        """[B, T] fp32, dropout off, at the temperature of generation; 0.0 outside the loss mask."""
+        ...
+
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        """The same with the adapter switched off: [B, T] fp32."""
+        ...
+
+    def train_step(self, batch: Batch, loss_fn: LossFn) -> StepOutput:
+        """All microbatches of the batch, then one optimizer step. Raises FloatingPointError on a non-finite loss
+        or gradient, before the optimizer moves."""
+        ...
+
+    def publish(self, version: int, mode: SyncMode) -> WeightsRef:
+        """Offer the current weights to a generation engine."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write weights and optimizer state into an existing directory."""
+        ...
+
+    def load(self, path: Path) -> None:
+        """Read what `save` wrote."""
+        ...
+
+    def close(self) -> None: ...

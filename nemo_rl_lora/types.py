@@ -1,0 +1,177 @@
+"""The nouns that every layer shares. No logic, and no import of a backend.
+
+Axes: B rows of a batch (one row per completion), T token positions, P prompts, G completions of a prompt.
+A log-probability of a token stands at the token's own position: `logprobs[b, t] = log p(token[b, t] | token[b, :t])`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SyncMode = Literal["merged", "adapter"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A dataset row made ready to be asked. `index` is its position in the dataset, the item of every draw."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    text: str  # what the user said, before the chat template
+    row: Mapping[str, Any]  # the row as the environment scores it
+    environment: str  # name of the environment that scores it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How completions are drawn. `top_p=1.0` and `top_k=None` mean the full distribution."""
+
+    max_new_tokens: int
+    temperature: float = 1.0  # 0 means greedy
+    top_p: float = 1.0
+    top_k: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRequest:
+    """Ask for `num_completions` of one prompt; `seeds` holds one seed per completion."""
+
+    prompt: Prompt
+    num_completions: int
+    seeds: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What was sampled. `logprobs` are those of the sampled tokens, after temperature and truncation."""
+
+    token_ids: tuple[int, ...]  # with the stop token, where one ended it
+    logprobs: tuple[float, ...]
+    versions: tuple[tuple[int, int], ...]  # run-length: (number of tokens, weights version)
+    text: str  # decoded without special tokens, cut before a stop string
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionGroup:
+    """The completions of one prompt."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutGroup:
+    """A group with its rewards, one for each completion, before any shaping."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    rewards: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Denominators:
+    """What losses divide by: counted once over the whole optimizer batch, the same on every rank."""
+
+    num_loss_tokens: int
+    num_sequences: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A LOGICAL batch: one row per completion, prompt first, right-padded. Rows of a group stand together.
+
+    `loss_mask[b, t]` is true where token t is a loss token (sampled, or a target). Log-probabilities are fp32 and
+    0.0 outside the mask. `advantages` is [B] or [B, T].
+    """
+
+    token_ids: Tensor  # [B, T] int64
+    loss_mask: Tensor  # [B, T] bool
+    sequence_length: Tensor  # [B] int64, prompt + completion, without padding
+    prompt_length: Tensor  # [B] int64
+    group_index: Tensor  # [B] int64; rows of equal index share their prompt
+    denominators: Denominators
+    old_logprobs: Tensor | None = None  # [B, T] fp32
+    reference_logprobs: Tensor | None = None  # [B, T] fp32
+    generation_logprobs: Tensor | None = None  # [B, T] fp32
+    advantages: Tensor | None = None  # [B] or [B, T] fp32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossInputs:
+    """What a loss sees of a microbatch: whole rows, never logits. Shapes as in Batch; b rows of B."""
+
+    logprobs: Tensor  # [b, T] fp32, with gradient
+    old_logprobs: Tensor  # [b, T] fp32; the detached `logprobs` where the policy has not moved since the rollout
+    reference_logprobs: Tensor | None
+    generation_logprobs: Tensor | None
+    advantages: Tensor | None
+    loss_mask: Tensor  # [b, T] bool
+    sequence_length: Tensor  # [b]
+    group_index: Tensor  # [b]
+    denominators: Denominators
+
+
+# (inputs) -> (loss: a scalar with gradient, metrics). Both are this microbatch's share: a sum divided by the
+# global denominators, so that adding microbatches and ranks gives the value of the batch. A metric whose name ends
+# in "_min" or "_max" is reduced by min or max instead.
+LossFn = Callable[[LossInputs], "tuple[Tensor, dict[str, Tensor]]"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """What one optimizer step did. `grad_norm` is the global L2 norm before clipping."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    metrics: Mapping[str, float]
+    num_forward_tokens: int  # tokens that went through the model, shared prompts counted once
+    num_padding_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """A tensor that a sync moves, by its Hugging Face (merged) or PEFT (adapter) name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsRef:
+    """Where the weights of one version are. `tensors` is a handle within this process, `path` a file for others.
+
+    Every value of `tensors` may be computed when it is asked for (a merge), so a reader asks for each once.
+    """
+
+    version: int
+    mode: SyncMode
+    manifest: tuple[TensorInfo, ...]
+    digest: str
+    num_bytes: int
+    tensors: Mapping[str, Tensor] | None = None
+    path: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncReceipt:
+    """What a generation engine says of a sync it finished."""
+
+    version: int
+    mode: SyncMode
+    digest: str
+    num_tensors: int
+    num_bytes: int
+    seconds: float
