@@ -1,0 +1,250 @@
+"""Attention over a flat run of segments (see microbatches.py), as an attention function of transformers.
+
+Segments of similar length are padded together into a few buckets, for attention alone; a child's keys are its
+parent's keys followed by its own. Work and memory grow with the sum of (own length) x (parent + own length), so a
+group costs what its completions cost. The probabilities are computed again in the backward pass rather than kept.
+Only full causal attention is served: no sliding window, no soft cap, no attention dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+from nemo_rl_lora.policy.microbatches import Segment
+
+NAME = "nemo_rl_lora_segments"
+_SCORES_PER_CHUNK = 16 * 2**20  # 64 MiB of fp32 scores at a time
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Bucket:
+    """S segments padded to L tokens, at `start` of the padded layout; children name their parents' bucket."""
+
+    start: int
+    num_segments: int
+    length: int
+    parent_bucket: int | None
+    parent_row: Tensor | None  # [S] row of each segment's parent within the parents' bucket
+    blocked: Tensor  # [S or 1, L, Lp + L] bool: true where a query must not look
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionPlan:
+    """Where flat tokens go for attention. N flat tokens, M places of the padded layout."""
+
+    padded_from_flat: Tensor  # [M] int64; padding points at token 0
+    flat_from_padded: Tensor  # [N] int64
+    is_padding: Tensor  # [M] bool
+    buckets: tuple[_Bucket, ...]
+
+
+def supports_segments(config: Any, max_length: int) -> bool:
+    """Whether a transformers config describes full causal attention for sequences up to `max_length` tokens."""
+    if config.model_type not in MODEL_TYPES:
+        return False
+    windows = getattr(config, "sliding_window", None)
+    uses_window = getattr(config, "use_sliding_window", True) and windows is not None
+    if uses_window and windows < max_length:
+        return False
+    return not getattr(config, "attention_dropout", 0.0)
+
+
+def plan_attention(segments: Sequence[Segment]) -> AttentionPlan:
+    """Bucket segments: those without a parent by length class, children by their parents' bucket and length class."""
+    placed: dict[int, tuple[int, int]] = {}  # segment -> (bucket, row)
+    buckets: list[_Bucket] = []
+    members: list[list[int]] = []
+    size = 0
+    roots = [i for i, segment in enumerate(segments) if segment.parent is None]
+    children = [i for i, segment in enumerate(segments) if segment.parent is not None]
+    for level in (roots, children):
+        classes: dict[tuple[int | None, int], list[int]] = {}
+        for i in level:
+            parent = segments[i].parent
+            parent_bucket = None if parent is None else placed[parent][0]
+            classes.setdefault((parent_bucket, segments[i].length.bit_length()), []).append(i)
+        for (parent_bucket, _), indices in classes.items():
+            for row, i in enumerate(indices):
+                placed[i] = (len(buckets), row)
+            rows = None if parent_bucket is None else [placed[segments[i].parent or 0][1] for i in indices]
+            buckets.append(_bucket(segments, indices, size, parent_bucket, rows, buckets))
+            members.append(indices)
+            size += buckets[-1].num_segments * buckets[-1].length
+    num_tokens = sum(segment.length for segment in segments)
+    padded_from_flat = torch.zeros(size, dtype=torch.int64)
+    is_padding = torch.ones(size, dtype=torch.bool)
+    flat_from_padded = torch.empty(num_tokens, dtype=torch.int64)
+    for bucket, indices in zip(buckets, members, strict=True):
+        for row, i in enumerate(indices):
+            segment = segments[i]
+            at = bucket.start + row * bucket.length
+            padded_from_flat[at : at + segment.length] = torch.arange(segment.start, segment.start + segment.length)
+            is_padding[at : at + segment.length] = False
+            flat_from_padded[segment.start : segment.start + segment.length] = torch.arange(at, at + segment.length)
+    return AttentionPlan(
+        padded_from_flat=padded_from_flat,
+        flat_from_padded=flat_from_padded,
+        is_padding=is_padding,
+        buckets=tuple(buckets),
+    )
+
+
+def _bucket(
+    segments: Sequence[Segment],
+    indices: list[int],
+    start: int,
+    parent_bucket: int | None,
+    parent_rows: list[int] | None,
+    buckets: list[_Bucket],
+) -> _Bucket:
+    length = max(segments[i].length for i in indices)
+    blocked = torch.ones(length, length, dtype=torch.bool).triu(1)[None]
+    if parent_bucket is not None:
+        parent_lengths = torch.tensor([segments[segments[i].parent or 0].length for i in indices])
+        parent_padding = torch.arange(buckets[parent_bucket].length)[None] >= parent_lengths[:, None]  # [S, Lp]
+        if bool((parent_lengths == parent_lengths[0]).all()):
+            parent_padding = parent_padding[:1]
+        rows = parent_padding.shape[0]
+        blocked = torch.cat(
+            [parent_padding[:, None].expand(rows, length, -1), blocked.expand(rows, -1, -1)], dim=-1
+        )
+    return _Bucket(
+        start=start,
+        num_segments=len(indices),
+        length=length,
+        parent_bucket=parent_bucket,
+        parent_row=None if parent_rows is None else torch.tensor(parent_rows),
+        blocked=blocked,
+    )
+
+
+class _Permute(torch.autograd.Function):
+    """Rows of x in another order. Its gradient is a gather too, because padding carries none."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor, drop: Tensor | None) -> Tensor:
+        ctx.save_for_backward(index, inverse, drop)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        _, inverse, drop = ctx.saved_tensors
+        grad = grad.index_select(0, inverse)
+        if drop is not None:
+            grad[drop] = 0
+        return grad, None, None, None
+
+
+class _Attend(torch.autograd.Function):
+    """softmax(q k^T) v with grouped heads, probabilities in fp32 and recomputed in the backward pass.
+
+    q: [S, KV, R*L, d], k and v: [S, KV, K, d]; blocked: [S or 1, L, K].
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocked: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v, blocked)
+        ctx.scale = scale
+        out = torch.empty_like(q)
+        for rows in _row_chunks(q, k):
+            p = _probabilities(q[rows], k[rows], _rows_of(blocked, rows), scale).to(q.dtype)
+            torch.matmul(p, v[rows], out=out[rows])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q, k, v, blocked = ctx.saved_tensors
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for rows in _row_chunks(q, k):
+            p32 = _probabilities(q[rows], k[rows], _rows_of(blocked, rows), ctx.scale)
+            grad_v[rows] = torch.matmul(p32.to(q.dtype).transpose(-1, -2), grad[rows])
+            grad_s = torch.matmul(grad[rows], v[rows].transpose(-1, -2)).float().mul_(p32)
+            # softmax backward: p * (g - sum(p * g))
+            grad_s.addcmul_(p32, grad_s.sum(-1, keepdim=True), value=-1.0)
+            scores_grad = grad_s.mul_(ctx.scale).to(q.dtype)
+            grad_q[rows] = torch.matmul(scores_grad, k[rows])
+            grad_k[rows] = torch.matmul(scores_grad.transpose(-1, -2), q[rows])
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _row_chunks(q: Tensor, k: Tensor) -> list[slice]:
+    """Slices over segments whose scores stay within _SCORES_PER_CHUNK elements."""
+    scores_per_segment = q.shape[1] * q.shape[2] * k.shape[2]
+    step = max(1, _SCORES_PER_CHUNK // scores_per_segment)
+    return [slice(begin, begin + step) for begin in range(0, q.shape[0], step)]
+
+
+def _rows_of(blocked: Tensor, rows: slice) -> Tensor:
+    return blocked if blocked.shape[0] == 1 else blocked[rows]
+
+
+def _probabilities(q: Tensor, k: Tensor, blocked: Tensor, scale: float) -> Tensor:
+    scores = torch.matmul(q, k.transpose(-1, -2)).float().mul_(scale)
+    num_rows, num_heads, _, num_keys = scores.shape
+    shaped = scores.view(num_rows, num_heads, -1, blocked.shape[-2], num_keys)
+    shaped.masked_fill_(blocked[:, None, None], float("-inf"))
+    return torch.softmax(scores, dim=-1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor, scale: float) -> Tensor:
+    if q.is_cuda:
+        mask = ~blocked[:, None].repeat(1, 1, q.shape[2] // blocked.shape[1], 1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return _Attend.apply(q, k, v, blocked, scale)
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    attention_plan: AttentionPlan,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """query [1, H, N, d], key and value [1, KV, N, d] -> ([1, N, H, d], None), for transformers' interface."""
+    assert attention_mask is None and not dropout, (attention_mask, dropout)
+    head_dim = query.shape[-1]
+    scale = head_dim**-0.5 if scaling is None else scaling
+    dtype = value.dtype
+    plan = attention_plan
+    q, k, v = (
+        _Permute.apply(x.to(dtype)[0].transpose(0, 1).contiguous(), plan.padded_from_flat, plan.flat_from_padded, None)
+        for x in (query, key, value)
+    )  # [M, heads, d]
+    num_kv, repeats = k.shape[1], q.shape[1] // k.shape[1]
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    outputs: list[Tensor] = []
+    for bucket in plan.buckets:
+        num, length = bucket.num_segments, bucket.length
+        part = slice(bucket.start, bucket.start + num * length)
+        own_k = k[part].view(num, length, num_kv, head_dim).transpose(1, 2)
+        own_v = v[part].view(num, length, num_kv, head_dim).transpose(1, 2)
+        keys.append(own_k)
+        values.append(own_v)
+        if bucket.parent_bucket is not None:
+            own_k = torch.cat([keys[bucket.parent_bucket].index_select(0, bucket.parent_row), own_k], dim=2)
+            own_v = torch.cat([values[bucket.parent_bucket].index_select(0, bucket.parent_row), own_v], dim=2)
+        bucket_q = q[part].view(num, length, num_kv, repeats, head_dim).permute(0, 2, 3, 1, 4)
+        bucket_q = bucket_q.reshape(num, num_kv, repeats * length, head_dim)
+        out = _attend(bucket_q, own_k, own_v, bucket.blocked, scale)
+        out = out.view(num, num_kv, repeats, length, head_dim).permute(0, 3, 1, 2, 4)
+        outputs.append(out.reshape(num * length, num_kv * repeats, head_dim))
+    padded = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    flat = _Permute.apply(padded, plan.flat_from_padded, plan.padded_from_flat, plan.is_padding)
+    return flat[None], None
+
+
+AttentionInterface.register(NAME, segment_attention)
