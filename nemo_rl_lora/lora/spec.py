@@ -1,0 +1,216 @@
+"""LoraSpec: the one description of an adapter that everything downstream reads.
+
+Contract: a LoraSpec that exists is valid (its own fields; whether its targets exist is lora/targets.py's
+question). The update of a module is `scale * B @ A` with A [dim, in_features], B [out_features, dim] and
+`scale = alpha / dim`, or `alpha / sqrt(dim)` with rank-stabilised scaling (Kalajdzievski 2023, eq. 4). It
+holds no tensor and draws no number: `init_distribution` says from which distribution A is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nemo_rl_lora.lora.names import hf_targets, names_fused_layer, names_fused_part
+from nemo_rl_lora.lora.targets import ALL_LINEAR, module_matches
+
+DTYPES = ("float32", "bfloat16", "float16")
+_NORMAL = re.compile(r"normal\(\s*([0-9.eE+-]+)\s*\)")
+_INIT_RULE = "must be 'xavier', 'uniform', 'kaiming' or 'normal(STD)' with STD > 0"
+
+
+class LoraFieldError(ValueError):
+    """A field of LoraSpec holds a value that it cannot hold. `field` lets a dialect name its own key
+    instead.
+    """
+
+    def __init__(self, field: str, value: Any, rule: str) -> None:
+        super().__init__(f"lora.{field}={value!r}: {rule}")
+        self.field = field
+        self.value = value
+        self.rule = rule
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.value, self.rule)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSpec:
+    """An adapter, whichever block or file it was described in."""
+
+    dim: int  # the rank
+    alpha: float
+    dropout: float = 0.0
+    dropout_position: Literal["pre", "post"] = "post"  # before A, or after B
+    targets: tuple[str, ...] | Literal["all-linear"] = ALL_LINEAR
+    excludes: tuple[str, ...] = ()
+    A_init: str = "xavier"
+    B_init: Literal["zero"] = "zero"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = (
+        None  # None: fp32 masters, cast to the compute dtype
+    )
+    kernels: bool = True  # Triton kernels where the backend and the machine have them
+    a2a: bool = False  # Megatron's all-to-all on row-parallel layers
+    fused: Literal["canonical", "shared"] = (
+        "canonical"  # one A per Hugging Face module, or per fused Megatron layer
+    )
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)  # the first match wins
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        _check_positive_int("dim", self.dim)
+        _check_positive("alpha", self.alpha)
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise LoraFieldError("dropout", self.dropout, "must lie in [0, 1). Use 0.0 for no dropout.")
+        _check_choice("dropout_position", self.dropout_position, ("pre", "post"))
+        _check_choice("B_init", self.B_init, ("zero",))
+        _check_choice("fused", self.fused, ("canonical", "shared"))
+        if self.dtype is not None:
+            _check_choice("dtype", self.dtype, (*DTYPES, None))
+        parse_init(self.A_init)
+        _check_targets(self)
+        for pattern, dim in self.rank_pattern.items():
+            _check_positive_int(f"rank_pattern.{pattern}", dim)
+        for pattern, alpha in self.alpha_pattern.items():
+            _check_positive(f"alpha_pattern.{pattern}", alpha)
+
+    def dim_of(self, name: str) -> int:
+        """The rank of the module of this full Hugging Face name: the first match in `rank_pattern`, or
+        `dim`.
+        """
+        return next(
+            (dim for pattern, dim in self.rank_pattern.items() if module_matches(pattern, name)), self.dim
+        )
+
+    def alpha_of(self, name: str) -> float:
+        """The alpha of the module of this full Hugging Face name."""
+        return next(
+            (a for pattern, a in self.alpha_pattern.items() if module_matches(pattern, name)), self.alpha
+        )
+
+    def scale_of(self, name: str) -> float:
+        """What multiplies B @ A in the module of this full Hugging Face name."""
+        dim = self.dim_of(name)
+        return self.alpha_of(name) / (math.sqrt(dim) if self.use_rslora else dim)
+
+
+def parse_init(A_init: str) -> tuple[str, float | None]:
+    """Split an init into its name and, for `normal(STD)`, its standard deviation. Raises LoraFieldError."""
+    if A_init in ("xavier", "uniform", "kaiming"):
+        return A_init, None
+    if A_init == "normal":
+        raise LoraFieldError(
+            "A_init", A_init, "needs its standard deviation. Write, for example, 'normal(0.02)'."
+        )
+    match = _NORMAL.fullmatch(A_init) if isinstance(A_init, str) else None
+    if match is None:
+        raise LoraFieldError("A_init", A_init, f"{_INIT_RULE}. Choose one of them.")
+    try:
+        std = float(match[1])
+    except ValueError:
+        raise LoraFieldError("A_init", A_init, f"{_INIT_RULE}. Write, for example, 'normal(0.02)'.") from None
+    if not 0 < std < math.inf:
+        raise LoraFieldError("A_init", A_init, f"{_INIT_RULE}. Write, for example, 'normal(0.02)'.")
+    return "normal", std
+
+
+def init_distribution(A_init: str, in_features: int, dim: int) -> tuple[Literal["normal", "uniform"], float]:
+    """The distribution of A's entries: ("normal", std) with mean 0, or ("uniform", bound) over [-bound,
+    bound].
+
+    xavier: std = sqrt(2 / (in_features + dim)) (Glorot and Bengio 2010, the normal form).
+    uniform, kaiming: bound = 1 / sqrt(in_features), Kaiming's uniform form at a = sqrt(5).
+    """
+    name, std = parse_init(A_init)
+    if name == "xavier":
+        return "normal", math.sqrt(2 / (in_features + dim))
+    if std is not None:
+        return "normal", std
+    return "uniform", 1 / math.sqrt(in_features)
+
+
+def require_adapter_dtype(spec: LoraSpec, quantization: str | None, config_key: str) -> None:
+    """Refuse a quantized base (`quantization` names its method) without an adapter dtype.
+
+    `config_key` is the dotted key of the LoRA block.
+    """
+    if quantization is not None and spec.dtype is None:
+        raise ValueError(
+            f"{config_key}.{'dtype' if config_key.endswith('.lora') else 'lora_dtype'}=None: the base is "
+            "quantized "
+            f"({quantization}), so the adapter cannot follow its dtype. Set it to one of {', '.join(DTYPES)}."
+        )
+
+
+def _check_targets(spec: LoraSpec) -> None:
+    if isinstance(spec.targets, str):
+        if spec.targets != ALL_LINEAR:
+            raise LoraFieldError(
+                "targets", spec.targets, f"must be {ALL_LINEAR!r} or a list of names. Write a list."
+            )
+    else:
+        _check_names("targets", spec.targets)
+        if not spec.targets:
+            raise LoraFieldError(
+                "targets", [], f"names no module. Write {ALL_LINEAR!r} for every linear module."
+            )
+    _check_names("excludes", spec.excludes)
+    if isinstance(spec.targets, str):
+        if spec.fused == "shared":
+            raise LoraFieldError(
+                "fused", "shared", "needs targets that name linear_qkv or linear_fc1. Name them."
+            )
+        return
+    fused = [t for t in spec.targets if names_fused_layer(t)]
+    parts = [t for t in spec.targets if names_fused_part(t)]
+    if fused and parts:
+        raise LoraFieldError(
+            "targets",
+            list(spec.targets),
+            f"{fused[0]!r} asks for one A shared by a fused layer, {parts[0]!r} for one A per module. Use "
+            f"{', '.join(repr(n) for n in hf_targets(fused[0]))} instead of {fused[0]!r}, or fused names "
+            "only.",
+        )
+    if bool(fused) != (spec.fused == "shared"):
+        raise LoraFieldError(
+            "fused", spec.fused, "must be 'shared' exactly when a target names a fused layer. Drop it."
+        )
+
+
+def _check_names(name: str, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern.strip():
+            raise LoraFieldError(
+                name, list(patterns), "every entry must be a module name or glob. Remove the empty one."
+            )
+        if pattern == ALL_LINEAR:
+            raise LoraFieldError(
+                name, list(patterns), f"{ALL_LINEAR!r} stands alone, not in a list. Write it bare."
+            )
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise LoraFieldError(
+            name, value, f"must be one of {', '.join(repr(c) for c in choices)}. Choose one of them."
+        )
+
+
+def _check_positive_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise LoraFieldError(
+            name, value, "must be a whole number of at least 1. Typical values are 8 to 128."
+        )
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not _is_number(value) or not 0 < value < math.inf:
+        raise LoraFieldError(name, value, "must be greater than 0. Typical values are 16 to 128.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
