@@ -1,0 +1,229 @@
+"""The `grpo` block: how many rollouts, how rewards become advantages, when to validate and to stop."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from nemo_rl_lora.config.base import Fixed, Section
+from nemo_rl_lora.config.loss_fn import LossFnConfig
+
+_NO_ASYNC = "Rollouts and training alternate; remove grpo.async_grpo."
+
+
+class AdvEstimatorConfig(Section):
+    """Which advantage a completion gets; two switches mirror those of `grpo` and must agree with them."""
+
+    name: Annotated[
+        str,
+        Fixed(
+            "grpo",
+            remedy="gdpo, reinforce_plus_plus, raw, gae and opd are not supported; use the group baseline.",
+        ),
+    ] = "grpo"
+    """The estimator: rewards against a baseline of their own group."""
+    normalize_rewards: bool | None = None
+    """As grpo.normalize_rewards, which the base file copies here."""
+    use_leave_one_out_baseline: bool | None = None
+    """As grpo.use_leave_one_out_baseline, which the base file copies here."""
+    minus_baseline: Annotated[bool, Fixed(True, remedy="It is an option of reinforce_plus_plus.")] = True
+    """Option of an estimator that is not supported."""
+    std_epsilon: float = Field(default=1e-6, ge=0)
+    """Added to the standard deviation that divides advantages."""
+
+
+class RewardShapingConfig(Section):
+    """DAPO's overlong penalty (arXiv 2503.14476, eq. 13), or a factor on truncated completions."""
+
+    enabled: bool = False
+    """Shape rewards by completion length."""
+    overlong_buffer_length: int | None = Field(default=128, gt=0)
+    """Tokens before max_response_length over which the penalty grows."""
+    overlong_buffer_penalty: float | None = Field(default=1.0, ge=0)
+    """What is taken off the reward of a completion of max_response_length tokens."""
+    max_response_length: int | None = Field(default=None, gt=0)
+    """The length L: no penalty up to L - overlong_buffer_length tokens, linear in the length from there."""
+    stop_properly_penalty_coef: float | None = Field(default=None, ge=0, le=1)
+    """Where set, it replaces the overlong penalty: rewards of truncated completions are multiplied by it."""
+
+    @model_validator(mode="after")
+    def _check_complete(self) -> RewardShapingConfig:
+        if not self.enabled or self.stop_properly_penalty_coef is not None:
+            return self
+        for key in ("overlong_buffer_length", "overlong_buffer_penalty", "max_response_length"):
+            if getattr(self, key) is None:
+                raise ValueError(
+                    f"grpo.reward_shaping.{key}=None: the overlong penalty needs it. "
+                    "Set it, or grpo.reward_shaping.stop_properly_penalty_coef."
+                )
+        return self
+
+
+class RewardScalingConfig(Section):
+    """A linear map of rewards, clamped to the source range."""
+
+    enabled: bool = False
+    """Map rewards before they are shaped."""
+    source_min: float = 0.0
+    """Reward that becomes target_min."""
+    source_max: float = 1.0
+    """Reward that becomes target_max."""
+    target_min: float = 0.0
+    """Lower end of the result."""
+    target_max: float = 1.0
+    """Upper end of the result."""
+
+    @model_validator(mode="after")
+    def _check_range(self) -> RewardScalingConfig:
+        if self.source_min >= self.source_max:
+            raise ValueError(
+                f"grpo.reward_scaling.source_min={self.source_min!r}: must be below "
+                f"grpo.reward_scaling.source_max={self.source_max!r}. Exchange or widen them."
+            )
+        return self
+
+
+class AsyncGrpoConfig(Section):
+    """Asynchronous rollouts: off."""
+
+    enabled: Annotated[bool, Fixed(False, remedy=_NO_ASYNC)] = False
+    """Asynchronous rollouts."""
+    max_trajectory_age_steps: Annotated[int, Fixed(1, remedy=_NO_ASYNC)] = 1
+    """Option of asynchronous rollouts."""
+    max_generation_failures: Annotated[int, Fixed(0, remedy=_NO_ASYNC)] = 0
+    """Option of asynchronous rollouts."""
+    in_flight_weight_updates: Annotated[bool, Fixed(False, remedy=_NO_ASYNC)] = False
+    """Option of asynchronous rollouts."""
+    recompute_kv_cache_after_weight_updates: Annotated[bool, Fixed(False, remedy=_NO_ASYNC)] = False
+    """Option of asynchronous rollouts."""
+
+
+class GrpoConfig(Section):
+    """A GRPO run."""
+
+    num_prompts_per_step: int = Field(default=32, ge=1)
+    """Prompts of one rollout."""
+    num_generations_per_prompt: int = Field(default=16, ge=2)
+    """Completions of each prompt: the group. One alone has no advantage."""
+    max_rollout_turns: Annotated[int, Fixed(1, remedy="Rollouts have one turn.")] = 1
+    """Turns of a rollout."""
+    max_num_epochs: int = Field(default=1, ge=1)
+    """Passes over the prompts; the run ends at this or at max_num_steps, whichever comes first."""
+    max_num_steps: int = Field(default=1_000_000, ge=1)
+    """Rollouts of the run."""
+    normalize_rewards: bool = True
+    """Divide advantages by the standard deviation of the rewards that the baseline is taken from."""
+    use_leave_one_out_baseline: bool = True
+    """Baseline (and standard deviation) of the other completions of the group; false: of the whole group."""
+    val_period: int = Field(default=10, ge=0)
+    """Validate every so many steps; 0: never on the way."""
+    val_start_at: int = Field(default=-1, ge=-1)
+    """No periodic validation before this step; -1: from the first."""
+    val_at_start: bool = False
+    """Validate before the first step."""
+    val_at_end: bool = False
+    """Validate after the last step."""
+    overlong_filtering: bool = False
+    """Completions that reached the length limit count for the baseline and not for the loss."""
+    advantage_clip_low: float | None = None
+    """Advantages below this become this; null: not clipped."""
+    advantage_clip_high: float | None = None
+    """Advantages above this become this; null: not clipped."""
+    max_val_samples: int | None = Field(default=256, ge=1)
+    """Validation prompts at most; null: all."""
+    val_num_generations_per_prompt: int = Field(default=1, ge=1)
+    """Completions of each validation prompt."""
+    stop_at_validation_metric: str | None = None
+    """Stop once this validation metric reaches stop_at_validation_threshold; null: off."""
+    stop_at_validation_threshold: float | None = None
+    """The value at which to stop."""
+    val_batch_size: int = Field(default=256, ge=1)
+    """Validation prompts that are generated at once."""
+    seed: int = 42
+    """Seed of everything drawn in the run."""
+    use_dynamic_sampling: bool = False
+    """DAPO: drop groups whose rewards are all equal and roll out more until num_prompts_per_step are kept."""
+    dynamic_sampling_max_gen_batches: int = Field(default=10, ge=1)
+    """Rollouts that dynamic sampling may take for one step before it gives up."""
+    batch_multiplier: float = Field(default=1, ge=1)
+    """Dynamic sampling rolls out this many times num_prompts_per_step at once."""
+    reward_shaping: RewardShapingConfig = RewardShapingConfig()
+    """Rewards by length."""
+    adv_estimator: AdvEstimatorConfig = AdvEstimatorConfig()
+    """How advantages are estimated."""
+    reward_scaling: RewardScalingConfig = RewardScalingConfig()
+    """A linear map of rewards."""
+    seq_logprob_error_threshold: Annotated[
+        float | None,
+        Fixed(None, remedy="Use loss_fn.truncated_importance_sampling_type=tis against mismatched engines."),
+    ] = None
+    """Dropping sequences by their mismatch with the engine: off."""
+    invalid_tool_call_advantage: Annotated[float | None, Fixed(None, remedy="Rollouts call no tools.")] = None
+    """Tool calls: none."""
+    malformed_thinking_advantage: Annotated[
+        float | None, Fixed(None, remedy="Score the format in the environment.")
+    ] = None
+    """Advantage of malformed thinking: off."""
+    skip_reference_policy_logprobs_calculation: bool | None = None
+    """true asserts that no reference pass runs, which needs loss_fn.reference_policy_kl_penalty=0. At 0 the
+    pass is left out in any case."""
+    async_grpo: AsyncGrpoConfig = AsyncGrpoConfig()
+    """Asynchronous rollouts: off."""
+
+    @property
+    def num_completions_per_step(self) -> int:
+        """Rows of one rollout."""
+        return self.num_prompts_per_step * self.num_generations_per_prompt
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> GrpoConfig:
+        for key in ("normalize_rewards", "use_leave_one_out_baseline"):
+            mirrored = getattr(self.adv_estimator, key)
+            if mirrored not in (None, getattr(self, key)):
+                raise ValueError(
+                    f"grpo.adv_estimator.{key}={mirrored!r}: disagrees with grpo.{key}="
+                    f"{getattr(self, key)!r}. Set grpo.{key}; the base file copies it to grpo.adv_estimator."
+                )
+        low, high = self.advantage_clip_low, self.advantage_clip_high
+        if low is not None and high is not None and low >= high:
+            raise ValueError(
+                f"grpo.advantage_clip_low={low!r}: must be below grpo.advantage_clip_high={high!r}. "
+                "Exchange them."
+            )
+        if (self.stop_at_validation_metric is None) != (self.stop_at_validation_threshold is None):
+            raise ValueError(
+                f"grpo.stop_at_validation_metric={self.stop_at_validation_metric!r}: goes together with "
+                f"grpo.stop_at_validation_threshold={self.stop_at_validation_threshold!r}. "
+                "Set both or neither."
+            )
+        if self.batch_multiplier != 1 and not self.use_dynamic_sampling:
+            raise ValueError(
+                f"grpo.batch_multiplier={self.batch_multiplier!r}: rolls out more prompts than a step keeps. "
+                "Set grpo.use_dynamic_sampling=true or grpo.batch_multiplier=1."
+            )
+        return self
+
+
+def check_rollout_against_loss(grpo: GrpoConfig, loss_fn: LossFnConfig, train_global_batch_size: int) -> None:
+    """Rules across `grpo`, `loss_fn` and `policy.train_global_batch_size`. Raises ValueError."""
+    num_rows = grpo.num_completions_per_step
+    if num_rows % train_global_batch_size != 0:
+        raise ValueError(
+            f"policy.train_global_batch_size={train_global_batch_size!r}: must divide the "
+            f"{num_rows} completions of a step (grpo.num_prompts_per_step={grpo.num_prompts_per_step} times "
+            f"grpo.num_generations_per_prompt={grpo.num_generations_per_prompt}). "
+            f""
+            f"Use {num_rows} for one optimizer step per rollout."
+        )
+    if loss_fn.force_on_policy_ratio and num_rows != train_global_batch_size:
+        raise ValueError(
+            f"loss_fn.force_on_policy_ratio=True: needs one optimizer step per rollout, and a rollout of "
+            f"{num_rows} completions makes {num_rows // train_global_batch_size}. "
+            f"Set policy.train_global_batch_size={num_rows} or loss_fn.force_on_policy_ratio=false."
+        )
+    if grpo.skip_reference_policy_logprobs_calculation and loss_fn.reference_policy_kl_penalty != 0:
+        raise ValueError(
+            "grpo.skip_reference_policy_logprobs_calculation=True: the KL term needs the reference while "
+            f"loss_fn.reference_policy_kl_penalty={loss_fn.reference_policy_kl_penalty!r}. Set that to 0."
+        )
