@@ -1,0 +1,107 @@
+"""`checkpointing`: where checkpoints go, which are kept, and where a run continues from. No file is touched
+here."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from nemo_rl_lora.config.base import Fixed, Section
+
+_WALL_CLOCK = re.compile(r"(\d+):([01]?\d|2[0-3]):([0-5]?\d):([0-5]?\d)")
+
+
+class CheckpointingConfig(Section):
+    enabled: bool = True
+    """Save checkpoints. Without them a run cannot continue, and leaves no adapter behind."""
+
+    checkpoint_dir: str = "results"
+    """The directory of the run's checkpoints, `step_N` each. A run with another configuration needs another
+    one."""
+
+    metric_name: str | None = None
+    """What `keep_top_k` ranks by: `train:<metric>` or `val:<metric>`, such as `val:accuracy` or
+    `train:reward`. null ranks by step."""
+
+    higher_is_better: bool = True
+    """Whether a larger `metric_name` is the better one."""
+
+    keep_top_k: Annotated[int, Field(ge=1)] | None = None
+    """How many checkpoints to keep. The newest is always kept, so that the run can continue. null keeps
+    all."""
+
+    save_period: Annotated[int, Field(ge=0)] = 10
+    """Save every this many steps; 0 saves only at the end (and where `save_epochs` says)."""
+
+    save_epochs: bool | Annotated[int, Field(ge=1)] = False
+    """Save at the end of every epoch (true), or of every this many epochs."""
+
+    checkpoint_must_save_by: str | None = None
+    """`dd:hh:mm:ss` of wall clock since the start: save and stop before it has passed, counting one more step
+    and the save itself. For queues that end a job without warning."""
+
+    save_optimizer: bool = True
+    """Save the optimizer state. A checkpoint without it cannot be continued, only used."""
+
+    load_path: str = "auto"
+    """Where to continue from: `auto` (the newest complete step of `checkpoint_dir`, or the start), `none`
+    (the start; steps of an earlier run are set aside), or the directory of a step or of a run."""
+
+    model_save_format: Annotated[
+        str | None, Fixed("safetensors", None, remedy="Leave it out: weights are saved as safetensors.")
+    ] = "safetensors"
+    """Weights are saved as safetensors."""
+
+    save_consolidated: Annotated[
+        bool, Fixed(False, remedy="Leave it out: an adapter is always one file that PEFT reads as it is.")
+    ] = False
+    """NeMo RL's second, consolidated copy of sharded weights. An adapter is one file here."""
+
+    @field_validator("metric_name")
+    @classmethod
+    def _metric_has_split(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"(train|val):.+", value):
+            raise ValueError(
+                "must start with 'train:' or 'val:'. Write 'val:accuracy' or 'train:reward', for example."
+            )
+        return value
+
+    @field_validator("checkpoint_must_save_by")
+    @classmethod
+    def _is_wall_clock(cls, value: str | None) -> str | None:
+        if value is not None and not _WALL_CLOCK.fullmatch(value):
+            raise ValueError("must be dd:hh:mm:ss. Write '00:03:45:00' for 3 hours and 45 minutes.")
+        return value
+
+    @field_validator("load_path")
+    @classmethod
+    def _load_path_is_named(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("is empty. Write auto, none, or a directory.")
+        return value
+
+    @field_validator("checkpoint_dir")
+    @classmethod
+    def _directory_is_named(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("is empty. Name a directory, or set checkpointing.enabled=false.")
+        return value
+
+    @model_validator(mode="after")
+    def _deadline_needs_checkpoints(self) -> CheckpointingConfig:
+        if self.checkpoint_must_save_by is not None and not self.enabled:
+            raise ValueError(
+                f"checkpoint_must_save_by={self.checkpoint_must_save_by!r}: needs "
+                "checkpointing.enabled=true. Enable checkpointing, or set it to null."
+            )
+        return self
+
+    @property
+    def must_save_by_seconds(self) -> float | None:
+        """`checkpoint_must_save_by` in seconds."""
+        if self.checkpoint_must_save_by is None:
+            return None
+        days, hours, minutes, seconds = (int(part) for part in self.checkpoint_must_save_by.split(":"))
+        return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
