@@ -1,0 +1,137 @@
+"""Command-line overrides in Hydra's grammar, applied to a plain tree.
+
+`a.b=c` changes a key that the tree or the schema has, `+a.b=c` adds one that the tree has not, `++a.b=c` does either,
+`~a.b` deletes. Values keep their interpolations: they are resolved with the tree, afterwards. Whether the result is
+valid is the schema's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from pydantic import BaseModel
+
+from nemo_rl_lora.config.errors import ConfigError, show, unknown_key
+from nemo_rl_lora.config.schema import types_at
+
+_GRAMMAR = "Write key=value, +key=value, ++key=value or ~key"
+
+
+def merged(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    """`update` over `base`: mappings merge key by key, anything else replaces; `_override_: true` in a mapping of
+    `update` replaces the whole mapping."""
+    if update.get("_override_") is True:
+        return {key: stripped(value) for key, value in update.items() if key != "_override_"}
+    result = dict(base)
+    for key, value in update.items():
+        if key == "_override_":
+            continue
+        below = result.get(key)
+        if isinstance(value, Mapping):
+            result[key] = merged(below if isinstance(below, Mapping) else {}, value)
+        else:
+            result[key] = value
+    return result
+
+
+def stripped(value: Any) -> Any:
+    """The value without `_override_` marks."""
+    return merged({}, value) if isinstance(value, Mapping) else value
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], root: type[BaseModel]) -> dict[str, Any]:
+    """A new tree with the overrides applied in order. ConfigError where one does not parse or does not fit."""
+    for text in overrides:
+        tree = _apply(tree, _parsed(text), root)
+    return tree
+
+
+def _parsed(text: str) -> Override:
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{text}: this override cannot be read ({reason}). {_GRAMMAR}.") from error
+    if override.package is not None:
+        raise ConfigError(f"{text}: overrides have no package ('@'). {_GRAMMAR}.")
+    if override.is_sweep_override():
+        key, _, value = text.partition("=")
+        raise ConfigError(f"{text}: one run takes one value. For a list write {key}=[{value}].")
+    return override
+
+
+def _apply(tree: dict[str, Any], override: Override, root: type[BaseModel]) -> dict[str, Any]:
+    path = tuple(override.key_or_group.split("."))
+    present, current = _look_up(tree, path)
+    value = override.value()
+    if override.is_delete():
+        if not present:
+            raise ConfigError(f"~{'.'.join(path)}: there is nothing to delete. {_neighbours(tree, path)}")
+        if value is not None and value != current:
+            raise ConfigError(
+                f"~{'.'.join(path)}={show(value)}: the value is {show(current)}. Leave the value out to delete it."
+            )
+        return _without(tree, path)
+    if override.is_add() and present and not isinstance(value, (Mapping, list)):
+        raise ConfigError(
+            f"+{'.'.join(path)}={show(value)}: the key exists, with the value {show(current)}. "
+            "Leave the '+' out to change it, or write '++'."
+        )
+    is_change = not (override.is_add() or override.is_force_add())
+    if is_change and not present and not types_at(root, path):
+        raise ConfigError(unknown_key(root, path, show(value)))
+    return _with(tree, path, value)
+
+
+def _look_up(tree: Any, path: Sequence[str]) -> tuple[bool, Any]:
+    """Whether there is something at the path, and what."""
+    for key in path:
+        if isinstance(tree, Mapping) and key in tree:
+            tree = tree[key]
+        elif isinstance(tree, list) and key.isdigit() and int(key) < len(tree):
+            tree = tree[int(key)]
+        else:
+            return False, None
+    return True, tree
+
+
+def _with(node: Any, path: tuple[str, ...], value: Any) -> Any:
+    """A copy of the node with the value at the path; mappings on the way are made where they are missing."""
+    if not path:
+        if isinstance(node, Mapping) and isinstance(value, Mapping):
+            return merged(node, value)
+        return stripped(value)
+    key, rest = path[0], path[1:]
+    if isinstance(node, list) and key.isdigit():
+        if int(key) >= len(node):
+            raise ConfigError(f"{key}={show(value)}: the list has {len(node)} elements. Give the whole list.")
+        return [_with(item, rest, value) if i == int(key) else item for i, item in enumerate(node)]
+    base = dict(node) if isinstance(node, Mapping) else {}
+    base[key] = _with(base.get(key), rest, value)
+    return base
+
+
+def _without(node: Any, path: tuple[str, ...]) -> Any:
+    """A copy of the node without what is at the path."""
+    key, rest = path[0], path[1:]
+    if isinstance(node, list):
+        if not rest:
+            return [item for i, item in enumerate(node) if i != int(key)]
+        return [_without(item, rest) if i == int(key) else item for i, item in enumerate(node)]
+    if not rest:
+        return {name: value for name, value in node.items() if name != key}
+    return {**node, key: _without(node[key], rest)}
+
+
+def _neighbours(tree: Mapping[str, Any], path: tuple[str, ...]) -> str:
+    """What stands beside the path, for an error."""
+    while path:
+        path = path[:-1]
+        present, node = _look_up(tree, path)
+        if present and isinstance(node, Mapping):
+            return f"Keys of {'.'.join(path) or 'the top level'}: {', '.join(sorted(map(str, node)))}."
+    return "The configuration is empty."

@@ -1,0 +1,223 @@
+"""`policy`: the model, its optimizer, how it is fed, its backend and its adapter.
+
+Cross-field rules of the policy stand here, once. What a machine, a version or an architecture cannot run is not
+judged here: see config/runnable.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from nemo_rl_lora.config.base import Fixed, Section
+from nemo_rl_lora.config.dtensor import DTensorConfig
+from nemo_rl_lora.config.generation import GenerationConfig
+from nemo_rl_lora.config.lora import UnifiedLora
+from nemo_rl_lora.config.megatron import MegatronConfig
+from nemo_rl_lora.config.optimizer import AnyScheduler, OptimizerConfig, SchedulerConfig, split_sequence
+
+BackendName = Literal["dtensor", "megatron"]
+
+_LORA_BLOCKS: tuple[tuple[BackendName, str, str], ...] = (
+    ("dtensor", "policy.dtensor_cfg.lora_cfg", "policy.dtensor_cfg.enabled"),
+    ("megatron", "policy.megatron_cfg.peft", "policy.megatron_cfg.enabled"),
+)
+
+
+class TokenizerConfig(Section):
+    """The tokenizer and its chat template."""
+
+    name: str | None = None
+    """Model whose tokenizer is used; null is policy.model_name."""
+    chat_template: str | None = "default"
+    """"default": the tokenizer's own; null: messages are joined as they are; else Jinja text or a .jinja file."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further variables of the chat template."""
+    use_fastokens: Annotated[bool, Fixed(False, remedy="transformers' tokenizer is used: remove the key.")] = False
+    """NeMo RL: another tokenizer library."""
+
+
+class DynamicBatchingConfig(Section):
+    """Microbatches of rows of like length, filled by a token budget."""
+
+    enabled: bool = False
+    """Fill microbatches by tokens in place of `train_micro_batch_size` and `logprob_batch_size`."""
+    train_mb_tokens: int | None = Field(default=None, ge=1)
+    """Padded tokens of a training microbatch; null is max_total_sequence_length x train_micro_batch_size."""
+    logprob_mb_tokens: int | None = Field(default=None, ge=1)
+    """Padded tokens of a logprob microbatch; null is max_total_sequence_length x logprob_batch_size."""
+    sequence_length_round: int = Field(default=64, ge=1)
+    """Row lengths are rounded up to a multiple of this."""
+
+
+class SequencePackingConfig(Section):
+    """Microbatches of several sequences in one row, without padding between them."""
+
+    enabled: bool = False
+    """Pack sequences."""
+    train_mb_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a packed training row; null is max_total_sequence_length x train_micro_batch_size."""
+    logprob_mb_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a packed logprob row; null is max_total_sequence_length x logprob_batch_size."""
+    algorithm: Annotated[
+        str,
+        Fixed("modified_first_fit_decreasing", remedy="There is one packing algorithm: remove the key."),
+    ] = "modified_first_fit_decreasing"
+    """NeMo RL: how sequences are assigned to rows."""
+    microbatch_order: Annotated[
+        str, Fixed("packer", remedy="Rows are trained in the order of the packer: remove the key.")
+    ] = "packer"
+    """NeMo RL: order of the packed rows."""
+    sequence_length_round: int = Field(default=64, ge=1)
+    """Lengths of packed rows are rounded up to a multiple of this."""
+
+
+class SharedPrefixConfig(Section):
+    """Compute a prompt once for all completions of its group. No NeMo RL key."""
+
+    enabled: Literal["auto"] | bool = "auto"
+    """auto: where the model's attention allows it; true: refuse a model that does not; false: a row a completion."""
+    max_row_tokens: int = Field(default=16384, ge=1)
+    """Length of a shared row above which the prompt is repeated: the dense mask grows with its square."""
+
+
+class PolicyConfig(Section):
+    """The model that is trained."""
+
+    model_name: str = Field(min_length=1)
+    """A local directory or a Hugging Face name."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """The tokenizer."""
+    backend: BackendName | None = None
+    """Where to train. null: the one of dtensor_cfg.enabled and megatron_cfg.enabled that is true. No NeMo RL key."""
+    lora: UnifiedLora | None = None
+    """The adapter, for whichever backend is on. No NeMo RL key."""
+    train_global_batch_size: int = Field(default=32, ge=1)
+    """Rows of an optimizer step."""
+    train_micro_batch_size: int = Field(default=1, ge=1)
+    """Rows of a forward and backward pass, where neither dynamic batching nor packing is on."""
+    generation_batch_size: Annotated[
+        int | None, Fixed(None, 32, remedy="The generation engine batches by itself: remove the key.")
+    ] = None
+    """NeMo RL: rows that its Hugging Face engine decodes at once."""
+    logprob_batch_size: int | None = Field(default=None, ge=1)
+    """Rows of a pass without gradient; null is train_micro_batch_size."""
+    logprob_chunk_size: int | None = Field(default=None, ge=1)
+    """Tokens whose logits exist at a time; null is 256."""
+    max_total_sequence_length: int = Field(default=1024, ge=2)
+    """Longest sequence: prompt and completion."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """dtype of the base weights and of computation; adapters are fp32 masters."""
+    offload_optimizer_for_logprob: Annotated[
+        bool, Fixed(False, remedy="Optimizer state stays on its device: remove the key.")
+    ] = False
+    """NeMo RL: move optimizer state to host memory during logprob passes."""
+    make_sequence_length_divisible_by: int = Field(default=1, ge=1)
+    """Padded lengths are a multiple of this."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Limit of the gradient's global L2 norm; null for none."""
+    hf_config_overrides: dict[str, Any] = {}
+    """Fields of the model's config.json to replace."""
+    dtensor_cfg: DTensorConfig = DTensorConfig()
+    """The DTensor backend."""
+    megatron_cfg: MegatronConfig = MegatronConfig()
+    """The Megatron backend."""
+    dynamic_batching: DynamicBatchingConfig = DynamicBatchingConfig()
+    """Token-budget microbatches."""
+    sequence_packing: SequencePackingConfig = SequencePackingConfig()
+    """Packed rows."""
+    shared_prefix: SharedPrefixConfig = SharedPrefixConfig()
+    """Prompts computed once."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer."""
+    scheduler: SchedulerConfig | None = None
+    """The learning-rate schedule; null is constant."""
+    generation: GenerationConfig | None = None
+    """The engine that samples completions; GRPO needs it, SFT and DPO have none."""
+
+    @property
+    def active_backend(self) -> BackendName:
+        """The backend that trains."""
+        return self.backend or ("megatron" if self.megatron_cfg.enabled else "dtensor")
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The model whose tokenizer is used."""
+        return self.tokenizer.name or self.model_name
+
+    def microbatch_tokens(self, kind: Literal["train", "logprob"]) -> int:
+        """The token budget of a microbatch, where dynamic batching or packing is on."""
+        section = self.dynamic_batching if self.dynamic_batching.enabled else self.sequence_packing
+        tokens = section.train_mb_tokens if kind == "train" else section.logprob_mb_tokens
+        if tokens is not None:
+            return tokens
+        rows = self.train_micro_batch_size if kind == "train" else self.logprob_rows
+        return rows * self.max_total_sequence_length
+
+    @property
+    def logprob_rows(self) -> int:
+        """Rows of a pass without gradient."""
+        return self.logprob_batch_size or self.train_micro_batch_size
+
+    @field_validator("scheduler")
+    @classmethod
+    def _schedulers_fit(cls, scheduler: AnyScheduler | None) -> AnyScheduler | None:
+        if isinstance(scheduler, tuple):
+            split_sequence(scheduler)
+        return scheduler
+
+    @model_validator(mode="after")
+    def _one_backend(self) -> PolicyConfig:
+        flags = (self.dtensor_cfg.enabled, self.megatron_cfg.enabled)
+        if self.backend is None and flags == (True, True):
+            raise ValueError(
+                "policy.megatron_cfg.enabled=True: one backend trains, and policy.dtensor_cfg.enabled is true as well. "
+                "Set policy.backend=dtensor or policy.backend=megatron, or one of the two flags to false."
+            )
+        if self.backend is None and flags == (False, False):
+            raise ValueError(
+                "policy.backend=None: one backend has to train, and policy.dtensor_cfg.enabled and "
+                "policy.megatron_cfg.enabled are both false. Set policy.backend=dtensor or policy.backend=megatron."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_adapter(self) -> PolicyConfig:
+        enabled = {"dtensor": self.dtensor_cfg.lora_cfg.enabled, "megatron": self.megatron_cfg.peft.enabled}
+        for backend, block, flag in _LORA_BLOCKS:
+            if enabled[backend] and self.lora is not None:
+                raise ValueError(
+                    f"{block}.enabled=True: an adapter is described once, and policy.lora is given as well. "
+                    f"Set {block}.enabled=false or policy.lora=null."
+                )
+            if enabled[backend] and backend != self.active_backend:
+                raise ValueError(
+                    f"{block}.enabled=True: this adapter belongs to the {backend} backend, and "
+                    f"{self.active_backend} trains. Set {block}.enabled=false, or train there: "
+                    f"policy.backend={backend} (which stands above {flag})."
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_fill_microbatches(self) -> PolicyConfig:
+        if self.dynamic_batching.enabled and self.sequence_packing.enabled:
+            raise ValueError(
+                "policy.sequence_packing.enabled=True: microbatches are either packed or filled by length, and "
+                "policy.dynamic_batching.enabled is true as well. Set one of the two to false."
+            )
+        for name, section in (
+            ("dynamic_batching", self.dynamic_batching),
+            ("sequence_packing", self.sequence_packing),
+        ):
+            for key, tokens in (
+                ("train_mb_tokens", section.train_mb_tokens),
+                ("logprob_mb_tokens", section.logprob_mb_tokens),
+            ):
+                if section.enabled and tokens is not None and tokens < self.max_total_sequence_length:
+                    raise ValueError(
+                        f"policy.{name}.{key}={tokens}: the longest sequence has to fit into a microbatch, and "
+                        f"policy.max_total_sequence_length is {self.max_total_sequence_length}. "
+                        f"Raise it to {self.max_total_sequence_length} or more."
+                    )
+        return self

@@ -1,0 +1,62 @@
+"""What this version cannot run, though the configuration is valid. Asked by `--plan` and by every start.
+
+It reads the configuration alone: no machine and no model.
+"""
+
+from __future__ import annotations
+
+from nemo_rl_lora.config.master import MasterConfig
+
+
+def check_runnable(config: MasterConfig) -> list[str]:
+    """One paragraph for each setting that this version cannot run; empty where it can."""
+    return [*_backend_problems(config), *_world_problems(config), *_generation_problems(config)]
+
+
+def _backend_problems(config: MasterConfig) -> list[str]:
+    policy = config.policy
+    if policy.active_backend == "dtensor":
+        return []
+    key = f"policy.backend={policy.backend!r}" if policy.backend else "policy.megatron_cfg.enabled=True"
+    return [
+        f"{key}: this version trains on the DTensor backend only. Set policy.backend=dtensor and describe the adapter "
+        "in policy.lora or policy.dtensor_cfg.lora_cfg."
+    ]
+
+
+def _world_problems(config: MasterConfig) -> list[str]:
+    problems = []
+    cluster, parallel = config.cluster, config.policy.dtensor_cfg
+    if cluster.gpus_per_node * cluster.num_nodes > 1:
+        key, value = (
+            ("gpus_per_node", cluster.gpus_per_node) if cluster.gpus_per_node > 1 else ("num_nodes", cluster.num_nodes)
+        )
+        problems.append(
+            f"cluster.{key}={value}: this version trains in one process, and {cluster.num_nodes} x "
+            f"{cluster.gpus_per_node} are asked for. Set cluster.gpus_per_node=1 cluster.num_nodes=1."
+        )
+    if config.policy.active_backend != "dtensor":
+        return problems
+    for key in ("tensor_parallel_size", "context_parallel_size", "dp_replicate_size"):
+        size = getattr(parallel, key)
+        if size > 1:
+            problems.append(
+                f"policy.dtensor_cfg.{key}={size}: this version trains in one process. "
+                f"Set policy.dtensor_cfg.{key}=1."
+            )
+    if parallel.sequence_parallel:
+        problems.append(
+            "policy.dtensor_cfg.sequence_parallel=True: it shards activations between tensor-parallel ranks, and this "
+            "version has one. Set policy.dtensor_cfg.sequence_parallel=false."
+        )
+    return problems
+
+
+def _generation_problems(config: MasterConfig) -> list[str]:
+    generation = config.policy.generation
+    if generation is None or generation.backend != "vllm":
+        return []
+    return [
+        "policy.generation.backend='vllm': this version samples in the training process. "
+        "Set policy.generation.backend=auto."
+    ]
