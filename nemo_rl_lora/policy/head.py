@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def target_logprobs(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, temperature: float, chunk_tokens: int
-) -> Tensor:
+def target_logprobs(hidden: Tensor, weight: Tensor, target: Tensor, *, temperature: float, chunk_tokens: int) -> Tensor:
     """log softmax(hidden @ weight^T / temperature)[target].
 
     hidden: [M, H]; weight: [V, H]; target: [M] int64 -> [M] fp32. Products in hidden's dtype, softmax in fp32.

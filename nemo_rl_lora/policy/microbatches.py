@@ -44,6 +44,7 @@ class Microbatch:
     loss_row: Tensor  # [M] int64, in 0..b-1
     loss_column: Tensor  # [M] int64
     target: Tensor  # [M] int64
+    num_padding_tokens: int
 
     @property
     def num_tokens(self) -> int:
@@ -59,6 +60,7 @@ class MicrobatchPlan:
     max_tokens: int  # used by "sorted" and "packed"
     share_prefix: bool
     max_shared_tokens: int  # a shared run longer than this repeats its prompt
+    round_to: int = 1  # the flat length becomes a multiple of this, by padding that nothing attends to
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def plan_microbatches(batch: Batch, plan: MicrobatchPlan) -> list[Microbatch]:
         bins = _fill(sorted(units, key=lambda unit: -unit.num_tokens), plan.max_tokens, by_rows=False)
     else:
         bins = _fill(units, plan.max_rows, by_rows=True)
-    return [_layout(batch, lengths, prompts, units_of_bin, plan.share_prefix) for units_of_bin in bins]
+    return [_layout(batch, lengths, prompts, units_of_bin, plan) for units_of_bin in bins]
 
 
 def _units(groups: list[int], lengths: list[int], prompts: list[int], plan: MicrobatchPlan) -> list[_Unit]:
@@ -134,7 +136,7 @@ def _first_fit_decreasing(units: Sequence[_Unit], limit: int) -> list[list[_Unit
 
 
 def _layout(
-    batch: Batch, lengths: list[int], prompts: list[int], units: Sequence[_Unit], share_prefix: bool
+    batch: Batch, lengths: list[int], prompts: list[int], units: Sequence[_Unit], plan: MicrobatchPlan
 ) -> Microbatch:
     segments: list[Segment] = []
     tokens: list[Tensor] = []
@@ -153,7 +155,7 @@ def _layout(
         return where
 
     for unit in units:
-        shared = share_prefix and len(unit.rows) > 1 and prompts[unit.rows[0]] > 0
+        shared = plan.share_prefix and len(unit.rows) > 1 and prompts[unit.rows[0]] > 0
         prompt_at = add(unit.rows[0], 0, prompts[unit.rows[0]], None) if shared else None
         parent = len(segments) - 1
         for row in unit.rows:
@@ -164,6 +166,11 @@ def _layout(
                 flat_of_row.append(prompt_at)
             else:
                 flat_of_row.append(torch.cat([prompt_at, add(row, prompts[row], lengths[row], parent)]))
+    num_padding = -size % plan.round_to
+    if num_padding:
+        segments.append(Segment(start=size, length=num_padding, parent=None))
+        tokens.append(torch.zeros(num_padding, dtype=torch.int64))
+        positions.append(torch.arange(num_padding))
     index = torch.tensor(rows, dtype=torch.int64)
     loss_row, loss_column = batch.loss_mask[index].nonzero(as_tuple=True)
     starts = torch.tensor([0, *[len(flat) for flat in flat_of_row]]).cumsum(0)[:-1]
@@ -177,4 +184,5 @@ def _layout(
         loss_row=loss_row,
         loss_column=loss_column,
         target=batch.token_ids[index[loss_row], loss_column],
+        num_padding_tokens=num_padding,
     )

@@ -9,7 +9,7 @@ Only full causal attention is served: no sliding window, no soft cap, no attenti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,25 @@ class AttentionPlan:
     flat_from_padded: Tensor  # [N] int64
     is_padding: Tensor  # [M] bool
     buckets: tuple[_Bucket, ...]
+
+    def to(self, device: torch.device) -> AttentionPlan:
+        """The same plan with its index tensors on a device."""
+        if self.is_padding.device == device:
+            return self
+        buckets = tuple(
+            replace(
+                bucket,
+                blocked=bucket.blocked.to(device),
+                parent_row=None if bucket.parent_row is None else bucket.parent_row.to(device),
+            )
+            for bucket in self.buckets
+        )
+        return AttentionPlan(
+            padded_from_flat=self.padded_from_flat.to(device),
+            flat_from_padded=self.flat_from_padded.to(device),
+            is_padding=self.is_padding.to(device),
+            buckets=buckets,
+        )
 
 
 def supports_segments(config: Any, max_length: int) -> bool:
@@ -113,9 +132,7 @@ def _bucket(
         if bool((parent_lengths == parent_lengths[0]).all()):
             parent_padding = parent_padding[:1]
         rows = parent_padding.shape[0]
-        blocked = torch.cat(
-            [parent_padding[:, None].expand(rows, length, -1), blocked.expand(rows, -1, -1)], dim=-1
-        )
+        blocked = torch.cat([parent_padding[:, None].expand(rows, length, -1), blocked.expand(rows, -1, -1)], dim=-1)
     return _Bucket(
         start=start,
         num_segments=len(indices),
@@ -214,7 +231,8 @@ def segment_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """query [1, H, N, d], key and value [1, KV, N, d] -> ([1, N, H, d], None), for transformers' interface."""
-    assert attention_mask is None and not dropout, (attention_mask, dropout)
+    assert attention_mask is None, "segments need no mask"
+    assert not dropout, dropout
     head_dim = query.shape[-1]
     scale = head_dim**-0.5 if scaling is None else scaling
     dtype = value.dtype

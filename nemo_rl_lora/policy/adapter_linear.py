@@ -1,0 +1,101 @@
+"""A linear layer with a LoRA branch, on nemo-automodel's LinearLoRA.
+
+The vendor's layer owns the parameters' names and the memory-efficient and Triton products. What it lacks is here:
+a switch that turns the branch off (the reference policy is the same model without it), fp32 masters cast to the
+compute dtype, a scale that need not be alpha / dim, and dropout and initialisation that are functions of a seed and
+the module's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from nemo_automodel.components._peft.lora import LinearLoRA, apply_memory_efficient_lora, patch_linear_module
+from torch import Tensor, nn
+
+from nemo_rl_lora.lora.spec import LoraSpec, init_distribution
+from nemo_rl_lora.lora.targets import AdaptedModule
+from nemo_rl_lora.randomness import derive_seed
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(slots=True)
+class AdapterSwitch:
+    """State that all adapters of a model share. `dropout_seed` None means dropout is off."""
+
+    on: bool = True
+    dropout_seed: int | None = None
+
+
+class AdapterLinear(LinearLoRA):
+    """y = x W^T + b + scale * (x A^T) B^T, with x [..., in], A [dim, in], B [out, dim] cast to x's dtype."""
+
+    adapter_name: str
+    switch: AdapterSwitch
+    use_kernels: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = F.linear(x, self.weight, self.bias)
+        if not self.switch.on:
+            return base
+        a, b = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
+        dropping = self.dropout_p > 0.0 and self.switch.dropout_seed is not None
+        if dropping and self.dropout_position == "pre":
+            x = x * self._keep_mask(x)
+        if not (dropping and self.dropout_position == "post"):
+            return apply_memory_efficient_lora(x, a, b, self.scale, self.use_kernels, base)
+        update = apply_memory_efficient_lora(x, a, b, self.scale, self.use_kernels)
+        return base + update * self._keep_mask(update)
+
+    def _keep_mask(self, like: Tensor) -> Tensor:
+        """Inverted dropout: 0 with probability p, else 1 / (1 - p); a function of (seed, module)."""
+        assert self.switch.dropout_seed is not None
+        generator = torch.Generator(device=like.device)
+        generator.manual_seed(derive_seed(self.switch.dropout_seed, "dropout", self.adapter_name))
+        keep = 1.0 - self.dropout_p
+        mask = torch.rand(like.shape, generator=generator, device=like.device) < keep
+        return mask.to(like.dtype) / keep
+
+
+def install_adapters(
+    model: nn.Module, modules: Sequence[AdaptedModule], spec: LoraSpec, *, seed: int, use_kernels: bool
+) -> AdapterSwitch:
+    """Freeze the model and put an adapter on each of these linear modules, in place."""
+    switch = AdapterSwitch()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in modules:
+        linear = patch_linear_module(
+            model.get_submodule(module.name),
+            dim=module.dim,
+            alpha=module.alpha,
+            dropout=spec.dropout,
+            dropout_position=spec.dropout_position,
+            lora_dtype=DTYPES[spec.dtype or "float32"],
+            use_triton=False,
+        )
+        linear.__class__ = AdapterLinear
+        linear.adapter_name = module.name
+        linear.scale = module.scale
+        linear.switch = switch
+        linear.use_kernels = use_kernels
+        initialise(linear, module, spec, seed)
+    return switch
+
+
+@torch.no_grad()
+def initialise(linear: AdapterLinear, module: AdaptedModule, spec: LoraSpec, seed: int) -> None:
+    """Draw A from the spec's distribution as a function of (seed, module name), in fp32; B is zero."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "lora_A", module.name))
+    kind, width = init_distribution(spec.A_init, module.in_features, module.dim)
+    drawn = torch.empty(module.dim, module.in_features, dtype=torch.float32)
+    if kind == "normal":
+        drawn.normal_(0.0, width, generator=generator)
+    else:
+        drawn.uniform_(-width, width, generator=generator)
+    linear.lora_A.weight.copy_(drawn)
+    linear.lora_B.weight.zero_()

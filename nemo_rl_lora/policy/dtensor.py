@@ -1,0 +1,421 @@
+"""The DTensor backend: nemo-automodel's model and LoRA layers, trained with AdamW. One process in this version.
+
+With an adapter, only A and B are trained, as fp32 masters; the base weights are never written, and the reference
+policy is the same model with the adapters switched off. Without one, all weights are trained as fp32 masters with the
+computation in `policy.precision`, and a reference, where it is needed, is a copy of the base in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nemo_rl_lora.config.optimizer import lr_factor
+from nemo_rl_lora.config.policy import PolicyConfig
+from nemo_rl_lora.lora.dialects import spec_to_peft_config
+from nemo_rl_lora.lora.files import (
+    adapter_tensor_name,
+    read_adapter,
+    read_moments,
+    write_adapter,
+    write_moments,
+)
+from nemo_rl_lora.lora.merge import merged_weight
+from nemo_rl_lora.lora.spec import LoraSpec
+from nemo_rl_lora.lora.targets import AdaptedModule, resolve_targets
+from nemo_rl_lora.policy.adapter_linear import DTYPES, AdapterLinear, AdapterSwitch, install_adapters
+from nemo_rl_lora.policy.forward import ForwardPass
+from nemo_rl_lora.policy.microbatches import Microbatch, MicrobatchPlan, plan_microbatches
+from nemo_rl_lora.policy.model import linear_modules, load_model, share_structure
+from nemo_rl_lora.policy.segment_attention import supports_segments
+from nemo_rl_lora.policy.weights import LazyTensor, digest_of, make_ref
+from nemo_rl_lora.randomness import derive_seed
+from nemo_rl_lora.types import Batch, LossFn, LossInputs, StepOutput, SyncMode, TensorInfo, WeightsRef
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CHUNK_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySetup:
+    """What a policy is built from, beside its config."""
+
+    model_path: Path
+    base_model_name: str  # written into adapter_config.json
+    spec: LoraSpec | None  # None: full fine-tuning
+    spec_key: str  # dotted key of the LoRA block, for errors
+    seed: int
+    temperature: float
+    keep_reference: bool  # reference_logprobs will be asked for
+
+
+class DTensorPolicy:
+    """A Policy (policy/protocol.py) on one device."""
+
+    def __init__(self, config: PolicyConfig, setup: PolicySetup) -> None:
+        self._config = config
+        self._setup = setup
+        compute_dtype = DTYPES[config.precision]
+        master_dtype = compute_dtype if setup.spec is not None else torch.float32
+        self._model = load_model(
+            setup.model_path, dtype=master_dtype, config_overrides=dict(config.hf_config_overrides)
+        )
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model.to(device)
+        self._compute_dtype = compute_dtype
+        self.adapted: tuple[AdaptedModule, ...] = ()
+        self._switch: AdapterSwitch | None = None
+        self._base_structure = share_structure(self._model)
+        if setup.spec is None:
+            self._model.requires_grad_(True)
+        else:
+            self._install(setup.spec)
+        self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        self._reference = self._copy_of_base() if setup.spec is None and setup.keep_reference else None
+        self._optimizer = self._make_optimizer()
+        self._num_steps = 0
+        self._flat = supports_segments(self._model.config, config.max_total_sequence_length)
+        self._refuse_impossible_layouts()
+        self._forward = ForwardPass(
+            model=self._model,
+            flat=self._flat,
+            temperature=setup.temperature,
+            chunk_tokens=config.logprob_chunk_size or DEFAULT_CHUNK_TOKENS,
+            autocast_dtype=compute_dtype if setup.spec is None and compute_dtype != torch.float32 else None,
+        )
+        self._forward.prepare()
+        if config.dtensor_cfg.activation_checkpointing:
+            self._checkpoint_activations()
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """[B, T] fp32, dropout off; 0.0 outside the loss mask."""
+        width = batch.token_ids.shape[1]
+        out = torch.zeros(batch.token_ids.shape, dtype=torch.float32)
+        with torch.no_grad():
+            for micro in plan_microbatches(batch, self._microbatch_plan("logprob")):
+                out[micro.rows] = self._forward.logprobs(micro, width).cpu()
+        return out
+
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        """The same with the adapter switched off; in full fine-tuning, with the base weights in place."""
+        with self._as_reference():
+            return self.logprobs(batch)
+
+    def train_step(self, batch: Batch, loss_fn: LossFn) -> StepOutput:
+        """All microbatches, then one optimizer step. FloatingPointError before the optimizer moves on bad numbers."""
+        self._optimizer.zero_grad(set_to_none=True)
+        total_loss = 0.0
+        metrics: dict[str, float] = {}
+        microbatches = plan_microbatches(batch, self._microbatch_plan("train"))
+        for index, micro in enumerate(microbatches):
+            with self._dropout(index):
+                loss, shares = self._loss(batch, micro, loss_fn)
+                loss.backward()
+            total_loss += loss.item()
+            _add_metrics(metrics, shares)
+        grad_norm = self._clip_gradients(total_loss)
+        lr = self._peak_lr * lr_factor(self._config.scheduler, self._num_steps, lr=self._peak_lr)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._num_steps += 1
+        return StepOutput(
+            loss=total_loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            metrics=metrics,
+            num_forward_tokens=sum(micro.num_tokens for micro in microbatches),
+            num_padding_tokens=sum(micro.num_padding_tokens for micro in microbatches),
+        )
+
+    def publish(self, version: int, mode: SyncMode) -> WeightsRef:
+        """merged: `<module>.weight` in the compute dtype, merged when read; adapter: A and B in fp32.
+
+        Without an adapter every weight is published as merged.
+        """
+        if self._setup.spec is None:
+            if mode == "adapter":
+                raise ValueError(
+                    "policy.generation.lora_sync='adapter': there is no adapter to send. "
+                    "Enable LoRA, or set policy.generation.lora_sync=merged."
+                )
+            entries = {name: self._cast_entry(name, p) for name, p in self._trained.items()}
+            return make_ref(version, mode, entries, digest_of(self._trained))
+        tensors = self._adapter_tensors()
+        if mode == "adapter":
+            entries = {name: _entry(name, tensor, torch.float32) for name, tensor in tensors.items()}
+        else:
+            entries = {f"{m.name}.weight": self._merged_entry(m) for m in self.adapted}
+        return make_ref(version, mode, entries, digest_of(tensors))
+
+    def save(self, path: Path) -> None:
+        """adapter/ (PEFT files) or weights/ (a Hugging Face model), and optimizer/."""
+        if self._setup.spec is None:
+            self._model.save_pretrained(path / "weights")
+        else:
+            peft = spec_to_peft_config(self._setup.spec, self._setup.base_model_name, self.adapted)
+            write_adapter(path / "adapter", self._adapter_tensors(), peft)
+        moments = {name: self._moments_of(p) for name, p in self._named_masters().items()}
+        write_moments(path / "optimizer", moments, self._num_steps)
+
+    def load(self, path: Path) -> None:
+        """Strictly what `save` wrote. Moments are optional: a checkpoint without them starts the optimizer anew."""
+        masters = self._named_masters()
+        if self._setup.spec is None:
+            saved = PreTrainedModel.state_dict(type(self._model).from_pretrained(path / "weights", dtype=torch.float32))
+            missing = [name for name in masters if name not in saved]
+            assert not missing, missing
+        else:
+            saved, _ = read_adapter(path / "adapter", expected=masters.keys())
+        with torch.no_grad():
+            for name, parameter in masters.items():
+                if saved[name].shape != parameter.shape:
+                    raise ValueError(
+                        f"{path}: {name} has shape {tuple(saved[name].shape)}, but this run trains "
+                        f"{tuple(parameter.shape)}. Use the dim of the checkpoint or start a new run."
+                    )
+                parameter.copy_(saved[name])
+        if (path / "optimizer").is_dir():
+            moments, self._num_steps = read_moments(path / "optimizer", expected=masters.keys())
+            for name, parameter in masters.items():
+                self._set_moments(parameter, *moments[name])
+
+    def close(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    # Beyond the protocol: what the composition root wires into an engine of the same process.
+
+    def base_model(self) -> PreTrainedModel:
+        """A module tree without adapters over the same base parameters, which nobody may write."""
+        return self._base_structure
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self._compute_dtype
+
+    def named_adapters(self) -> Iterator[tuple[str, AdapterLinear]]:
+        """Adapted modules by their full Hugging Face name."""
+        for module in self.adapted:
+            linear = self._model.get_submodule(module.name)
+            assert isinstance(linear, AdapterLinear), type(linear)
+            yield module.name, linear
+
+    def _install(self, spec: LoraSpec) -> None:
+        tied = bool(getattr(self._model.config, "tie_word_embeddings", False))
+        self.adapted = resolve_targets(
+            spec,
+            linear_modules(self._model),
+            tied_head=tied,
+            model_label=self._setup.base_model_name,
+            config_key=self._setup.spec_key,
+        )
+        use_kernels, warning = kernels_in_use(spec, self._config, cuda=torch.cuda.is_available())
+        if warning:
+            logger.warning(warning)
+        self._switch = install_adapters(self._model, self.adapted, spec, seed=self._setup.seed, use_kernels=use_kernels)
+
+    def _refuse_impossible_layouts(self) -> None:
+        if self._flat:
+            return
+        kind = f"{self._model.config.model_type} (sliding-window or other attention)"
+        if self._config.sequence_packing.enabled:
+            raise ValueError(
+                f"policy.sequence_packing.enabled=True: packing needs full causal attention, which {kind} does not "
+                "have at this length. Set policy.sequence_packing.enabled=false."
+            )
+        if self._config.shared_prefix.enabled is True:
+            raise ValueError(
+                f"policy.shared_prefix.enabled=True: sharing needs full causal attention, which {kind} does not have "
+                "at this length. Set policy.shared_prefix.enabled=auto."
+            )
+
+    def _microbatch_plan(self, kind: Literal["train", "logprob"]) -> MicrobatchPlan:
+        config = self._config
+        round_to = config.make_sequence_length_divisible_by
+        fill: Literal["rows", "sorted", "packed"] = "rows"
+        if config.dynamic_batching.enabled:
+            fill, round_to = "sorted", math.lcm(round_to, config.dynamic_batching.sequence_length_round)
+        elif config.sequence_packing.enabled:
+            fill, round_to = "packed", math.lcm(round_to, config.sequence_packing.sequence_length_round)
+        return MicrobatchPlan(
+            fill=fill,
+            max_rows=config.train_micro_batch_size if kind == "train" else config.logprob_rows,
+            max_tokens=config.microbatch_tokens(kind),
+            share_prefix=self._flat and config.shared_prefix.enabled is not False,
+            max_shared_tokens=config.shared_prefix.max_row_tokens,
+            round_to=round_to if self._flat else 1,
+        )
+
+    def _loss(self, batch: Batch, micro: Microbatch, loss_fn: LossFn) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs = self._forward.logprobs(micro, batch.token_ids.shape[1])
+        device, rows = logprobs.device, micro.rows
+
+        def of_rows(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows].to(device)
+
+        old = of_rows(batch.old_logprobs)
+        inputs = LossInputs(
+            logprobs=logprobs,
+            old_logprobs=logprobs.detach() if old is None else old,
+            reference_logprobs=of_rows(batch.reference_logprobs),
+            generation_logprobs=of_rows(batch.generation_logprobs),
+            advantages=of_rows(batch.advantages),
+            loss_mask=batch.loss_mask[rows].to(device),
+            sequence_length=batch.sequence_length[rows].to(device),
+            group_index=batch.group_index[rows].to(device),
+            denominators=batch.denominators,
+        )
+        return loss_fn(inputs)
+
+    def _clip_gradients(self, total_loss: float) -> float:
+        limit = self._config.max_grad_norm
+        parameters = [p for p in self._trained.values() if p.grad is not None]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit))
+        if not (math.isfinite(total_loss) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"policy.train_step: loss {total_loss} and gradient norm {norm} of optimizer step {self._num_steps} "
+                "are not finite. The optimizer has not moved: lower policy.optimizer.kwargs.lr, or look at the batch."
+            )
+        return norm
+
+    @property
+    def _peak_lr(self) -> float:
+        return self._config.optimizer.learning_rate(lora=self._setup.spec is not None)
+
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        kwargs = self._config.optimizer.kwargs
+        return torch.optim.AdamW(
+            list(self._trained.values()),
+            lr=self._peak_lr,
+            betas=kwargs.betas,
+            eps=kwargs.eps,
+            weight_decay=kwargs.weight_decay,
+            foreach=kwargs.foreach,
+            fused=kwargs.fused,
+        )
+
+    @contextlib.contextmanager
+    def _dropout(self, microbatch: int) -> Iterator[None]:
+        if self._switch is None:
+            yield
+            return
+        self._switch.dropout_seed = derive_seed(self._setup.seed, "dropout", self._num_steps, microbatch)
+        try:
+            yield
+        finally:
+            self._switch.dropout_seed = None
+
+    @contextlib.contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        if self._switch is not None:
+            self._switch.on = False
+            try:
+                yield
+            finally:
+                self._switch.on = True
+            return
+        assert self._reference is not None, "a full fine-tuning policy was built without a reference"
+        current = {name: p.data for name, p in self._trained.items()}
+        for name, p in self._trained.items():
+            p.data = self._reference[name].to(p.device)
+        try:
+            yield
+        finally:
+            for name, p in self._trained.items():
+                p.data = current[name]
+
+    def _copy_of_base(self) -> dict[str, Tensor]:
+        return {name: p.detach().to("cpu", copy=True) for name, p in self._trained.items()}
+
+    def _checkpoint_activations(self) -> None:
+        self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in self._model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.training = True  # this layer alone: its children keep dropout off
+
+    def _adapter_tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, linear in self.named_adapters():
+            tensors[adapter_tensor_name(name, "A")] = linear.lora_A.weight.detach()
+            tensors[adapter_tensor_name(name, "B")] = linear.lora_B.weight.detach()
+        return tensors
+
+    def _named_masters(self) -> Mapping[str, torch.nn.Parameter]:
+        """What the optimizer holds: canonical adapter names, or the model's own."""
+        if self._setup.spec is None:
+            return self._trained
+        masters: dict[str, torch.nn.Parameter] = {}
+        for name, linear in self.named_adapters():
+            masters[adapter_tensor_name(name, "A")] = linear.lora_A.weight
+            masters[adapter_tensor_name(name, "B")] = linear.lora_B.weight
+        return masters
+
+    def _moments_of(self, parameter: torch.nn.Parameter) -> tuple[Tensor, Tensor]:
+        state = self._optimizer.state.get(parameter)
+        if not state:
+            return torch.zeros_like(parameter, dtype=torch.float32), torch.zeros_like(parameter, dtype=torch.float32)
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    def _set_moments(self, parameter: torch.nn.Parameter, first: Tensor, second: Tensor) -> None:
+        self._optimizer.state[parameter] = {
+            "step": torch.tensor(float(self._num_steps)),
+            "exp_avg": first.to(parameter.device, parameter.dtype, copy=True),
+            "exp_avg_sq": second.to(parameter.device, parameter.dtype, copy=True),
+        }
+
+    def _merged_entry(self, module: AdaptedModule) -> LazyTensor:
+        linear = self._model.get_submodule(module.name)
+        info = TensorInfo(name=f"{module.name}.weight", shape=tuple(linear.weight.shape), dtype=self._compute_dtype)
+
+        def merge() -> Tensor:
+            return merged_weight(linear.weight.detach(), linear.lora_A.weight, linear.lora_B.weight, module.scale)
+
+        return LazyTensor(info, merge)
+
+    def _cast_entry(self, name: str, parameter: Tensor) -> LazyTensor:
+        return _entry(name, parameter, self._compute_dtype)
+
+
+def kernels_in_use(spec: LoraSpec, config: PolicyConfig, *, cuda: bool) -> tuple[bool, str | None]:
+    """Whether the Triton LoRA kernels run, and the one warning to give where they were asked for and do not."""
+    if not spec.kernels:
+        return False, None
+    key = "policy.dtensor_cfg.lora_cfg.use_triton=True"
+    tensor_parallel = config.dtensor_cfg.tensor_parallel_size
+    if tensor_parallel > 1:
+        return (
+            False,
+            f"{key}: off, because policy.dtensor_cfg.tensor_parallel_size={tensor_parallel} is above 1.",
+        )
+    if not cuda:
+        return False, f"{key}: off, because there is no CUDA device; plain torch products are used."
+    return True, None
+
+
+def _entry(name: str, tensor: Tensor, dtype: torch.dtype) -> LazyTensor:
+    info = TensorInfo(name=name, shape=tuple(tensor.shape), dtype=dtype)
+    return LazyTensor(info, lambda: tensor.detach().to(dtype))
+
+
+def _add_metrics(totals: dict[str, float], shares: Mapping[str, Any]) -> None:
+    """Add a microbatch's shares; names ending in _min or _max are reduced by min or max."""
+    for name, share in shares.items():
+        value = float(share)
+        if name not in totals:
+            totals[name] = value
+        elif name.endswith("_min"):
+            totals[name] = min(totals[name], value)
+        elif name.endswith("_max"):
+            totals[name] = max(totals[name], value)
+        else:
+            totals[name] += value

@@ -1,0 +1,83 @@
+"""One forward pass: a microbatch in, log-probabilities of its loss tokens out.
+
+Two layouts of the same rows. Flat: segments in one run of tokens, for models with full causal attention. Padded: one
+row a sequence, with the model's own attention mask, for every other model (no packing and no shared prefix there).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nemo_rl_lora.policy import segment_attention
+from nemo_rl_lora.policy.head import target_logprobs
+from nemo_rl_lora.policy.microbatches import Microbatch, Segment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardPass:
+    """The body and head of a causal language model, run on microbatches. `flat` chooses the layout."""
+
+    model: PreTrainedModel
+    flat: bool
+    temperature: float
+    chunk_tokens: int
+    autocast_dtype: torch.dtype | None  # full fine-tuning: compute dtype of fp32 weights
+
+    def prepare(self) -> None:
+        """Choose the attention implementation that the layout needs."""
+        self.model.set_attn_implementation(segment_attention.NAME if self.flat else "sdpa")
+
+    def logprobs(self, micro: Microbatch, width: int) -> Tensor:
+        """[b, width] fp32, in the order of the microbatch's rows; 0.0 where there is no loss token."""
+        device = next(self.model.parameters()).device
+        with torch.autocast(
+            device.type, dtype=self.autocast_dtype or torch.bfloat16, enabled=self.autocast_dtype is not None
+        ):
+            hidden = self._hidden(micro, device).index_select(0, micro.predictor.to(device))
+        if self.autocast_dtype is not None:
+            hidden = hidden.to(self.autocast_dtype)
+        values = target_logprobs(
+            hidden,
+            self.model.get_output_embeddings().weight,
+            micro.target.to(device),
+            temperature=self.temperature,
+            chunk_tokens=self.chunk_tokens,
+        )
+        rows = torch.zeros(len(micro.rows), width, dtype=torch.float32, device=device)
+        return rows.index_put((micro.loss_row.to(device), micro.loss_column.to(device)), values)
+
+    def _hidden(self, micro: Microbatch, device: torch.device) -> Tensor:
+        """[N, H] in the order of the flat layout."""
+        body = self.model.base_model
+        if self.flat:
+            plan = segment_attention.plan_attention(micro.segments).to(device)
+            output = body(
+                input_ids=micro.token_ids[None].to(device),
+                position_ids=micro.position_ids[None].to(device),
+                use_cache=False,
+                attention_plan=plan,
+            )
+            return output.last_hidden_state[0]
+        token_ids, mask = _padded(micro)
+        output = body(input_ids=token_ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        return output.last_hidden_state[mask.bool().to(device)]
+
+
+def _padded(micro: Microbatch) -> tuple[Tensor, Tensor]:
+    """Right-padded rows and their mask [b, longest]; a plain microbatch has a segment a row, in flat order."""
+    assert all(segment.parent is None for segment in micro.segments), "a shared prefix needs the flat layout"
+    lengths = [segment.length for segment in micro.segments]
+    token_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    mask = torch.zeros_like(token_ids)
+    for row, segment in enumerate(micro.segments):
+        token_ids[row, : segment.length] = _tokens_of(micro, segment)
+        mask[row, : segment.length] = 1
+    return token_ids, mask
+
+
+def _tokens_of(micro: Microbatch, segment: Segment) -> Tensor:
+    return micro.token_ids[segment.start : segment.start + segment.length]

@@ -1,0 +1,95 @@
+"""Loading a causal language model through nemo-automodel, on CUDA or without it.
+
+Hugging Face's own classes are always used (`force_hf`), so module and tensor names are the canonical ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from nemo_rl_lora.lora.targets import LinearModule
+
+
+def load_model(path: Path, *, dtype: torch.dtype, config_overrides: dict[str, Any]) -> PreTrainedModel:
+    """The model of a Hugging Face directory, in evaluation mode, every weight in `dtype`."""
+    import nemo_automodel._transformers.auto_model as auto_model
+
+    with _without_cuda(auto_model):
+        model = auto_model.NeMoAutoModelForCausalLM.from_pretrained(
+            str(path),
+            torch_dtype=dtype,
+            attn_implementation="sdpa",
+            use_liger_kernel=False,
+            use_sdpa_patching=False,
+            force_hf=True,
+            **config_overrides,
+        )
+    return model.eval()
+
+
+def load_model_config(path: Path, config_overrides: dict[str, Any]) -> Any:
+    """The transformers config alone; reads no weight."""
+    return AutoConfig.from_pretrained(path, **config_overrides)
+
+
+def linear_modules(model: nn.Module) -> list[LinearModule]:
+    """Every linear module in module order, by its full Hugging Face name."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return [
+        LinearModule(
+            name=name,
+            in_features=module.in_features,
+            out_features=module.out_features,
+            is_output_head=module is head,
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def share_structure(model: PreTrainedModel) -> PreTrainedModel:
+    """A second module tree over the same parameters and buffers, with its own config."""
+    memo = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, memo)
+
+
+@contextlib.contextmanager
+def _without_cuda(auto_model: Any) -> Iterator[None]:
+    """nemo-automodel 0.7 asks for the current CUDA device while it loads: answer with the CPU where there is none."""
+    if torch.cuda.is_available():
+        yield
+        return
+    original = auto_model.torch
+    auto_model.torch = _TorchWithoutCuda()
+    try:
+        yield
+    finally:
+        auto_model.torch = original
+
+
+class _CudaOfCpu:
+    @staticmethod
+    def current_device() -> torch.device:
+        return torch.device("cpu")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+
+class _TorchWithoutCuda:
+    cuda = _CudaOfCpu()
+
+    @staticmethod
+    def device(*args: Any) -> torch.device:
+        return torch.device("cpu") if args and args[0] == "cuda" else torch.device(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)

@@ -1,0 +1,63 @@
+"""What a policy offers to a generation engine: names, shapes, a digest, and tensors computed when they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_rl_lora.types import SyncMode, TensorInfo, WeightsRef
+
+DIGEST_BYTES_PER_TENSOR = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor that `compute` makes when it is read, and what it will look like."""
+
+    info: TensorInfo
+    compute: Callable[[], Tensor]
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Names to tensors, each computed at every read; nothing is kept."""
+
+    def __init__(self, entries: Mapping[str, LazyTensor]) -> None:
+        self._entries = dict(entries)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._entries[name].compute()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def make_ref(version: int, mode: SyncMode, entries: Mapping[str, LazyTensor], digest: str) -> WeightsRef:
+    """A reference within this process."""
+    manifest = tuple(entry.info for entry in entries.values())
+    return WeightsRef(
+        version=version,
+        mode=mode,
+        manifest=manifest,
+        digest=digest,
+        num_bytes=sum(torch.Size(info.shape).numel() * info.dtype.itemsize for info in manifest),
+        tensors=LazyTensors(entries),
+    )
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over sorted names, shapes, dtypes and bytes; of a tensor above 1 MiB, an evenly strided MiB."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        data = tensor.cpu().contiguous().flatten().view(torch.uint8)
+        stride = -(-data.numel() // DIGEST_BYTES_PER_TENSOR)
+        digest.update((data if stride == 1 else data[::stride].contiguous()).numpy())
+    return digest.hexdigest()
