@@ -84,25 +84,24 @@ def resolve_targets(
     """
     targets_key, excludes_key = f"{config_key}.target_modules", f"{config_key}.exclude_modules"
     where = f"linear modules of {model_label}"
-    _require_matches(spec.excludes, modules, excludes_key, where)
+    # A tied head can never be chosen, so it is no candidate; a target that names it has its own refusal.
+    offered = [m for m in modules if not (tied_head and m.is_head)]
+    _require_matches(spec.excludes, modules, offered, excludes_key, where)
     kept = [m for m in modules if not any(module_matches(e, m.name) for e in spec.excludes)]
     if isinstance(spec.targets, str):
         chosen = [m for m in kept if not m.is_head]
     else:
-        _require_matches(spec.targets, modules, targets_key, where)
+        _require_matches(spec.targets, modules, offered, targets_key, where)
         chosen = [m for m in kept if any(module_matches(t, m.name) for t in spec.targets)]
         _refuse_tied_head(chosen, spec.targets, tied_head, config_key)
     if not chosen:
         raise ValueError(
-            f"{excludes_key}={list(spec.excludes)!r}: leaves none of the {len(modules)} {where} that "
+            f"{excludes_key}={list(spec.excludes)!r}: leaves none of the {len(offered)} {where} that "
             f"{targets_key} selects. Exclude fewer modules, or set enabled=false to train without an adapter."
         )
-    _require_matches(
-        spec.rank_pattern, chosen, f"{config_key}.rank_pattern", f"adapted modules of {model_label}"
-    )
-    _require_matches(
-        spec.alpha_pattern, chosen, f"{config_key}.alpha_pattern", f"adapted modules of {model_label}"
-    )
+    adapted = f"adapted modules of {model_label}"
+    _require_matches(spec.rank_pattern, chosen, chosen, f"{config_key}.rank_pattern", adapted)
+    _require_matches(spec.alpha_pattern, chosen, chosen, f"{config_key}.alpha_pattern", adapted)
     if spec.fused == "shared":
         _require_whole_fused_layers(spec, chosen, modules, config_key)
     return tuple(_adapted(spec, module) for module in chosen)
@@ -119,18 +118,22 @@ def _adapted(spec: LoraSpec, module: LinearModule) -> AdaptedModule:
     )
 
 
-def _require_matches(patterns: Iterable[str], modules: Sequence[LinearModule], key: str, where: str) -> None:
+def _require_matches(
+    patterns: Iterable[str],
+    modules: Sequence[LinearModule],
+    offered: Sequence[LinearModule],
+    key: str,
+    where: str,
+) -> None:
     for pattern in patterns:
         if any(module_matches(pattern, m.name) for m in modules):
             continue
-        # A pattern that meant one module of another name should be told that name, not the whole list alone.
-        candidates = list(dict.fromkeys(last_component(m.name) for m in modules))
+        candidates = list(dict.fromkeys(last_component(m.name) for m in offered))
         close = difflib.get_close_matches(last_component(pattern), candidates, n=1)
         hint = f" Did you mean {close[0]!r}?" if close and close[0] != pattern else ""
         raise ValueError(
-            f"{key}={list(patterns)!r}: {_subject(pattern, patterns)}matches none of the {len(modules)} "
-            f"{where}."
-            f"{hint} Candidates: {', '.join(candidates)}."
+            f"{key}={list(patterns)!r}: {_subject(pattern, patterns)}matches none of the "
+            f"{len(offered)} {where}.{hint} Candidates: {', '.join(candidates)}."
         )
 
 
@@ -138,18 +141,11 @@ def _subject(pattern: str, patterns: Iterable[str]) -> str:
     return "" if len(list(patterns)) == 1 else f"{pattern!r} "
 
 
-def _refuse_tied_head(
-    chosen: Sequence[LinearModule], targets: Sequence[str], tied_head: bool, config_key: str
-) -> None:
-    head = next((m for m in chosen if m.is_head), None)
-    if head is not None and tied_head:
-        raise ValueError(
-            f"{config_key}.target_modules={list(targets)!r}: matches the output head {head.name!r}, which "
-            "shares its "
-            "weight with the input embeddings, so an adapter there cannot be merged. Drop it from the "
-            "targets, or "
-            f"add {head.name!r} to {config_key}.exclude_modules."
-        )
+def _refuse_tied_head(chosen: Sequence[LinearModule], targets: Sequence[str], tied_head: bool, config_key:
+str) -> None: head = next((m for m in chosen if m.is_head), None) if head is not None and tied_head: raise
+ValueError( f"{config_key}.target_modules={list(targets)!r}: matches the output head {head.name!r}, which "
+"shares its " "weight with the input embeddings, so an adapter there cannot be merged. Drop it from the "
+"targets, or " f"add {head.name!r} to {config_key}.exclude_modules." )
 
 
 def _require_whole_fused_layers(
