@@ -133,8 +133,7 @@ def spec_from_unified(block: Mapping[str, Any], key_prefix: str, backend: str) -
     return spec
 
 
-def spec_from_keys(block: Mapping[str, Any], keys: Mapping[str, str], key_prefix: str, **overrides: Any) ->
-LoraSpec:
+def spec_from_keys(block: Mapping[str, Any], keys: Mapping[str, str], key_prefix: str, **overrides: Any) -> LoraSpec:
     """Build a LoraSpec from `block[keys[field]]`, or `overrides[field]`; errors name the block's keys."""
     fields = {name: block[key] for name, key in keys.items() if name not in overrides} | overrides
     targets = fields["targets"]
@@ -256,11 +255,13 @@ def peft_names(value: Any, key: str) -> str | tuple[str, ...]:
     if value == ALL_LINEAR:
         return ALL_LINEAR
     if isinstance(value, str) or value is None:
-        raise ValueError(f"{key}={value!r}: must be a list of module names. List the names that it stands
-        for.") names = tuple(sorted(value) if isinstance(value, set | frozenset) else value) if wild :=
-        [name for name in names if any(c in str(name) for c in "*?[")]: raise ValueError(
-        f"{key}={list(names)!r}: PEFT reads {wild[0]!r} as a plain name. List names without wildcards." )
-        return names
+        raise ValueError(f"{key}={value!r}: must be a list of module names. List the names that it stands for.")
+    names = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+    if wild := [name for name in names if any(c in str(name) for c in "*?[")]:
+        raise ValueError(
+            f"{key}={list(names)!r}: PEFT reads {wild[0]!r} as a plain name. List names without wildcards."
+        )
+    return names
 
 
 def _is_off(key: str, value: Any) -> bool:
@@ -270,8 +271,7 @@ def _is_off(key: str, value: Any) -> bool:
 def _require(config: Mapping[str, Any], key: str, allowed: tuple[Any, ...], key_prefix: str) -> None:
     value = config[key] if key in config else allowed[0]
     if value not in allowed:
-        raise ValueError(f"{key_prefix}.{key}={value!r}: must be {allowed[-1]!r}. Use a LoRA adapter of a
-        causal LM.")
+        raise ValueError(f"{key_prefix}.{key}={value!r}: must be {allowed[-1]!r}. Use a LoRA adapter of a causal LM.")
 
 
 def _peft_init(block: Mapping[str, Any], key_prefix: str) -> str:
@@ -282,8 +282,7 @@ def _peft_init(block: Mapping[str, Any], key_prefix: str) -> str:
         return f"normal({1 / block['r']!r})"
     raise ValueError(
         f"{key_prefix}.init_lora_weights={value!r}: must be true, or 'gaussian' without a rank_pattern. "
-        "Other inits "
-        f"start from a non-zero update or change the base."
+        f"Other inits start from a non-zero update or change the base."
     )
 
 
@@ -293,5 +292,6 @@ def _peft_pattern(patterns: Mapping[str, Any] | None, key: str) -> dict[str, Any
     for pattern, value in (patterns or {}).items():
         name = pattern.removeprefix("^").replace("\\.", ".").removesuffix("$")
         if not re.fullmatch(r"[\w.-]+", name):
-            raise ValueError(f"{key}={dict(patterns or {})!r}: {pattern!r} is a regular expression. List
-            module names.") plain[name] = value return plain
+            raise ValueError(f"{key}={dict(patterns or {})!r}: {pattern!r} is a regular expression. List names.")
+        plain[name] = value
+    return plain

@@ -11,8 +11,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, out: Tensor | None = None)
--> Tensor:
+def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     """`weight [out, in] + scale * lora_b [out, dim] @ lora_a [dim, in]`, in the weight's dtype.
 
     `out`, of the weight's shape and dtype, receives the result; it must not share memory with `weight`.

@@ -25,10 +25,11 @@ OUTPUT_HEAD_NAMES = ("lm_head", "embed_out", "output_layer")
 
 _MEGATRON_LAYER = {part: layer for layer, parts in HF_PARTS.items() for part in parts}
 _ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_HF_NAME =
-re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<block>self_attn|mlp(?:\.experts\.\d+)?)\.(?P<part>\w+)")
-_MEGATRON_NAME = re.compile( r"decoder\.layers\.(?P<layer>\d+)\."
-r"(?P<block>self_attention|mlp(?:\.experts\.local_experts\.\d+)?)\.(?P<part>\w+)" )
+_HF_NAME = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<block>self_attn|mlp(?:\.experts\.\d+)?)\.(?P<part>\w+)")
+_MEGATRON_NAME = re.compile(
+    r"decoder\.layers\.(?P<layer>\d+)\."
+    r"(?P<block>self_attention|mlp(?:\.experts\.local_experts\.\d+)?)\.(?P<part>\w+)"
+)
 
 
 def megatron_name(hf_name: str) -> str | None:
@@ -40,9 +41,8 @@ def megatron_name(hf_name: str) -> str | None:
         return None
     if (match["block"] == "self_attn") != (match["part"] in _ATTENTION_PARTS):
         return None
-    block = match["block"].replace("self_attn", "self_attention").replace("experts.",
-    "experts.local_experts.") return
-    f"decoder.layers.{match['layer']}.{block}.{_MEGATRON_LAYER[match['part']]}"
+    block = match["block"].replace("self_attn", "self_attention").replace("experts.", "experts.local_experts.")
+    return f"decoder.layers.{match['layer']}.{block}.{_MEGATRON_LAYER[match['part']]}"
 
 
 def hf_names(megatron: str) -> tuple[str, ...]:
@@ -73,8 +73,7 @@ def names_fused_layer(pattern: str) -> bool:
     """
     last = last_component(pattern)
     parts = [part for fused in FUSED_PARTS.values() for part in fused]
-    return any(fnmatchcase(fused, last) for fused in FUSED_PARTS) and not any(fnmatchcase(p, last) for p in
-    parts)
+    return any(fnmatchcase(fused, last) for fused in FUSED_PARTS) and not any(fnmatchcase(p, last) for p in parts)
 
 
 def names_fused_part(pattern: str) -> bool:
@@ -90,5 +89,4 @@ def hf_targets(pattern: str) -> tuple[str, ...]:
     if prefix and not prefix.startswith("*"):
         prefix = prefix.replace("decoder.", "model.").replace("local_experts.", "")
     prefix = prefix.replace("self_attention.", "self_attn.")
-    return tuple(prefix + part for layer, parts in HF_PARTS.items() if fnmatchcase(layer, last) for part in
-    parts)
+    return tuple(prefix + part for layer, parts in HF_PARTS.items() if fnmatchcase(layer, last) for part in parts)

@@ -49,12 +49,13 @@ class LoraSpec:
     excludes: tuple[str, ...] = ()
     A_init: str = "xavier"
     B_init: Literal["zero"] = "zero"
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: fp32 masters, cast to the
-    compute dtype kernels: bool = True  # Triton kernels where the backend and the machine have them a2a:
-    bool = False  # Megatron's all-to-all on row-parallel layers fused: Literal["canonical", "shared"] =
-    "canonical"  # one A per Hugging Face module, or per fused Megatron layer rank_pattern: Mapping[str,
-    int] = field(default_factory=dict, hash=False)  # the first match wins alpha_pattern: Mapping[str,
-    float] = field(default_factory=dict, hash=False) use_rslora: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: fp32 masters, cast to the compute dtype
+    kernels: bool = True  # Triton kernels where the backend and the machine have them
+    a2a: bool = False  # Megatron's all-to-all on row-parallel layers
+    fused: Literal["canonical", "shared"] = "canonical"  # one A per Hugging Face module, or per fused Megatron layer
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)  # the first match wins
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+    use_rslora: bool = False
 
     def __post_init__(self) -> None:
         _check_positive_int("dim", self.dim)
@@ -77,13 +78,11 @@ class LoraSpec:
         """The rank of the module of this full Hugging Face name: the first match in `rank_pattern`, or
         `dim`.
         """
-        return next((dim for pattern, dim in self.rank_pattern.items() if module_matches(pattern, name)),
-        self.dim)
+        return next((dim for pattern, dim in self.rank_pattern.items() if module_matches(pattern, name)), self.dim)
 
     def alpha_of(self, name: str) -> float:
         """The alpha of the module of this full Hugging Face name."""
-        return next((a for pattern, a in self.alpha_pattern.items() if module_matches(pattern, name)),
-        self.alpha)
+        return next((a for pattern, a in self.alpha_pattern.items() if module_matches(pattern, name)), self.alpha)
 
     def scale_of(self, name: str) -> float:
         """What multiplies B @ A in the module of this full Hugging Face name."""
@@ -96,12 +95,17 @@ def parse_init(A_init: str) -> tuple[str, float | None]:
     if A_init in ("xavier", "uniform", "kaiming"):
         return A_init, None
     if A_init == "normal":
-        raise LoraFieldError("A_init", A_init, "needs its standard deviation. Write, for example,
-        'normal(0.02)'.") match = _NORMAL.fullmatch(A_init) if isinstance(A_init, str) else None if match is
-        None: raise LoraFieldError("A_init", A_init, f"{_INIT_RULE}. Choose one of them.") try: std =
-        float(match[1]) except ValueError: raise LoraFieldError("A_init", A_init, f"{_INIT_RULE}. Write, for
-        example, 'normal(0.02)'.") from None if not 0 < std < math.inf: raise LoraFieldError("A_init",
-        A_init, f"{_INIT_RULE}. Write, for example, 'normal(0.02)'.") return "normal", std
+        raise LoraFieldError("A_init", A_init, "needs its standard deviation. Write, for example, 'normal(0.02)'.")
+    match = _NORMAL.fullmatch(A_init) if isinstance(A_init, str) else None
+    if match is None:
+        raise LoraFieldError("A_init", A_init, f"{_INIT_RULE}. Choose one of them.")
+    try:
+        std = float(match[1])
+    except ValueError:
+        raise LoraFieldError("A_init", A_init, f"{_INIT_RULE}. Write, for example, 'normal(0.02)'.") from None
+    if not 0 < std < math.inf:
+        raise LoraFieldError("A_init", A_init, f"{_INIT_RULE}. Write, for example, 'normal(0.02)'.")
+    return "normal", std
 
 
 def init_distribution(A_init: str, in_features: int, dim: int) -> tuple[Literal["normal", "uniform"], float]:
@@ -135,18 +139,30 @@ def require_adapter_dtype(spec: LoraSpec, quantization: str | None, config_key: 
 def _check_targets(spec: LoraSpec) -> None:
     if isinstance(spec.targets, str):
         if spec.targets != ALL_LINEAR:
-            raise LoraFieldError("targets", spec.targets, f"must be {ALL_LINEAR!r} or a list of names. Write
-            a list.") else: _check_names("targets", spec.targets) if not spec.targets: raise
-            LoraFieldError("targets", [], f"names no module. Write {ALL_LINEAR!r} for every linear module.")
-            _check_names("excludes", spec.excludes) if isinstance(spec.targets, str): if spec.fused ==
-            "shared": raise LoraFieldError("fused", "shared", "needs targets that name linear_qkv or
-            linear_fc1. Name them.") return fused = [t for t in spec.targets if names_fused_layer(t)] parts
-            = [t for t in spec.targets if names_fused_part(t)] if fused and parts: raise LoraFieldError(
-            "targets", list(spec.targets), f"{fused[0]!r} asks for one A shared by a fused layer,
-            {parts[0]!r} for one A per module. Use " f"{', '.join(repr(n) for n in hf_targets(fused[0]))}
-            instead of {fused[0]!r}, or fused names " "only.", ) if bool(fused) != (spec.fused == "shared"):
-            raise LoraFieldError( "fused", spec.fused, "must be 'shared' exactly when a target names a fused
-            layer. Drop it." )
+            raise LoraFieldError("targets", spec.targets, f"must be {ALL_LINEAR!r} or a list of names. Write a list.")
+    else:
+        _check_names("targets", spec.targets)
+        if not spec.targets:
+            raise LoraFieldError("targets", [], f"names no module. Write {ALL_LINEAR!r} for every linear module.")
+    _check_names("excludes", spec.excludes)
+    if isinstance(spec.targets, str):
+        if spec.fused == "shared":
+            raise LoraFieldError("fused", "shared", "needs targets that name linear_qkv or linear_fc1. Name them.")
+        return
+    fused = [t for t in spec.targets if names_fused_layer(t)]
+    parts = [t for t in spec.targets if names_fused_part(t)]
+    if fused and parts:
+        raise LoraFieldError(
+            "targets",
+            list(spec.targets),
+            f"{fused[0]!r} asks for one A shared by a fused layer, {parts[0]!r} for one A per module. Use "
+            f"{', '.join(repr(n) for n in hf_targets(fused[0]))} instead of {fused[0]!r}, or fused names "
+            "only.",
+        )
+    if bool(fused) != (spec.fused == "shared"):
+        raise LoraFieldError(
+            "fused", spec.fused, "must be 'shared' exactly when a target names a fused layer. Drop it."
+        )
 
 
 def _check_names(name: str, patterns: tuple[str, ...]) -> None:
@@ -156,20 +172,17 @@ def _check_names(name: str, patterns: tuple[str, ...]) -> None:
                 name, list(patterns), "every entry must be a module name or glob. Remove the empty one."
             )
         if pattern == ALL_LINEAR:
-            raise LoraFieldError(name, list(patterns), f"{ALL_LINEAR!r} stands alone, not in a list. Write
-            it bare.")
+            raise LoraFieldError(name, list(patterns), f"{ALL_LINEAR!r} stands alone, not in a list. Write it bare.")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
-        raise LoraFieldError(name, value, f"must be one of {', '.join(repr(c) for c in choices)}. Choose one
-        of them.")
+        raise LoraFieldError(name, value, f"must be one of {', '.join(repr(c) for c in choices)}. Choose one of them.")
 
 
 def _check_positive_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise LoraFieldError(name, value, "must be a whole number of at least 1. Typical values are 8 to
-        128.")
+        raise LoraFieldError(name, value, "must be a whole number of at least 1. Typical values are 8 to 128.")
 
 
 def _check_positive(name: str, value: Any) -> None:

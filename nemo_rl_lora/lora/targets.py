@@ -141,11 +141,16 @@ def _subject(pattern: str, patterns: Iterable[str]) -> str:
     return "" if len(list(patterns)) == 1 else f"{pattern!r} "
 
 
-def _refuse_tied_head(chosen: Sequence[LinearModule], targets: Sequence[str], tied_head: bool, config_key:
-str) -> None: head = next((m for m in chosen if m.is_head), None) if head is not None and tied_head: raise
-ValueError( f"{config_key}.target_modules={list(targets)!r}: matches the output head {head.name!r}, which "
-"shares its " "weight with the input embeddings, so an adapter there cannot be merged. Drop it from the "
-"targets, or " f"add {head.name!r} to {config_key}.exclude_modules." )
+def _refuse_tied_head(chosen: Sequence[LinearModule], targets: Sequence[str], tied_head: bool, config_key: str) -> None:
+    head = next((m for m in chosen if m.is_head), None)
+    if head is not None and tied_head:
+        raise ValueError(
+            f"{config_key}.target_modules={list(targets)!r}: matches the output head {head.name!r}, which "
+            "shares its "
+            "weight with the input embeddings, so an adapter there cannot be merged. Drop it from the "
+            "targets, or "
+            f"add {head.name!r} to {config_key}.exclude_modules."
+        )
 
 
 def _require_whole_fused_layers(
