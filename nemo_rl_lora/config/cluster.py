@@ -16,9 +16,9 @@ class ClusterConfig(Section):
     """Training processes on each node, one per GPU; 1 is also one process on a CPU."""
     num_nodes: int = Field(default=1, ge=1)
     """Nodes."""
-    segment_size: Annotated[
-        int | None, Fixed(None, remedy="Nodes are not grouped into segments: remove the key.")
-    ] = None
+    segment_size: Annotated[int | None, Fixed(None, remedy="Nodes are not grouped into segments: remove the key.")] = (
+        None
+    )
     """NeMo RL: nodes of a network segment."""
     master_port_range_low: Annotated[
         int, Fixed(1400, remedy="The operating system picks a free port: remove the key.")

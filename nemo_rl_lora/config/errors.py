@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 from nemo_rl_lora.config.schema import field_at, field_map, leaves, section_at
 
-_FULL_FORM = re.compile(r"([\w.]+)=.+?: ", re.DOTALL)
+_NAMES_ITS_KEY = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=.+?: |([A-Za-z_]\w*(?:\.\w+)+): ", re.DOTALL)
 _MAX_VALUE_CHARS = 120
 
 
@@ -122,10 +122,10 @@ def _paragraph(root: type[BaseModel], path: tuple[str, ...], details: list[Error
 
 def _in_own_words(root: type[BaseModel], path: tuple[str, ...], value: str, message: str) -> str:
     """A rule of ours: it names its key in full, or relative to its section, or says the rule alone."""
-    named = _FULL_FORM.match(message)
+    named = _NAMES_ITS_KEY.match(message)
     if named is None:
         return f"{'.'.join(path)}={value}: {message}"
-    if named.group(1).split(".")[0] in field_map(root):
+    if (named.group(1) or named.group(2)).split(".")[0] in field_map(root):
         return message
     return ".".join((*path, message))
 

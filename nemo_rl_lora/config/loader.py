@@ -89,7 +89,9 @@ def _read_tree(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     file = path.resolve()
     if file in chain:
         names = " -> ".join(step.name for step in (*chain[chain.index(file) :], file))
-        raise ConfigError(f"defaults={str(path.name)!r}: the files inherit each other ({names}). Remove one `defaults`.")
+        raise ConfigError(
+            f"defaults={str(path.name)!r}: the files inherit each other ({names}). Remove one `defaults`."
+        )
     tree = _read_file(path, chain[-1] if chain else None)
     parents = tree.pop("defaults", [])
     parents = [parents] if isinstance(parents, str) else parents

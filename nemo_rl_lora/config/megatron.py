@@ -184,9 +184,9 @@ class MegatronConfig(Section):
     """Cast logits to fp32 only where the loss reads them."""
     moe_per_layer_logging: bool = False
     """Log the router's load per layer."""
-    moe_enable_deepep: Annotated[
-        bool, Fixed(False, remedy="Use policy.megatron_cfg.moe_token_dispatcher_type.")
-    ] = False
+    moe_enable_deepep: Annotated[bool, Fixed(False, remedy="Use policy.megatron_cfg.moe_token_dispatcher_type.")] = (
+        False
+    )
     """NeMo RL: DeepEP's token dispatcher."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens travel to the ranks of their experts."""

@@ -208,7 +208,11 @@ SchedulerConfig = Annotated[
 """`{name: cosine, ...}`, one torch scheduler `{name, kwargs}`, or NeMo RL's list of them with its milestones."""
 
 AnyScheduler = (
-    ShortScheduler | LinearLR | ConstantLR | CosineAnnealingLR | tuple[LinearLR | ConstantLR | CosineAnnealingLR | Milestones, ...]
+    ShortScheduler
+    | LinearLR
+    | ConstantLR
+    | CosineAnnealingLR
+    | tuple[LinearLR | ConstantLR | CosineAnnealingLR | Milestones, ...]
 )
 
 

@@ -13,16 +13,11 @@ from pydantic import Field, field_validator, model_validator
 from nemo_rl_lora.config.base import Fixed, Section
 from nemo_rl_lora.config.dtensor import DTensorConfig
 from nemo_rl_lora.config.generation import GenerationConfig
-from nemo_rl_lora.config.lora import UnifiedLora
+from nemo_rl_lora.config.lora import UnifiedLora, lora_spec_from_policy
 from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.config.optimizer import AnyScheduler, OptimizerConfig, SchedulerConfig, split_sequence
 
 BackendName = Literal["dtensor", "megatron"]
-
-_LORA_BLOCKS: tuple[tuple[BackendName, str, str], ...] = (
-    ("dtensor", "policy.dtensor_cfg.lora_cfg", "policy.dtensor_cfg.enabled"),
-    ("megatron", "policy.megatron_cfg.peft", "policy.megatron_cfg.enabled"),
-)
 
 
 class TokenizerConfig(Section):
@@ -92,7 +87,7 @@ class PolicyConfig(Section):
     backend: BackendName | None = None
     """Where to train. null: the one of dtensor_cfg.enabled and megatron_cfg.enabled that is true. No NeMo RL key."""
     lora: UnifiedLora | None = None
-    """The adapter, for whichever backend is on. No NeMo RL key."""
+    """The adapter, for whichever backend is on; null where a native block has it. No NeMo RL key."""
     train_global_batch_size: int = Field(default=32, ge=1)
     """Rows of an optimizer step."""
     train_micro_batch_size: int = Field(default=1, ge=1)
@@ -184,19 +179,7 @@ class PolicyConfig(Section):
 
     @model_validator(mode="after")
     def _one_adapter(self) -> PolicyConfig:
-        enabled = {"dtensor": self.dtensor_cfg.lora_cfg.enabled, "megatron": self.megatron_cfg.peft.enabled}
-        for backend, block, flag in _LORA_BLOCKS:
-            if enabled[backend] and self.lora is not None:
-                raise ValueError(
-                    f"{block}.enabled=True: an adapter is described once, and policy.lora is given as well. "
-                    f"Set {block}.enabled=false or policy.lora=null."
-                )
-            if enabled[backend] and backend != self.active_backend:
-                raise ValueError(
-                    f"{block}.enabled=True: this adapter belongs to the {backend} backend, and "
-                    f"{self.active_backend} trains. Set {block}.enabled=false, or train there: "
-                    f"policy.backend={backend} (which stands above {flag})."
-                )
+        lora_spec_from_policy(self)
         return self
 
     @model_validator(mode="after")

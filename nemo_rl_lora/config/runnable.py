@@ -41,8 +41,7 @@ def _world_problems(config: MasterConfig) -> list[str]:
         size = getattr(parallel, key)
         if size > 1:
             problems.append(
-                f"policy.dtensor_cfg.{key}={size}: this version trains in one process. "
-                f"Set policy.dtensor_cfg.{key}=1."
+                f"policy.dtensor_cfg.{key}={size}: this version trains in one process. Set policy.dtensor_cfg.{key}=1."
             )
     if parallel.sequence_parallel:
         problems.append(

@@ -38,7 +38,9 @@ def _step(annotation: Any, key: str) -> list[Any]:
         return [Any]
     if _is_section(annotation):
         field = field_map(annotation).get(key)
-        return alternatives(field.annotation) if field is not None else []
+        if field is None:
+            return [Any] if annotation.model_config.get("extra") == "allow" else []
+        return alternatives(field.annotation)
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (dict, Mapping):
         return alternatives(arguments[1])
