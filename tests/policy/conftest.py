@@ -1,0 +1,82 @@
+"""Tiny random models on disk and batches of groups, for the policy's tests."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from nemo_rl_lora.types import Batch, Denominators
+
+VOCABULARY = 211
+
+_SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 512,
+}
+
+CONFIGS = {
+    "llama": LlamaConfig(**_SIZES, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**_SIZES, tie_word_embeddings=False),
+    "qwen3": Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=True),
+    "mistral-window": MistralConfig(**_SIZES, sliding_window=8, tie_word_embeddings=False),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """family -> directory of a random model in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            config = CONFIGS[family]
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+            made[family] = tmp_path_factory.mktemp(family)
+            model.save_pretrained(made[family])
+        return made[family]
+
+    return make
+
+
+@pytest.fixture
+def groups_batch() -> Batch:
+    """Two groups (3 and 4 rows), prompts of 9 and 14 tokens, one completion empty, lengths from 9 to 40."""
+    generator = torch.Generator().manual_seed(1)
+    prompt_length = torch.tensor([9, 9, 9, 14, 14, 14, 14])
+    sequence_length = torch.tensor([20, 31, 9, 40, 22, 15, 33])
+    group_index = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    token_ids = torch.randint(0, VOCABULARY, (7, 40), generator=generator)
+    for row, group in enumerate(group_index.tolist()):
+        first = group_index.tolist().index(group)
+        token_ids[row, : prompt_length[row]] = token_ids[first, : prompt_length[row]]
+    columns = torch.arange(40)[None]
+    loss_mask = (columns >= prompt_length[:, None]) & (columns < sequence_length[:, None])
+    shape = (7, 40)
+    return Batch(
+        token_ids=token_ids,
+        loss_mask=loss_mask,
+        sequence_length=sequence_length,
+        prompt_length=prompt_length,
+        group_index=group_index,
+        denominators=Denominators(
+            num_loss_tokens=int(loss_mask.sum()), num_sequences=int(loss_mask.any(1).sum())
+        ),
+        generation_logprobs=-torch.rand(shape, generator=generator) * loss_mask,
+        advantages=torch.randn(7, generator=generator),
+    )
