@@ -1,21 +1,24 @@
-"""Look at configurations: what a file means once it is expanded, and how two files differ.
+"""Look at configurations: what a file means once it is expanded, how two files differ, what an adapter is here.
 
 uv run tools/config_cli.py expand FILE [overrides]
 uv run tools/config_cli.py compare LEFT RIGHT
+uv run tools/config_cli.py translate FILE
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_rl_lora.config.errors import ConfigError, show
 from nemo_rl_lora.config.loader import algorithm_of, load_config, resolved_yaml
+from nemo_rl_lora.config.translate import translate_file
 
-Command = Callable[[argparse.Namespace], int]
+ABSENT = object()
+"""Stands for a key that a configuration does not have."""
 
 
 def add_expand(subparsers: Any) -> None:
@@ -41,34 +44,45 @@ def add_compare(subparsers: Any) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    left, right = _values(arguments.left), _values(arguments.right)
-    for key in sorted(left.keys() | right.keys()):
-        if key not in right:
-            print(f"- {key}: {show(left[key])}")
-        elif key not in left:
-            print(f"+ {key}: {show(right[key])}")
-        elif left[key] != right[key]:
-            print(f"~ {key}: {show(left[key])} -> {show(right[key])}")
+    left, right = (
+        load_config(file, [], algorithm_of(file)).model_dump(by_alias=True)
+        for file in (arguments.left, arguments.right)
+    )
+    for key, (before, after) in differences(left, right).items():
+        if before is ABSENT:
+            print(f"+ {key}: {show(after)}")
+        elif after is ABSENT:
+            print(f"- {key}: {show(before)}")
+        else:
+            print(f"~ {key}: {show(before)} -> {show(after)}")
     return 0
 
 
-def _values(file: Path) -> dict[str, Any]:
-    """The values of a validated configuration by dotted key."""
-    return flattened(load_config(file, [], algorithm_of(file)).model_dump(by_alias=True))
+def differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """By dotted key, what stands left and right where the two are not equal; ABSENT where one has no such key."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(left.keys() | right.keys()):
+        before, after = left.get(key, ABSENT), right.get(key, ABSENT)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found |= differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found[f"{prefix}{key}"] = (before, after)
+    return found
 
 
-def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree as dotted keys; empty mappings are values."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flattened(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def add_translate(subparsers: Any) -> None:
+    """`translate FILE`: print the adapter of a NeMo RL, PEFT, VeOmni, verl or theseus file as a policy.lora block."""
+    parser = subparsers.add_parser("translate", help="print the adapter that a file describes as a policy.lora block")
+    parser.add_argument("file", type=Path, help="YAML of NeMo RL, VeOmni, verl or theseus, or an adapter_config.json")
+    parser.set_defaults(command=print_translation)
 
 
-COMMANDS = (add_expand, add_compare)
+def print_translation(arguments: argparse.Namespace) -> int:
+    print(translate_file(arguments.file), end="")
+    return 0
+
+
+COMMANDS = (add_expand, add_compare, add_translate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -133,6 +133,16 @@ def spec_from_unified(block: Mapping[str, Any], key_prefix: str, backend: str) -
     return spec
 
 
+def unified_from_spec(spec: LoraSpec) -> dict[str, Any]:
+    """The `policy.lora` block that parses into this spec; null for kernels that are on, which serves both backends."""
+    block: dict[str, Any] = {"enabled": True}
+    for name, key in UNIFIED_KEYS.items():
+        value = getattr(spec, name)
+        block[key] = list(value) if isinstance(value, tuple) else value
+    block["use_triton"] = None if spec.kernels else False
+    return block
+
+
 def spec_from_keys(block: Mapping[str, Any], keys: Mapping[str, str], key_prefix: str, **overrides: Any) -> LoraSpec:
     """Build a LoraSpec from `block[keys[field]]`, or `overrides[field]`; errors name the block's keys."""
     fields = {name: block[key] for name, key in keys.items() if name not in overrides} | overrides

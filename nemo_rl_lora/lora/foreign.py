@@ -1,0 +1,208 @@
+"""The LoRA settings of VeOmni, verl and theseus, translated into LoraSpec with their meaning and their init.
+
+Contract: `translate(document)` finds the one adapter that a parsed YAML or JSON document describes, in any dialect,
+and says which dialect it was. Each source's defaults stand in its table here. What a source can say and LoraSpec
+cannot is refused by name; keys beside the adapter's own are not read. This module reads no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_rl_lora.lora.dialects import SHARED_KEYS, peft_names, spec_from_keys, spec_from_peft_config
+from nemo_rl_lora.lora.spec import LoraSpec
+from nemo_rl_lora.lora.targets import ALL_LINEAR
+
+_VEOMNI_KEYS = {**SHARED_KEYS, "dim": "rank", "alpha": "alpha", "targets": "lora_modules"}
+_VERL_KEYS = {**SHARED_KEYS, "dim": "lora_rank", "alpha": "lora_alpha"}
+_VERL_DEFAULTS = {"lora_rank": 0, "lora_alpha": 16, "target_modules": ALL_LINEAR, "exclude_modules": None}
+_VERL_MEGATRON_KEYS = {
+    **SHARED_KEYS,
+    "dim": "rank",
+    "A_init": "lora_A_init_method",
+    "B_init": "lora_B_init_method",
+    "a2a": "a2a_experimental",
+    "dtype": "dtype",
+}
+_VERL_MEGATRON_DEFAULTS = {
+    "type": "lora",
+    "rank": 0,
+    "alpha": 32,
+    "dropout": 0.0,
+    "dropout_position": "pre",
+    "target_modules": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
+    "exclude_modules": [],
+    "lora_A_init_method": "xavier",
+    "lora_B_init_method": "zero",
+    "a2a_experimental": False,
+    "dtype": None,
+}
+_VERL_MEGATRON_OFF = {"merge": False, "adapter_path": None, "fully_sharded_loras": False}
+_CANONICAL_NAMES = {
+    "linear_q": "q_proj",
+    "linear_k": "k_proj",
+    "linear_v": "v_proj",
+    "linear_fc1_gate": "gate_proj",
+    "linear_fc1_up": "up_proj",
+}
+_CANONICAL_DEFAULT = [*_CANONICAL_NAMES, "linear_proj", "linear_fc2"]
+_THESEUS_KEYS = {**SHARED_KEYS, "dim": "rank"}
+_THESEUS_DEFAULTS = {"rank": 16, "alpha": 16.0, "target_modules": ["kernel"]}
+_NO_PATTERNS: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Translation:
+    """The adapter that a document describes, and where it stood."""
+
+    dialect: str
+    key: str  # dotted key of the block within the document; empty when the document is the block
+    spec: LoraSpec
+
+
+def spec_from_veomni(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
+    """`lora_config`: names are substrings of the full name; A is drawn as by PEFT; no dropout."""
+    _refuse_unknown(block, ("rank", "alpha", "lora_modules", "lora_adapter"), key_prefix)
+    _refuse_start(block, "lora_adapter", key_prefix)
+    _require_keys(block, ("rank", "alpha", "lora_modules"), key_prefix)
+    targets = substring_globs(block["lora_modules"], f"{key_prefix}.lora_modules")
+    fixed = {**_NO_PATTERNS, "excludes": (), "dropout": 0.0, "dropout_position": "pre", "A_init": "uniform"}
+    return spec_from_keys(block, _VEOMNI_KEYS, key_prefix, targets=targets, **fixed)
+
+
+def spec_from_verl(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
+    """verl's FSDP keys (`lora_rank`, `lora_alpha`, ...): a PEFT adapter without dropout."""
+    own = {k: v for k, v in block.items() if k.startswith("lora_") or k in ("target_modules", "exclude_modules")}
+    _refuse_unknown(own, (*_VERL_DEFAULTS, "lora_adapter_path"), key_prefix)
+    _refuse_start(own, "lora_adapter_path", key_prefix)
+    block = _VERL_DEFAULTS | own
+    _refuse_off(block, "lora_rank", key_prefix)
+    return spec_from_keys(
+        block,
+        _VERL_KEYS,
+        key_prefix,
+        targets=peft_names(block["target_modules"], f"{key_prefix}.target_modules"),
+        excludes=peft_names(block["exclude_modules"] or (), f"{key_prefix}.exclude_modules"),
+        dropout=0.0,
+        dropout_position="pre",
+        A_init="uniform",
+        **_NO_PATTERNS,
+    )
+
+
+def spec_from_verl_megatron(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
+    """verl's Megatron block `lora`: type lora shares A in fused layers, canonical_lora has an A per module."""
+    _refuse_unknown(block, (*_VERL_MEGATRON_DEFAULTS, *_VERL_MEGATRON_OFF), key_prefix)
+    for key, off in _VERL_MEGATRON_OFF.items():
+        if key in block and block[key] != off:
+            raise ValueError(
+                f"{key_prefix}.{key}={block[key]!r}: is no part of an adapter's description. Set it to {off!r} here "
+                f"and decide it in the run's configuration."
+            )
+    block = _VERL_MEGATRON_DEFAULTS | dict(block)
+    _refuse_off(block, "rank", key_prefix)
+    if block["type"] not in ("lora", "canonical_lora"):
+        raise ValueError(
+            f"{key_prefix}.type={block['type']!r}: must be 'lora' or 'canonical_lora'. Other types are not supported."
+        )
+    targets = block["target_modules"] or ALL_LINEAR
+    if block["type"] == "canonical_lora":
+        named = _CANONICAL_DEFAULT if targets == _VERL_MEGATRON_DEFAULTS["target_modules"] else targets
+        targets = named if isinstance(named, str) else [_canonical_target(t) for t in named]
+    A_init = "normal(0.2)" if block["lora_A_init_method"] == "normal" else block["lora_A_init_method"]
+    overrides = {**_NO_PATTERNS, "targets": targets, "A_init": A_init, "kernels": False}
+    return spec_from_keys(block, _VERL_MEGATRON_KEYS, key_prefix, **overrides)
+
+
+def spec_from_theseus(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
+    """`optimization/lora`: names are substrings of the parameter's path; A has standard deviation 1 / rank.
+
+    'kernel' is what its parameter of every linear layer is called, and so means all-linear.
+    """
+    _refuse_unknown(block, tuple(_THESEUS_DEFAULTS), key_prefix)
+    block = _THESEUS_DEFAULTS | dict(block)
+    names = block["target_modules"]
+    every = isinstance(names, list | tuple) and "kernel" in names
+    targets = ALL_LINEAR if every else substring_globs(names, f"{key_prefix}.target_modules")
+    rank = block["rank"]
+    A_init = f"normal({1 / rank!r})" if isinstance(rank, int) and rank > 0 else "xavier"
+    fixed = {**_NO_PATTERNS, "excludes": (), "dropout": 0.0, "A_init": A_init}
+    return spec_from_keys(block, _THESEUS_KEYS, key_prefix, targets=targets, dropout_position="pre", **fixed)
+
+
+def substring_globs(names: Any, key: str) -> tuple[str, ...]:
+    """Names that match anywhere in the full name, as globs: `q_proj` becomes `*q_proj*`."""
+    if not isinstance(names, list | tuple) or not names:
+        raise ValueError(f"{key}={names!r}: adapts no module. List parts of module names.")
+    return tuple(f"*{str(name).replace('/', '.')}*" for name in names)
+
+
+_Parser = Callable[[Mapping[str, Any], str], LoraSpec]
+# Where each dialect's block stands, and the keys that only it has.
+_PLACES: tuple[tuple[str, tuple[str, ...], tuple[str, ...], _Parser], ...] = (
+    ("PEFT adapter_config.json", ("",), ("peft_type",), spec_from_peft_config),
+    ("VeOmni lora_config", ("model.lora_config", "lora_config", ""), ("lora_modules",), spec_from_veomni),
+    (
+        "verl (Megatron)",
+        ("actor_rollout_ref.model.lora", "critic.model.lora", "model.lora"),
+        ("rank",),
+        spec_from_verl_megatron,
+    ),
+    ("verl", ("actor_rollout_ref.model", "critic.model", "model", ""), ("lora_rank",), spec_from_verl),
+    ("theseus", ("optimization.lora",), (), spec_from_theseus),
+)
+
+
+def translate(document: Mapping[str, Any]) -> Translation:
+    """The adapter of a foreign document. Raises ValueError when it holds none that is known here."""
+    for dialect, places, marks, parse in _PLACES:
+        for place in places:
+            block = _at(document, place)
+            if block is not None and all(mark in block for mark in marks):
+                return Translation(dialect=dialect, key=place, spec=parse(block, place or dialect.split()[0].lower()))
+    raise ValueError(
+        f"document={list(document)!r}: holds no LoRA settings known here. Give a PEFT adapter_config.json, or YAML of "
+        f"NeMo RL (policy.dtensor_cfg.lora_cfg, policy.megatron_cfg.peft, policy.lora), VeOmni (model.lora_config), "
+        f"verl (actor_rollout_ref.model) or theseus (optimization.lora)."
+    )
+
+
+def _at(document: Mapping[str, Any], place: str) -> Mapping[str, Any] | None:
+    block: Any = document
+    for part in place.split(".") if place else ():
+        if not isinstance(block, Mapping) or part not in block:
+            return None
+        block = block[part]
+    return block if isinstance(block, Mapping) else None
+
+
+def _canonical_target(name: str) -> str:
+    head, _, last = name.rpartition(".")
+    return f"{head}.{_CANONICAL_NAMES[last]}" if head and last in _CANONICAL_NAMES else _CANONICAL_NAMES.get(name, name)
+
+
+def _refuse_unknown(block: Mapping[str, Any], known: tuple[str, ...], key_prefix: str) -> None:
+    for key, value in block.items():
+        if key not in known:
+            raise ValueError(f"{key_prefix}.{key}={value!r}: is no key known here. Known: {', '.join(known)}.")
+
+
+def _refuse_start(block: Mapping[str, Any], key: str, key_prefix: str) -> None:
+    if key in block and block[key] is not None:
+        raise ValueError(
+            f"{key_prefix}.{key}={block[key]!r}: names weights to start from, which are no part of an adapter's "
+            f"description. Remove it, and translate the adapter_config.json of that directory instead."
+        )
+
+
+def _refuse_off(block: Mapping[str, Any], key: str, key_prefix: str) -> None:
+    if block[key] == 0:
+        raise ValueError(f"{key_prefix}.{key}=0: means no adapter there. Set it above 0, or train without one.")
+
+
+def _require_keys(block: Mapping[str, Any], keys: tuple[str, ...], key_prefix: str) -> None:
+    for key in keys:
+        if key not in block:
+            raise ValueError(f"{key_prefix}.{key}=None: is required there. Set it.")
