@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import math
@@ -22,7 +21,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -32,16 +31,28 @@ from typing import IO, Any, Literal
 import yaml
 
 from nemo_rl_lora.config.checkpointing import CheckpointingConfig
+from nemo_rl_lora.step_files import (
+    TMP_PREFIX,
+    damaged,
+    flush,
+    flush_tree,
+    is_full,
+    probe_directory,
+    read_json_file,
+    remove_whole,
+    verify_files,
+    write_checksums,
+)
 
 logger = logging.getLogger(__name__)
 
 INFO_FILE = "training_info.json"
 CONFIG_FILE = "config.yaml"
-CHECKSUMS_FILE = "checksums.json"
+ADAPTER_DIRECTORY = "policy/adapter"
+OPTIMIZER_DIRECTORY = "policy/optimizer"
 LOCK_FILE = ".lock"
 FORMAT_VERSION = 1
 STEP_PREFIX = "step_"
-TMP_PREFIX = "tmp_"
 SET_ASIDE_PREFIX = "set_aside_"
 
 SaveReason = Literal["period", "epoch", "end", "signal", "deadline"]
@@ -72,7 +83,6 @@ _PACKAGES = (
     "megatron-core",
     "vllm",
 )
-_PROBE_BYTES = 64 * 1024
 _ABSENT = "<absent>"
 
 
@@ -199,9 +209,14 @@ class Checkpointer:
             raise ValueError(
                 f"checkpointing.load_path={self._config.load_path!r}: {point.path} was saved with "
                 "checkpointing.save_optimizer=false and cannot be continued. Start from its adapter with "
-                f"policy.adapter.init_from={point.path / 'policy' / 'adapter'} and another "
+                f"policy.adapter.init_from={point.path / ADAPTER_DIRECTORY} and another "
                 "checkpointing.checkpoint_dir, or set checkpointing.load_path=none."
             )
+
+    def best_step(self) -> Path | None:
+        """The step that ranks first by `metric_name`; the newest where there is none."""
+        steps = step_directories(self._directory)
+        return max(steps, key=lambda entry: self._rank(*entry))[1] if steps else None
 
     def is_due(self, step: int, *, num_finished_epochs: int | None = None) -> bool:
         """Whether to save after `step` (from 1). `num_finished_epochs` is given where the step ended an
@@ -211,9 +226,7 @@ class Checkpointer:
             return False
         if config.save_period and step % config.save_period == 0:
             return True
-        return bool(
-            config.save_epochs and num_finished_epochs and num_finished_epochs % config.save_epochs == 0
-        )
+        return bool(config.save_epochs and num_finished_epochs and num_finished_epochs % config.save_epochs == 0)
 
     def save(self, info: TrainingInfo, write: Callable[[Path], None]) -> Path:
         """Write `step_N`, then remove what `keep_top_k` does not keep. `write` fills the directory it is
@@ -230,14 +243,14 @@ class Checkpointer:
             self._directory.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
             write(temporary)
+            if not self._config.save_optimizer:
+                shutil.rmtree(temporary / OPTIMIZER_DIRECTORY, ignore_errors=True)
             self._write_records(temporary, info)
-            _flush_tree(temporary)
-            if final.exists():
-                _remove_whole(final)
-            temporary.rename(final)
-            _flush(self._directory)
+            flush_tree(temporary)
+            _replace(temporary, final)
+            flush(self._directory)
         except BaseException as error:
-            full = _is_full(error, self._directory)
+            full = is_full(error, self._directory)
             shutil.rmtree(temporary, ignore_errors=True)
             if full:
                 raise self._no_space(info.step) from error
@@ -255,8 +268,7 @@ class Checkpointer:
         text = json.dumps(record, indent=2, allow_nan=False)
         (directory / INFO_FILE).write_text(text + "\n", encoding="utf-8")
         (directory / CONFIG_FILE).write_text(config_text(self._resolved), encoding="utf-8")
-        sums = {name: _digest(directory / name) for name in _file_names(directory)}
-        (directory / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+        write_checksums(directory)
 
     def _resume_path(self) -> Path | None:
         load_path = self._config.load_path
@@ -278,9 +290,7 @@ class Checkpointer:
         differences = config_differences(saved, self._resolved)
         if not differences:
             return
-        shown = "; ".join(
-            f"{key} was {old!r}, is {new!r}" for key, (old, new) in list(differences.items())[:8]
-        )
+        shown = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in list(differences.items())[:8])
         more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
         raise ValueError(
             f"checkpointing.checkpoint_dir={self._config.checkpoint_dir!r}: {path} was written with another "
@@ -294,13 +304,13 @@ class Checkpointer:
         if self._set_aside_done:
             return
         self._set_aside_done = True
-        own = self._resume.step if self._resume and self._resume.path.parent == self._directory else -1
+        is_own = self._resume is not None and self._resume.path.resolve().parent == self._directory.resolve()
+        own = self._resume.step if self._resume is not None and is_own else -1
         others = [path for step, path in step_directories(self._directory) if step > own or own < 0]
         if not others:
             return
         numbers = [
-            int(p.name.removeprefix(SET_ASIDE_PREFIX))
-            for p in self._directory.glob(f"{SET_ASIDE_PREFIX}[0-9]*")
+            int(p.name.removeprefix(SET_ASIDE_PREFIX)) for p in self._directory.glob(f"{SET_ASIDE_PREFIX}[0-9]*")
         ]
         place = self._directory / f"{SET_ASIDE_PREFIX}{max(numbers, default=0) + 1:03d}"
         place.mkdir()
@@ -315,9 +325,7 @@ class Checkpointer:
         split = name.split(":", 1)[0] + ":"
         available = sorted(info.metrics)
         if not any(other.startswith(split) for other in available):
-            logger.warning(
-                f"step {info.step} has no {split}* metric, so it ranks last in checkpointing.keep_top_k"
-            )
+            logger.warning(f"step {info.step} has no {split}* metric, so it ranks last in checkpointing.keep_top_k")
             return
         raise ValueError(
             f"checkpointing.metric_name={name!r}: is no metric of step {info.step}. "
@@ -334,7 +342,7 @@ class Checkpointer:
         kept = {step for step, _ in ranked[:keep]} | {newest}
         for step, path in steps:
             if step not in kept:
-                _remove_whole(path)
+                remove_whole(path)
                 logger.info(f"removed {path} (checkpointing.keep_top_k={keep})")
 
     def _rank(self, step: int, path: Path) -> tuple[float, int]:
@@ -363,9 +371,7 @@ class Checkpointer:
                 f"still alive (process {owner}). Wait for it, end it, or name another directory."
             ) from None
         except OSError as error:
-            logger.warning(
-                f"{self._directory} cannot be locked ({error}): do not start two runs on it at once"
-            )
+            logger.warning(f"{self._directory} cannot be locked ({error}): do not start two runs on it at once")
             file.close()
             return
         file.truncate(0)
@@ -383,39 +389,6 @@ class Checkpointer:
             f"{step} ({free:,} bytes free after its files were removed again). {rest}. Free some space, "
             "lower checkpointing.keep_top_k, or name another directory, and give the same command again to "
             "continue.",
-        )
-
-
-def probe_directory(directory: Path, key: str, *, required_bytes: int = 0) -> None:
-    """Make a directory and write into it, to learn now what would fail later. ValueError under the config's
-    `key`.
-
-    Directories that were made for a failed attempt are removed again.
-    """
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    probe = directory / f"{TMP_PREFIX}probe_{os.getpid()}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with probe.open("wb") as file:
-            file.write(b"\0" * _PROBE_BYTES)
-            file.flush()
-            os.fsync(file.fileno())
-        probe.unlink()
-        free = shutil.disk_usage(directory).free
-    except OSError as error:
-        if probe.parent.is_dir():
-            probe.unlink(missing_ok=True)
-        _remove_empty(missing)
-        remedy = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Make it writable"
-        raise ValueError(
-            f"{key}={str(directory)!r}: cannot be written ({error.strerror}). {remedy}, or name another "
-            "directory."
-        ) from error
-    if free < required_bytes:
-        _remove_empty(missing)
-        raise ValueError(
-            f"{key}={str(directory)!r}: has {free:,} bytes free, and one checkpoint needs "
-            f"{required_bytes:,}. Free some space, or name another directory."
         )
 
 
@@ -445,30 +418,22 @@ def newest_step(directory: Path) -> Path | None:
     return steps[-1][1] if steps else None
 
 
-def verify_files(directory: Path, names: Iterable[str] | None = None) -> None:
-    """Compare files with checksums.json, all of them or those named. ValueError names the file that differs.
-
-    Files that were added later are no concern of it.
-    """
-    sums = _read_json_file(directory, CHECKSUMS_FILE)
-    for name in sums if names is None else names:
-        path = directory / name
-        if name not in sums or not path.is_file():
-            raise _damaged(directory, name, "is missing")
-        expected, found = sums[name], _digest(path)
-        if found["bytes"] != expected["bytes"]:
-            raise _damaged(directory, name, f"has {found['bytes']:,} bytes instead of {expected['bytes']:,}")
-        if found["sha256"] != expected["sha256"]:
-            raise _damaged(directory, name, "has other contents than when it was saved (sha256 differs)")
-
-
 def config_text(resolved_config: Mapping[str, Any]) -> str:
     """A resolved configuration as YAML, keys in their order."""
     return yaml.safe_dump(_plain(resolved_config), sort_keys=False, allow_unicode=True, width=110)
 
 
+def _replace(temporary: Path, final: Path) -> None:
+    """Give a written directory its name; what had the name (the same step, saved before) goes."""
+    old = final.with_name(f"{TMP_PREFIX}old_{final.name}")
+    if final.exists():
+        final.rename(old)
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _read_info(directory: Path) -> TrainingInfo:
-    record = _read_json_file(directory, INFO_FILE)
+    record = read_json_file(directory, INFO_FILE)
     if record.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{directory / INFO_FILE}: has format {record.get('format_version')!r}, and this version reads "
@@ -477,27 +442,7 @@ def _read_info(directory: Path) -> TrainingInfo:
     try:
         return TrainingInfo(**record)
     except TypeError as error:
-        raise _damaged(directory, INFO_FILE, f"does not have the fields of a checkpoint ({error})") from error
-
-
-def _read_json_file(directory: Path, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads((directory / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise _damaged(directory, name, "is missing") from None
-    except (OSError, ValueError) as error:
-        raise _damaged(directory, name, f"cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise _damaged(directory, name, "holds no JSON object")
-    return content
-
-
-def _damaged(directory: Path, name: str, what: str) -> ValueError:
-    return ValueError(
-        f"{directory / name}: {what}: the checkpoint is damaged. Remove {directory} to continue from the "
-        "step before it, name another step with checkpointing.load_path, or start over with "
-        "checkpointing.load_path=none."
-    )
+        raise damaged(directory, INFO_FILE, f"does not have the fields of a checkpoint ({error})") from error
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -528,56 +473,3 @@ def _plain(value: Any) -> Any:
 
 def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
-
-
-def _file_names(directory: Path) -> list[str]:
-    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"sha256": digest, "bytes": path.stat().st_size}
-
-
-def _flush_tree(directory: Path) -> None:
-    for path in directory.rglob("*"):
-        _flush(path)
-    _flush(directory)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_whole(path: Path) -> None:
-    """Remove a step so that no half of it is ever found under its name."""
-    doomed = path.with_name(f"{TMP_PREFIX}removed_{path.name}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def _remove_empty(directories: Iterable[Path]) -> None:
-    for path in directories:
-        try:
-            path.rmdir()
-        except OSError:
-            return
-
-
-def _is_full(error: BaseException, directory: Path) -> bool:
-    """Whether a write failed for want of space; libraries hide the errno in errors of their own."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(cause):
-            return True
-        cause = cause.__cause__ or cause.__context__
-    if isinstance(error, RuntimeError):
-        return shutil.disk_usage(directory).free < _PROBE_BYTES
-    return False

@@ -16,6 +16,8 @@ import json
 import logging
 import math
 import re
+import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from nemo_rl_lora.config.logger import LoggerConfig
+from nemo_rl_lora.gpu_monitor import GpuMonitor, has_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 ROLLOUTS_FILE = "rollouts.md"
 RUN_LOG_FILE = "run.log"
-Split = Literal["train", "validation"]
+Split = Literal["train", "validation", "ray"]  # "ray": the machines, under NeMo RL's name
 TIMING = "timing/"
 
 _EXPERIMENT = re.compile(r"exp_(\d+)")
@@ -104,16 +107,14 @@ class RunLog:
         check_sinks(config)
         self._config = config
         self._warned: set[str] = set()
-        try:
-            self.directory = _next_directory(Path(config.log_dir))
-            (self.directory / CONFIG_FILE).write_text(resolved_yaml, encoding="utf-8")
-            self._file = (self.directory / METRICS_FILE).open("a", encoding="utf-8")
-        except OSError as error:
-            raise ValueError(
-                f"logger.log_dir={config.log_dir!r}: cannot be written ({error.strerror}). Make it writable, "
-                "free some space, or name another directory."
-            ) from error
+        self._step = 0
+        self._lock = threading.Lock()
+        self.directory = _make_directory(config.log_dir, resolved_yaml)
+        self._file = (self.directory / METRICS_FILE).open("a", encoding="utf-8")
         self._sinks = _open_sinks(config, self.directory, resolved_yaml)
+        self._gpus: GpuMonitor | None = None
+        if config.monitor_gpus and has_gpus():
+            self._gpus = GpuMonitor(config.gpu_monitoring, lambda sample: self.log(self._step, "ray", sample))
 
     def log(self, step: int, split: Split, metrics: Mapping[str, Any]) -> None:
         """Record the metrics of a step: numbers (or tensors of one element), by their name without the
@@ -122,11 +123,13 @@ class RunLog:
         self._warn_not_finite(step, values)
         line = {"step": step, "split": split}
         line |= {name: _json_number(value) for name, value in values.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
         shown = {shown_name(split, name): value for name, value in values.items()}
-        for sink in self._sinks:
-            sink.log(step, shown)
+        with self._lock:
+            self._step = max(self._step, step)
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+            for sink in self._sinks:
+                sink.log(step, shown)
 
     def log_rollouts(self, step: int, samples: Sequence[RolloutSample], *, split: Split = "train") -> None:
         """Append some completions to rollouts.md, as `logger.rollout_samples` says."""
@@ -137,8 +140,7 @@ class RunLog:
         if path.exists() and path.stat().st_size >= config.max_megabytes * 1e6:
             if ROLLOUTS_FILE not in self._warned:
                 logger.info(
-                    f"{path} has logger.rollout_samples.max_megabytes={config.max_megabytes}: no more is "
-                    "written"
+                    f"{path} has logger.rollout_samples.max_megabytes={config.max_megabytes}: no more is written"
                 )
             self._warned.add(ROLLOUTS_FILE)
             return
@@ -147,7 +149,11 @@ class RunLog:
                 file.write(rollout_text(step, split, number, sample))
 
     def close(self) -> None:
-        """Flush and close every sink."""
+        """Flush and close every sink. May be called twice."""
+        if self._file.closed:
+            return
+        if self._gpus is not None:
+            self._gpus.close()
         self._file.close()
         for sink in self._sinks:
             sink.close()
@@ -190,6 +196,21 @@ def _json_number(value: float) -> float | int | None:
     if not math.isfinite(value):
         return None
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
+
+
+def _make_directory(log_dir: str, resolved_yaml: str) -> Path:
+    directory: Path | None = None
+    try:
+        directory = _next_directory(Path(log_dir))
+        (directory / CONFIG_FILE).write_text(resolved_yaml, encoding="utf-8")
+    except OSError as error:
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise ValueError(
+            f"logger.log_dir={log_dir!r}: cannot be written ({error.strerror}). Make it writable, free some "
+            "space, or name another directory."
+        ) from error
+    return directory
 
 
 def _next_directory(parent: Path) -> Path:

@@ -1,0 +1,153 @@
+"""Files of a step directory: flushed to disk, checksummed, verified, and removed so that no half is ever
+found.
+
+Contract: every error names the file, or the configuration key, and the way out. It knows nothing of what the
+files hold.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+CHECKSUMS_FILE = "checksums.json"
+TMP_PREFIX = "tmp_"
+LOW_SPACE_BYTES = 64 * 1024
+
+
+def probe_directory(directory: Path, key: str, *, required_bytes: int = 0) -> None:
+    """Make a directory and write into it, to learn now what would fail later. ValueError under the config's
+    `key`.
+
+    Directories that were made for a failed attempt are removed again.
+    """
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    probe = directory / f"{TMP_PREFIX}probe_{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as file:
+            file.write(b"\0" * LOW_SPACE_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
+        probe.unlink()
+        free = shutil.disk_usage(directory).free
+    except OSError as error:
+        if probe.parent.is_dir():
+            probe.unlink(missing_ok=True)
+        _remove_empty(missing)
+        remedy = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Make it writable"
+        raise ValueError(
+            f"{key}={str(directory)!r}: cannot be written ({error.strerror}). {remedy}, or name another directory."
+        ) from error
+    if free < required_bytes:
+        _remove_empty(missing)
+        raise ValueError(
+            f"{key}={str(directory)!r}: has {free:,} bytes free, and one checkpoint needs "
+            f"{required_bytes:,}. Free some space, or name another directory."
+        )
+
+
+def write_checksums(directory: Path) -> None:
+    """Write checksums.json: sha256 and size of every file in the directory."""
+    sums = {name: _digest(directory / name) for name in _file_names(directory)}
+    (directory / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+
+
+def verify_files(directory: Path, names: Iterable[str] | None = None) -> None:
+    """Compare files with checksums.json, all of them or those named. ValueError names the file that differs.
+
+    Files that were added later are no concern of it.
+    """
+    sums = read_json_file(directory, CHECKSUMS_FILE)
+    for name in sums if names is None else names:
+        path = directory / name
+        if name not in sums or not path.is_file():
+            raise damaged(directory, name, "is missing")
+        expected, found = sums[name], _digest(path)
+        if found["bytes"] != expected["bytes"]:
+            raise damaged(directory, name, f"has {found['bytes']:,} bytes instead of {expected['bytes']:,}")
+        if found["sha256"] != expected["sha256"]:
+            raise damaged(directory, name, "has other contents than when it was saved (sha256 differs)")
+
+
+def read_json_file(directory: Path, name: str) -> dict[str, Any]:
+    """A JSON object among the files of a step. ValueError where it is missing or damaged."""
+    try:
+        content = json.loads((directory / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise damaged(directory, name, "is missing") from None
+    except (OSError, ValueError) as error:
+        raise damaged(directory, name, f"cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise damaged(directory, name, "holds no JSON object")
+    return content
+
+
+def damaged(directory: Path, name: str, what: str) -> ValueError:
+    """The error of a damaged file, with the ways out."""
+    return ValueError(
+        f"{directory / name}: {what}: the checkpoint is damaged. Remove {directory} to continue from the "
+        "step before it, name another step with checkpointing.load_path, or start over with "
+        "checkpointing.load_path=none."
+    )
+
+
+def _file_names(directory: Path) -> list[str]:
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": digest, "bytes": path.stat().st_size}
+
+
+def flush_tree(directory: Path) -> None:
+    """Flush a directory and all that is in it to disk."""
+    for path in directory.rglob("*"):
+        flush(path)
+    flush(directory)
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or the names in a directory, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_whole(path: Path) -> None:
+    """Remove a step so that no half of it is ever found under its name."""
+    doomed = path.with_name(f"{TMP_PREFIX}removed_{path.name}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _remove_empty(directories: Iterable[Path]) -> None:
+    for path in directories:
+        try:
+            path.rmdir()
+        except OSError:
+            return
+
+
+def is_full(error: BaseException, directory: Path) -> bool:
+    """Whether a write failed for want of space; libraries hide the errno in errors of their own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(cause):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, RuntimeError):
+        return shutil.disk_usage(directory).free < LOW_SPACE_BYTES
+    return False
