@@ -1,0 +1,235 @@
+"""The composition root: from a configuration to the parts of a run. The only place that picks a backend.
+
+Everything that can be refused is refused before a weight is loaded: `check_start` first, `build_grpo` after it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_rl_lora.algorithms.grpo import GrpoParts
+from nemo_rl_lora.algorithms.losses import make_policy_loss
+from nemo_rl_lora.algorithms.rollout import RolloutParams
+from nemo_rl_lora.checkpoint import Checkpointer, ResumePoint, is_finished
+from nemo_rl_lora.config.lora import LORA_CFG_KEY, PEFT_KEY, UNIFIED_KEY, lora_spec_from_policy
+from nemo_rl_lora.config.master import GrpoMaster
+from nemo_rl_lora.config.policy import PolicyConfig
+from nemo_rl_lora.config.runnable import check_runnable
+from nemo_rl_lora.console import KeyMetric, TrainingConsole
+from nemo_rl_lora.data.prompts import PromptLoader, PromptSet, load_prompt_sets
+from nemo_rl_lora.environments.protocol import Environment
+from nemo_rl_lora.environments.registry import make_environments
+from nemo_rl_lora.generation.protocol import Generation
+from nemo_rl_lora.lora.spec import LoraSpec
+from nemo_rl_lora.metrics import RunLog, check_sinks
+from nemo_rl_lora.model_source import ModelSource, load_tokenizer, resolve_model
+from nemo_rl_lora.types import SamplingParams
+
+if TYPE_CHECKING:
+    from nemo_rl_lora.policy.dtensor import DTensorPolicy
+
+logger = logging.getLogger(__name__)
+
+KEY_METRICS = (
+    KeyMetric(name="reward", higher_is_better=True),
+    KeyMetric(name="accuracy", split="validation", higher_is_better=True),
+    KeyMetric(name="loss"),
+    KeyMetric(name="gen_kl_error"),
+    KeyMetric(name="mean_completion_length", label="length"),
+    KeyMetric(name="generation_tokens_per_second", label="sampled tokens/s"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedStart:
+    """A run that has been checked, before any weight is loaded."""
+
+    config: GrpoMaster
+    source: ModelSource
+    tokenizer: Any
+    spec: LoraSpec | None
+    train: PromptSet
+    validation: PromptSet | None
+    environments: dict[str, Environment]
+    checkpointer: Checkpointer
+    resume: ResumePoint | None
+    num_steps: int
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run did all its steps already."""
+        return is_finished(self.resume, self.num_steps)
+
+
+def check_start(config: GrpoMaster) -> CheckedStart:
+    """Everything that can be known without weights. ValueError names the first thing that is wrong."""
+    if problems := check_runnable(config):
+        raise ValueError("\n".join(problems))
+    spec = lora_spec_from_policy(config.policy)
+    check_sinks(config.logger)
+    source = resolve_model(config.policy.model_name)
+    tokenizer = tokenizer_of(config.policy, source)
+    train, validation = load_prompt_sets(config, tokenizer)
+    names = [*train.environment_names, *(validation.environment_names if validation is not None else ())]
+    environments = make_environments(names, config.env)
+    for prompts in (train, validation):
+        for name, environment in environments.items():
+            environment.check([prompt for prompt in prompts or () if prompt.environment == name])
+    checkpointer = Checkpointer(config.checkpointing, config.model_dump(mode="json", by_alias=True))
+    checkpointer.prepare()
+    resume = checkpointer.find_resume() if config.checkpointing.enabled else None
+    if resume is not None:
+        checkpointer.refuse_without_optimizer(resume)
+    num_batches = prompt_loader(config, train).num_batches_per_epoch
+    return CheckedStart(
+        config=config,
+        source=source,
+        tokenizer=tokenizer,
+        spec=spec,
+        train=train,
+        validation=validation,
+        environments=environments,
+        checkpointer=checkpointer,
+        resume=resume,
+        num_steps=min(config.grpo.max_num_steps, config.grpo.max_num_epochs * num_batches),
+    )
+
+
+def build_grpo(start: CheckedStart, log: RunLog) -> GrpoParts:
+    """Load the weights and put the run together."""
+    config, generation_config = start.config, start.config.policy.generation
+    assert generation_config is not None, "checked by GrpoMaster"
+    loss = make_policy_loss(config.loss_fn)
+    policy = _build_policy(start, keep_reference=loss.needs_reference)
+    sampling = SamplingParams(
+        max_new_tokens=generation_config.max_new_tokens,
+        temperature=generation_config.temperature,
+        top_p=generation_config.top_p,
+        top_k=generation_config.top_k,
+        stop_token_ids=tuple(generation_config.stop_token_ids or ()),
+        stop_strings=tuple(generation_config.stop_strings or ()),
+    )
+    rollout_params = RolloutParams(
+        num_completions=config.grpo.num_generations_per_prompt,
+        sampling=sampling,
+        max_sequence_length=config.policy.max_total_sequence_length,
+        seed=config.grpo.seed,
+        purpose="rollout",
+    )
+    validation_params = replace(
+        rollout_params,
+        num_completions=config.grpo.val_num_generations_per_prompt,
+        sampling=replace(
+            sampling,
+            temperature=generation_config.val_temperature,
+            top_p=generation_config.val_top_p,
+            top_k=generation_config.val_top_k,
+        ),
+        purpose="validation",
+    )
+    return GrpoParts(
+        config=config,
+        policy=policy,
+        generation=_build_generation(start, policy),
+        environments=start.environments,
+        loader=prompt_loader(config, start.train),
+        validation=start.validation,
+        rollout_params=rollout_params,
+        validation_params=validation_params,
+        loss=loss,
+        num_steps=start.num_steps,
+        checkpointer=start.checkpointer,
+        log=log,
+        console=TrainingConsole(
+            title=f"GRPO {config.policy.model_name}",
+            num_steps=start.num_steps,
+            metrics=KEY_METRICS,
+            first_step=0 if start.resume is None else start.resume.step,
+        ),
+        model_source=start.source.description,
+    )
+
+
+def tokenizer_of(config: PolicyConfig, source: ModelSource) -> Any:
+    """The tokenizer that the policy's config names."""
+    section = config.tokenizer
+    if section.name != config.model_name:
+        source = resolve_model(section.name, "policy.tokenizer.name", weights=False)
+    return load_tokenizer(source, section.chat_template, section.chat_template_kwargs)
+
+
+def prompt_loader(config: GrpoMaster, prompts: PromptSet) -> PromptLoader:
+    """The order of prompts. With dynamic sampling a draw takes `batch_multiplier` times the prompts of a step."""
+    num_prompts = math.ceil(config.grpo.num_prompts_per_step * config.grpo.batch_multiplier)
+    return PromptLoader(
+        prompts,
+        num_prompts,
+        seed=config.grpo.seed,
+        shuffle=config.data.shuffle,
+        num_epochs=config.grpo.max_num_epochs,
+    )
+
+
+def _build_policy(start: CheckedStart, *, keep_reference: bool) -> DTensorPolicy:
+    from nemo_rl_lora.policy.dtensor import DTensorPolicy, PolicySetup
+
+    config = start.config.policy
+    assert config.active_backend == "dtensor", config.active_backend
+    assert config.generation is not None, "checked by GrpoMaster"
+    setup = PolicySetup(
+        model_path=start.source.path,
+        base_model_name=config.model_name,
+        spec=start.spec,
+        spec_key=lora_key(config),
+        seed=start.config.grpo.seed,
+        temperature=config.generation.temperature,
+        keep_reference=keep_reference,
+    )
+    return DTensorPolicy(config, setup)
+
+
+def _build_generation(start: CheckedStart, policy: DTensorPolicy) -> Generation:
+    import torch
+
+    config = start.config.policy.generation
+    assert config is not None, "checked by GrpoMaster"
+    backend, reason = generation_backend(config.backend, cuda=torch.cuda.is_available())
+    logger.info(f"policy.generation.backend={config.backend!r}: {backend} ({reason})")
+    if backend == "replay":
+        from nemo_rl_lora.generation.replay import ReplayGeneration
+
+        assert config.replay_path is not None, "checked by GenerationConfig"
+        return ReplayGeneration(Path(config.replay_path), start.tokenizer)
+    if backend == "vllm":
+        raise ValueError(
+            "policy.generation.backend='auto': stands for vllm on CUDA, which this version does not have. "
+            "Set policy.generation.backend=in_process."
+        )
+    from nemo_rl_lora.generation.in_process import InProcessGeneration
+
+    return InProcessGeneration(
+        policy.base_model(),
+        tokenizer=start.tokenizer,
+        spec=start.spec,
+        adapted=policy.adapted,
+        compute_dtype=policy.compute_dtype,
+        max_concurrent_sequences=config.max_concurrent_sequences,
+    )
+
+
+def generation_backend(asked: str, *, cuda: bool) -> tuple[str, str]:
+    """The engine that samples, and why: `auto` is in_process without CUDA and vllm with it."""
+    if asked != "auto":
+        return asked, "as configured"
+    return ("vllm", "auto, with a CUDA device") if cuda else ("in_process", "auto, without a CUDA device")
+
+
+def lora_key(config: PolicyConfig) -> str:
+    """The dotted key of the LoRA block that is in use."""
+    if config.lora is not None and config.lora.enabled:
+        return UNIFIED_KEY
+    return LORA_CFG_KEY if config.active_backend == "dtensor" else PEFT_KEY

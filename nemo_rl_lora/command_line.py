@@ -1,0 +1,118 @@
+"""What the drivers' command lines share: arguments, the plan, the start, the run and its summary."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_rl_lora.config.loader import load_config, resolved_yaml
+from nemo_rl_lora.config.master import Algorithm, GrpoMaster
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverArguments:
+    """A driver's command line."""
+
+    config: Path | None  # None: the quick-start file
+    overrides: tuple[str, ...]
+    plan: bool
+
+
+def driver_arguments(algorithm: Algorithm, doc: str | None, argv: Sequence[str] | None = None) -> DriverArguments:
+    """Parse a driver's command line; whatever is no flag is an override."""
+    parser = argparse.ArgumentParser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Overrides: a.b=c sets a key, +a.b=c adds one, ++a.b=c does either, ~a.b removes one. "
+        "Exit code: 0 completed, 2 configuration error, 1 failure while running, 128 + signal.",
+    )
+    parser.add_argument(
+        "--config", type=Path, help=f"a YAML file; without it, examples/configs/quickstart/{algorithm}.yaml"
+    )
+    parser.add_argument("--plan", action="store_true", help="check everything and show the plan; loads no weight")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    arguments = parser.parse_intermixed_args(argv)
+    return DriverArguments(config=arguments.config, overrides=tuple(arguments.overrides), plan=arguments.plan)
+
+
+def grpo_main(arguments: DriverArguments) -> int:
+    """Plan or train; the exit code."""
+    config = load_config(arguments.config, arguments.overrides, "grpo")
+    if arguments.plan:
+        return show_plan(config)
+    prepare_process()
+    from nemo_rl_lora.algorithms.grpo import GrpoTrainer
+    from nemo_rl_lora.build import build_grpo, check_start
+    from nemo_rl_lora.console import RunSummary, setup_logging
+    from nemo_rl_lora.metrics import RunLog
+    from nemo_rl_lora.plots import draw_curves
+    from nemo_rl_lora.run_control import running
+
+    setup_logging()
+    start = check_start(config)
+    if start.is_finished:
+        assert start.resume is not None
+        sys.stdout.write(f"The run in {start.resume.path} is finished: {start.resume.step} steps. {_ANOTHER_RUN}\n")
+        return 0
+    log = RunLog(config.logger, resolved_yaml(config))
+    with running(log.directory) as stop:
+        parts = build_grpo(start, log)
+        try:
+            with parts.console:
+                result = GrpoTrainer(parts, start.resume).train(stop)
+        finally:
+            log.close()
+            draw_curves(log.directory)
+            parts.generation.close()
+            parts.policy.close()
+            start.checkpointer.close()
+    is_complete = result.outcome.startswith("completed")
+    parts.console.summary(
+        RunSummary(
+            outcome=result.outcome,
+            log_directory=log.directory,
+            checkpoint=result.checkpoint,
+            continue_command=None if is_complete else shlex.join(["uv", "run", *sys.argv]),
+        )
+    )
+    return stop.exit_code
+
+
+def show_plan(config: GrpoMaster) -> int:
+    """Print what the run would do, without loading a weight."""
+    from rich.console import Console
+
+    from nemo_rl_lora.build import plan_checks
+    from nemo_rl_lora.plan import make_plan, render_plan
+
+    Console().print(render_plan(make_plan(config, plan_checks(config))))
+    return 0
+
+
+def prepare_process() -> None:
+    """Settings that have to stand before torch is imported.
+
+    glibc hands freed memory back to the kernel at once, which costs a training loop on a CPU dear: keep it.
+    It reads these at the start of a process, so the process starts itself again, once.
+    """
+    wanted = {
+        "MALLOC_TRIM_THRESHOLD_": str(10**11),
+        "MALLOC_MMAP_THRESHOLD_": str(10**11),
+        "MALLOC_TOP_PAD_": str(2**28),
+    }
+    if "torch" in sys.modules or any(name in os.environ for name in wanted):
+        return
+    os.environ.update(wanted)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+_ANOTHER_RUN = (
+    "For more steps raise grpo.max_num_steps; for another run set checkpointing.checkpoint_dir or "
+    "checkpointing.load_path=none."
+)
