@@ -13,9 +13,7 @@ from torch import Tensor
 from nemo_rl_lora.config.grpo import GrpoConfig, RewardScalingConfig, RewardShapingConfig
 
 
-def shaped_rewards(
-    rewards: Tensor, config: GrpoConfig, *, completion_lengths: Tensor, is_truncated: Tensor
-) -> Tensor:
+def shaped_rewards(rewards: Tensor, config: GrpoConfig, *, completion_lengths: Tensor, is_truncated: Tensor) -> Tensor:
     """What advantages are computed from: `rewards` scaled, then shaped, where the config says so.
 
     completion_lengths: [P * G] sampled tokens; is_truncated: [P * G] bool, ended by the length limit.

@@ -90,8 +90,8 @@ class PolicyLoss:
             per_token = -weights * advantages * inputs.logprobs
         elif objective == "sapo":
             assert config.sapo is not None
-            temperature = torch.where(
-                advantages > 0, config.sapo.temperature_positive, config.sapo.temperature_negative
+            temperature = _choose(
+                advantages > 0, config.sapo.temperature_positive, config.sapo.temperature_negative, advantages
             )
             per_token = -advantages * torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
         else:
@@ -109,9 +109,7 @@ class PolicyLoss:
 
     def _kl_per_token(self, terms: _PolicyTerms, inputs: LossInputs) -> Tensor:
         config = self.config
-        assert inputs.reference_logprobs is not None, (
-            "loss_fn.reference_policy_kl_penalty needs reference logprobs"
-        )
+        assert inputs.reference_logprobs is not None, "loss_fn.reference_policy_kl_penalty needs reference logprobs"
         kl = estimate_kl(
             inputs.logprobs,
             inputs.reference_logprobs,
@@ -196,9 +194,14 @@ def _vespo_weights(log_ratio: Tensor, advantages: Tensor, mask: Tensor, config: 
     log_ratio = torch.where(mask, log_ratio.clamp(-20.0, 20.0), 0.0)
     log_weight = log_ratio.sum(dim=1, keepdim=True).clamp(_VESPO_LOG_WEIGHT_MIN, _VESPO_LOG_WEIGHT_MAX)
     is_positive = advantages >= 0
-    power = torch.where(is_positive, config.k_positive, config.k_negative)
-    decay = torch.where(is_positive, config.lambda_positive, config.lambda_negative)
+    power = _choose(is_positive, config.k_positive, config.k_negative, advantages)
+    decay = _choose(is_positive, config.lambda_positive, config.lambda_negative, advantages)
     return (decay + power * log_weight - decay * log_weight.exp()).exp()
+
+
+def _choose(condition: Tensor, if_true: float, if_false: float, like: Tensor) -> Tensor:
+    """One of two numbers by a condition, in the dtype of `like`."""
+    return torch.where(condition, like.new_tensor(if_true), like.new_tensor(if_false))
 
 
 def _masked(inputs: LossInputs, *, force_on_policy: bool) -> LossInputs:

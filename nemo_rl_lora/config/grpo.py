@@ -188,8 +188,7 @@ class GrpoConfig(Section):
         low, high = self.advantage_clip_low, self.advantage_clip_high
         if low is not None and high is not None and low >= high:
             raise ValueError(
-                f"grpo.advantage_clip_low={low!r}: must be below grpo.advantage_clip_high={high!r}. "
-                "Exchange them."
+                f"grpo.advantage_clip_low={low!r}: must be below grpo.advantage_clip_high={high!r}. Exchange them."
             )
         if (self.stop_at_validation_metric is None) != (self.stop_at_validation_threshold is None):
             raise ValueError(
