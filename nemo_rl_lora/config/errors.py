@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from nemo_rl_lora.config.schema import field_at, field_map, leaves, section_at
+from nemo_rl_lora.config.schema import field_at, field_map, leaves, section_at, types_at
 
 _NAMES_ITS_KEY = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=.+?: |([A-Za-z_]\w*(?:\.\w+)+): ", re.DOTALL)
 _MAX_VALUE_CHARS = 120
@@ -53,9 +52,7 @@ _RULES = {
 
 def show(value: Any) -> str:
     """`repr`, shortened where it is long."""
-    if isinstance(value, Mapping):
-        value = dict(value)
-    text = reprlib.Repr(maxlevel=3, maxdict=4, maxlist=6, maxstring=_MAX_VALUE_CHARS, maxother=60).repr(value)
+    text = repr(value)
     return text if len(text) <= _MAX_VALUE_CHARS else text[: _MAX_VALUE_CHARS - 3] + "..."
 
 
@@ -79,12 +76,42 @@ def unknown_key(root: type[BaseModel], path: Sequence[str], value: str) -> str:
     return f"{'.'.join(path)}={value}: unknown key. {question}Keys of {place}: {', '.join(names) or 'none'}."
 
 
-def validation_paragraphs(error: ValidationError, root: type[BaseModel], tree: Mapping[str, Any]) -> list[str]:
-    """One paragraph for each key that pydantic refused, in its order."""
+def validation_paragraphs(
+    error: ValidationError, root: type[BaseModel], resolved: Mapping[str, Any], unresolved: Mapping[str, Any]
+) -> list[str]:
+    """One paragraph for each key that pydantic refused, in its order.
+
+    Keys that only refer to another one by interpolation are left out where that other one is wrong, too.
+    """
     by_key: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
-        by_key.setdefault(_dotted_path(detail, tree), []).append(detail)
-    return [_paragraph(root, path, details) for path, details in by_key.items()]
+        by_key.setdefault(_dotted_path(detail, resolved), []).append(detail)
+    written = [path for path in by_key if "${" not in str(_value_at(unresolved, path))]
+    return [_paragraph(root, path, by_key[path]) for path in written or by_key]
+
+
+def not_mappings(root: type[BaseModel], tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[str]:
+    """One paragraph for each section of the schema in whose place the tree has something else."""
+    found = []
+    for key, value in tree.items():
+        here = (*path, str(key))
+        section = section_at(root, here)
+        if isinstance(value, Mapping):
+            found += not_mappings(root, value, here)
+        elif section is not None and all(isinstance(kind, type) for kind in types_at(root, here)):
+            names = ", ".join(sorted(field_map(section)))
+            found.append(f"{'.'.join(here)}={show(value)}: must be a mapping. Its keys: {names}.")
+    return found
+
+
+def _value_at(tree: Any, path: Sequence[str]) -> Any:
+    """What the tree has at a path, or None."""
+    for key in path:
+        below = _below(tree, int(key) if isinstance(tree, list) and key.isdigit() else key)
+        if below is None:
+            return None
+        (tree,) = below
+    return tree
 
 
 def _dotted_path(detail: ErrorDetails, tree: Mapping[str, Any]) -> tuple[str, ...]:
@@ -92,14 +119,22 @@ def _dotted_path(detail: ErrorDetails, tree: Mapping[str, Any]) -> tuple[str, ..
     path: list[str] = []
     node: Any = tree
     for position, item in enumerate(detail["loc"]):
-        if isinstance(node, Mapping) and item in node:
-            node = node[item]
-        elif isinstance(node, list) and isinstance(item, int) and item < len(node):
-            node = node[item]
+        below = _below(node, item)
+        if below is not None:
+            (node,) = below
         elif detail["type"] != "missing" or position != len(detail["loc"]) - 1:
             continue
         path.append(str(item))
     return tuple(path)
+
+
+def _below(node: Any, item: int | str) -> tuple[Any] | None:
+    """What stands under a key or an index, in a tuple of its own; None where there is no such thing."""
+    if isinstance(node, Mapping) and item in node:
+        return (node[item],)
+    if isinstance(node, list) and isinstance(item, int) and item < len(node):
+        return (node[item],)
+    return None
 
 
 def _paragraph(root: type[BaseModel], path: tuple[str, ...], details: list[ErrorDetails]) -> str:
@@ -109,12 +144,16 @@ def _paragraph(root: type[BaseModel], path: tuple[str, ...], details: list[Error
     if kind == "extra_forbidden":
         return unknown_key(root, path, value)
     if kind in ("missing", "union_tag_not_found"):
-        return f"{key}=<absent>: this key is required. Set it in the file or on the command line."
+        remedy = (
+            "Set it in the file or on the command line" if len(path) > 1 else "Inherit a base file with `defaults:`"
+        )
+        return f"{key}=<absent>: this key is required. {remedy}."
     own_words = next((d for d in details if d["type"] in ("value_error", "assertion_error")), None)
     if own_words is not None:
         return _in_own_words(root, path, value, str(own_words.get("ctx", {}).get("error", own_words["msg"])))
-    if kind == "union_tag_invalid" and "discriminator" in first.get("ctx", {}):
-        name = str(first["ctx"]["discriminator"]).strip("'")
+    context = first.get("ctx", {})
+    if kind == "union_tag_invalid":
+        name = str(context["discriminator"]).strip("'")
         key, value = f"{key}.{name}", show(first["input"].get(name))
     rules = list(dict.fromkeys(_rule(detail) for detail in details))
     return f"{key}={value}: must be {' or '.join(rules)}. {_remedy(root, path, first)}"
@@ -144,4 +183,4 @@ def _remedy(root: type[BaseModel], path: tuple[str, ...], detail: ErrorDetails) 
     default = PydanticUndefined if field is None else field.default
     if default is PydanticUndefined or isinstance(default, BaseModel):
         return "Correct the value."
-    return f"Correct the value, or remove the key for the default, {default!r}."
+    return f"Correct the value (the schema's default is {'null' if default is None else repr(default)})."

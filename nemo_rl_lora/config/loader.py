@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationToMissingValueError, OmegaConfBaseException
 from pydantic import ValidationError
 
-from nemo_rl_lora.config.errors import ConfigError, show, validation_paragraphs
+from nemo_rl_lora.config.errors import ConfigError, not_mappings, show, validation_paragraphs
 from nemo_rl_lora.config.master import MASTERS, Algorithm, DpoMaster, GrpoMaster, MasterConfig, SftMaster
 from nemo_rl_lora.config.overrides import apply_overrides, merged, stripped
 
@@ -56,17 +56,21 @@ def load_config(path: Path | None, overrides: Sequence[str], algorithm: Algorith
     file = path if path is not None else CONFIG_DIR / "quickstart" / f"{algorithm}.yaml"
     tree = read_tree(file)
     _check_algorithm(file, tree, algorithm)
-    resolved = _resolved(apply_overrides(tree, overrides, root))
+    unresolved = apply_overrides(tree, overrides, root)
+    try:
+        resolved = _resolved(unresolved)
+    except ConfigError as error:
+        raise ConfigError("\n".join(not_mappings(root, unresolved)) or str(error)) from error
     try:
         return root.model_validate(resolved)
     except ValidationError as error:
-        raise ConfigError("\n".join(validation_paragraphs(error, root, resolved))) from error
+        raise ConfigError("\n".join(validation_paragraphs(error, root, resolved, unresolved))) from error
 
 
 def algorithm_of(path: Path) -> Algorithm:
     """The algorithm that a file is for, by its sections. Raises ConfigError."""
     tree = read_tree(path)
-    found = [algorithm for algorithm in MASTERS if algorithm in tree]
+    found: list[Algorithm] = [algorithm for algorithm in MASTERS if algorithm in tree]
     if len(found) != 1:
         raise ConfigError(
             f"{path}: a configuration has one section out of {', '.join(MASTERS)}, and this one has "
@@ -108,8 +112,8 @@ def _read_file(path: Path, inherited_by: Path | None) -> dict[str, Any]:
     """One file as a plain tree, `defaults` included."""
     key = f"defaults={path.name!r} in {inherited_by}" if inherited_by else f"--config={str(path)!r}"
     if not path.is_file():
-        reason = "is a directory" if path.is_dir() else "there is no such file"
-        raise ConfigError(f"{key}: {path} {reason}. The base files, quick starts and recipes are in {CONFIG_DIR}.")
+        reason = f"{path} is a directory" if path.is_dir() else f"there is no file {path}"
+        raise ConfigError(f"{key}: {reason}. The base files, quick starts and recipes are in {CONFIG_DIR}.")
     try:
         loaded = OmegaConf.load(path)
     except yaml.YAMLError as error:

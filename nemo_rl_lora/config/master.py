@@ -12,6 +12,7 @@ from nemo_rl_lora.config.cluster import ClusterConfig
 from nemo_rl_lora.config.data import DataConfig
 from nemo_rl_lora.config.dpo import DpoConfig
 from nemo_rl_lora.config.env import EnvConfig
+from nemo_rl_lora.config.errors import suggestion
 from nemo_rl_lora.config.grpo import GrpoConfig, check_rollout_against_loss
 from nemo_rl_lora.config.logger import LoggerConfig
 from nemo_rl_lora.config.loss_fn import LossFnConfig
@@ -36,6 +37,14 @@ class MasterConfig(Section):
     """Where metrics go."""
     cluster: ClusterConfig = ClusterConfig()
     """How many processes train."""
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> MasterConfig:
+        if self.data.train is None:
+            raise ValueError(
+                "data.train=None: there is nothing to train on. Name a dataset: data.train.dataset_name=NAME."
+            )
+        return self
 
     @model_validator(mode="after")
     def _generation_where_it_is_used(self) -> MasterConfig:
@@ -86,6 +95,20 @@ class GrpoMaster(MasterConfig):
     @model_validator(mode="after")
     def _rollout_fits_the_loss(self) -> GrpoMaster:
         check_rollout_against_loss(self.grpo, self.loss_fn, self.policy.train_global_batch_size)
+        return self
+
+    @model_validator(mode="after")
+    def _environments_exist(self) -> GrpoMaster:
+        for split, dataset in (("train", self.data.train), ("validation", self.data.validation)):
+            if dataset is None or dataset.env_name in self.env.names:
+                continue
+            similar = suggestion(dataset.env_name or "", self.env.names)
+            question = f"Did you mean {similar!r}? " if similar else ""
+            raise ValueError(
+                f"data.{split}.env_name={dataset.env_name!r}: no environment scores these completions. {question}"
+                f"Choose one of {', '.join(self.env.names)}, or add your own: "
+                "++env.NAME.reward_function=FILE.py:FUNCTION."
+            )
         return self
 
 

@@ -47,7 +47,7 @@ class OptimizerConfig(Section):
 
     name: Annotated[
         str,
-        Fixed("torch.optim.AdamW", remedy="Leave the name out and set policy.optimizer.kwargs"),
+        Fixed("torch.optim.AdamW", remedy="Leave the name out and set policy.optimizer.kwargs."),
     ] = "torch.optim.AdamW"
     """Dotted path of the optimizer class."""
     kwargs: AdamWKwargs = AdamWKwargs()
@@ -176,7 +176,8 @@ TorchScheduler = Annotated[LinearLR | ConstantLR | CosineAnnealingLR, Field(disc
 
 def _item_form(item: Any) -> str:
     """Which element of the list form this is."""
-    return "milestones" if isinstance(item, Milestones) or "milestones" in item else "scheduler"
+    is_milestones = isinstance(item, Milestones) or (isinstance(item, dict) and "milestones" in item)
+    return "milestones" if is_milestones else "scheduler"
 
 
 def _scheduler_form(value: Any) -> str:

@@ -56,6 +56,8 @@ def _parsed(text: str) -> Override:
     except HydraException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{text}: this override cannot be read ({reason}). {_GRAMMAR}.") from error
+    if not override.key_or_group:
+        raise ConfigError(f"{text}: this override names no key. {_GRAMMAR}.")
     if override.package is not None:
         raise ConfigError(f"{text}: overrides have no package ('@'). {_GRAMMAR}.")
     if override.is_sweep_override():
@@ -84,7 +86,20 @@ def _apply(tree: dict[str, Any], override: Override, root: type[BaseModel]) -> d
     is_change = not (override.is_add() or override.is_force_add())
     if is_change and not present and not types_at(root, path):
         raise ConfigError(unknown_key(root, path, show(value)))
+    _check_indices(tree, path, show(value))
     return _with(tree, path, value)
+
+
+def _check_indices(tree: Any, path: tuple[str, ...], value: str) -> None:
+    """ConfigError where the path leads past the end of a list."""
+    for position, key in enumerate(path):
+        if isinstance(tree, list) and not (key.isdigit() and int(key) < len(tree)):
+            place = ".".join(path[:position])
+            raise ConfigError(
+                f"{'.'.join(path)}={value}: {place} is a list of {len(tree)} elements, counted from 0. "
+                f"Give the whole list: {place}=[...]."
+            )
+        _, tree = _look_up(tree, (key,))
 
 
 def _look_up(tree: Any, path: Sequence[str]) -> tuple[bool, Any]:
@@ -106,9 +121,7 @@ def _with(node: Any, path: tuple[str, ...], value: Any) -> Any:
             return merged(node, value)
         return stripped(value)
     key, rest = path[0], path[1:]
-    if isinstance(node, list) and key.isdigit():
-        if int(key) >= len(node):
-            raise ConfigError(f"{key}={show(value)}: the list has {len(node)} elements. Give the whole list.")
+    if isinstance(node, list):
         return [_with(item, rest, value) if i == int(key) else item for i, item in enumerate(node)]
     base = dict(node) if isinstance(node, Mapping) else {}
     base[key] = _with(base.get(key), rest, value)
