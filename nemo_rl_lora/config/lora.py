@@ -177,3 +177,19 @@ def lora_spec_from_policy(policy: PolicyLike) -> LoraSpec | None:
 
 def _unified_is_on(policy: PolicyLike) -> bool:
     return policy.lora is not None and policy.lora.enabled
+
+
+def kernels_off_because(policy: PolicyLike, spec: LoraSpec, *, cuda: bool) -> str | None:
+    """Why Triton kernels that were asked for do not run: a sentence that names the keys, or None where they do.
+
+    None too where they were not asked for.
+    """
+    if not spec.kernels:
+        return None
+    key = f"{lora_block_key(policy)}.use_triton"
+    tensor_parallel = policy.dtensor_cfg.tensor_parallel_size
+    if tensor_parallel > 1:
+        return f"{key}: off, because policy.dtensor_cfg.tensor_parallel_size={tensor_parallel} is above 1."
+    if not cuda:
+        return f"{key}: off, because there is no CUDA device; plain torch products are used."
+    return None

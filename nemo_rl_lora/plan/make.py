@@ -1,0 +1,212 @@
+"""From a configuration to a Plan: everything that can be known without weights.
+
+Contract: reads the model's config.json and nothing larger; the checks that the caller hands in read what they read.
+Raises ValueError where no plan can be made (no such model, targets that match nothing). What would stop the run but
+not the planning is collected in `Plan.problems`; what nobody looked at is said in `Plan.unchecked`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from nemo_rl_lora.config.lora import kernels_off_because, lora_block_key, lora_spec_from_policy
+from nemo_rl_lora.config.runnable import check_runnable
+from nemo_rl_lora.lora.spec import LoraSpec, require_adapter_dtype
+from nemo_rl_lora.lora.targets import AdaptedModule, resolve_targets
+from nemo_rl_lora.model_source import resolve_model
+from nemo_rl_lora.plan.model_shapes import ModelShapes, adapted_types, left_out_types, read_model_shapes
+from nemo_rl_lora.plan.nouns import Check, Effect, Plan, Sizes
+from nemo_rl_lora.policy.segment_attention import supports_segments
+
+if TYPE_CHECKING:
+    from nemo_rl_lora.config.master import MasterConfig
+    from nemo_rl_lora.config.policy import PolicyConfig
+
+NamedCheck = tuple[str, Callable[[], str]]
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_MASTER_BYTES = 4  # adapters, and weights that are trained, are fp32
+
+
+def make_plan(config: MasterConfig, checks: Sequence[NamedCheck] = ()) -> Plan:
+    """What this run would do.
+
+    Each check is a name and a function that returns what it found, or raises ValueError, which becomes a problem.
+    """
+    policy = config.policy
+    spec = lora_spec_from_policy(policy)
+    source = resolve_model(policy.model_name, weights=False)
+    shapes = read_model_shapes(source.path, dict(policy.hf_config_overrides))
+    adapted = _adapted(spec, shapes, policy)
+    types = adapted_types(adapted, shared_a=spec is not None and spec.fused == "shared")
+    num_trainable = shapes.num_params if spec is None else sum(t.num_trainable_params for t in types)
+    passed, problems = _run_checks(checks)
+    sizes = _sizes(config, shapes, adapted, num_trainable)
+    return Plan(
+        model_name=policy.model_name,
+        model_source=source.description,
+        architecture=type_of(shapes),
+        algorithm=config.algorithm,
+        backend=policy.active_backend,
+        spec=spec,
+        adapted=types,
+        left_out=() if spec is None else left_out_types(shapes, adapted),
+        num_params=shapes.num_params,
+        num_trainable_params=num_trainable,
+        sizes=sizes,
+        effects=_effects(config, spec, shapes),
+        checks=(_world_size(config), *passed),
+        problems=(*check_runnable(config), *_layout_problems(policy, shapes), *problems),
+        unchecked=_unchecked(config, sizes, [name for name, _ in checks]),
+    )
+
+
+def type_of(shapes: ModelShapes) -> str:
+    """The model's class, as its config.json says it."""
+    names = getattr(shapes.config, "architectures", None) or [f"{shapes.config.model_type} (architecture not named)"]
+    return str(names[0])
+
+
+def _adapted(spec: LoraSpec | None, shapes: ModelShapes, policy: PolicyConfig) -> tuple[AdaptedModule, ...]:
+    if spec is None:
+        return ()
+    key = lora_block_key(policy)
+    require_adapter_dtype(spec, shapes.quantization, key)
+    return resolve_targets(
+        spec, shapes.linears, tied_head=shapes.has_tied_head, model_label=policy.model_name, config_key=key
+    )
+
+
+def _sizes(config: MasterConfig, shapes: ModelShapes, adapted: Sequence[AdaptedModule], num_trainable: int) -> Sizes:
+    compute_bytes = _DTYPE_BYTES[config.policy.precision]
+    master_bytes = num_trainable * _MASTER_BYTES
+    moments_bytes = 2 * master_bytes if config.checkpointing.save_optimizer else 0
+    if not adapted:
+        return Sizes(
+            base_bytes=shapes.num_params * _MASTER_BYTES,
+            adapter_bytes=None,
+            gradient_bytes=master_bytes,
+            optimizer_bytes=2 * master_bytes,
+            checkpoint_bytes=master_bytes + moments_bytes,
+            sync_merged_bytes=shapes.num_params * compute_bytes,
+            sync_adapter_bytes=None,
+        )
+    # On disk and in the air every Hugging Face module has its own A, also where a fused layer shares one.
+    canonical_bytes = sum(m.num_params for m in adapted) * _MASTER_BYTES
+    return Sizes(
+        base_bytes=shapes.num_params * compute_bytes,
+        adapter_bytes=master_bytes,
+        gradient_bytes=master_bytes,
+        optimizer_bytes=2 * master_bytes,
+        checkpoint_bytes=canonical_bytes + moments_bytes,
+        sync_merged_bytes=sum(m.in_features * m.out_features for m in adapted) * compute_bytes,
+        sync_adapter_bytes=canonical_bytes,
+    )
+
+
+def _effects(config: MasterConfig, spec: LoraSpec | None, shapes: ModelShapes) -> tuple[Effect, ...]:
+    effects = [_shared_prefix(config.policy, shapes)]
+    if spec is not None and config.policy.active_backend == "dtensor":
+        effects.insert(0, _kernels(config.policy, spec))
+    if config.policy.generation is not None:
+        effects.append(_generation(config.policy.generation.backend))
+    return tuple(effects)
+
+
+def _kernels(policy: PolicyConfig, spec: LoraSpec) -> Effect:
+    off = kernels_off_because(policy, spec, cuda=torch.cuda.is_available())
+    _, _, reason = (off or "").partition(": ")
+    return Effect(
+        key=f"{lora_block_key(policy)}.use_triton",
+        requested=_on_off(spec.kernels),
+        effective=_on_off(spec.kernels and off is None),
+        reason=reason or ("CUDA, one tensor-parallel rank" if spec.kernels else "not asked for"),
+    )
+
+
+def _shared_prefix(policy: PolicyConfig, shapes: ModelShapes) -> Effect:
+    asked = policy.shared_prefix.enabled
+    possible = supports_segments(shapes.config, policy.max_total_sequence_length)
+    cap = f"rows of up to {policy.shared_prefix.max_row_tokens} tokens, above which the prompt is repeated"
+    reasons = {
+        (False, True): "not asked for",
+        (False, False): "not asked for",
+        (True, True): cap,
+        (True, False): f"{shapes.config.model_type} has sliding windows, dropout or an attention not known here",
+    }
+    return Effect(
+        key="policy.shared_prefix.enabled",
+        requested=asked if isinstance(asked, str) else _on_off(asked),
+        effective=_on_off(asked is not False and possible),
+        reason=reasons[(asked is not False, possible)],
+    )
+
+
+def _generation(backend: str) -> Effect:
+    chosen = "in_process" if backend == "auto" else backend
+    reason = "this version samples in the training process" if backend == "auto" else "as asked for"
+    return Effect(key="policy.generation.backend", requested=backend, effective=chosen, reason=reason)
+
+
+def _layout_problems(policy: PolicyConfig, shapes: ModelShapes) -> list[str]:
+    if supports_segments(shapes.config, policy.max_total_sequence_length):
+        return []
+    kind = f"{shapes.config.model_type} does not have at this length (or with attention dropout)"
+    problems = []
+    if policy.sequence_packing.enabled:
+        problems.append(
+            f"policy.sequence_packing.enabled=True: packing needs full causal attention, which {kind}. "
+            f"Set policy.sequence_packing.enabled=false."
+        )
+    if policy.shared_prefix.enabled is True:
+        problems.append(
+            f"policy.shared_prefix.enabled=True: sharing needs full causal attention, which {kind}. "
+            f"Set policy.shared_prefix.enabled=auto."
+        )
+    return problems
+
+
+def _world_size(config: MasterConfig) -> Check:
+    processes = config.cluster.num_nodes * config.cluster.gpus_per_node
+    found = f"{processes} training {'process' if processes == 1 else 'processes'}"
+    return Check(name="world size", finding=f"{found} on {config.cluster.num_nodes} node(s)")
+
+
+def _run_checks(checks: Sequence[NamedCheck]) -> tuple[list[Check], list[str]]:
+    passed, problems = [], []
+    for name, check in checks:
+        try:
+            passed.append(Check(name=name, finding=check()))
+        except ValueError as error:
+            problems.append(str(error))
+    return passed, problems
+
+
+def _unchecked(config: MasterConfig, sizes: Sizes, names: Sequence[str]) -> tuple[str, ...]:
+    unchecked = ["the weights themselves: none was read", "memory of activations, and of the generation's cache"]
+    unchecked += [f"{name}: nobody looked at it" for name in ("tokenizer", "data") if name not in names]
+    needed = sizes.base_bytes + (sizes.adapter_bytes or 0) + sizes.gradient_bytes + sizes.optimizer_bytes
+    available = _device_bytes()
+    if needed > available:
+        unchecked.append(
+            f"whether the run fits: weights, gradients and optimizer take {needed / 2**30:,.1f} GiB, and this "
+            f"machine has {available / 2**30:,.1f} GiB"
+        )
+    if config.policy.active_backend == "megatron":
+        unchecked.append("what Megatron can hold of this model: no Megatron layer was built")
+    return tuple(unchecked)
+
+
+def _device_bytes() -> int:
+    """Memory of the first GPU, or of the machine where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _on_off(value: bool) -> str:
+    return "on" if value else "off"

@@ -1,0 +1,72 @@
+"""The nouns of a plan. No logic but sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_rl_lora.lora.spec import LoraSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleType:
+    """The modules of one name and shape, which differ only in their layer."""
+
+    name: str  # Hugging Face name with * for layer and expert numbers
+    megatron_name: str | None  # the Megatron layer that holds them, or None where it has no counterpart
+    num_modules: int
+    weight_shape: tuple[int, ...]  # of one module, [out_features, in_features] for a linear one
+    dim: int | None  # None: no adapter
+    scale: float | None
+    num_trainable_params: int  # of all modules of the type
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Bytes of tensors, without the headers of files. None where a run has no such thing."""
+
+    base_bytes: int  # the weights in memory
+    adapter_bytes: int | None  # A and B, fp32
+    gradient_bytes: int
+    optimizer_bytes: int
+    checkpoint_bytes: int
+    sync_merged_bytes: int
+    sync_adapter_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """What a setting comes to on this machine with this model."""
+
+    key: str
+    requested: str
+    effective: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A check that passed, and what it found."""
+
+    name: str
+    finding: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run would do. `problems` is empty when it can start."""
+
+    model_name: str
+    model_source: str
+    architecture: str
+    algorithm: str
+    backend: str
+    spec: LoraSpec | None  # None: every weight is trained
+    adapted: tuple[ModuleType, ...]
+    left_out: tuple[ModuleType, ...]
+    num_params: int
+    num_trainable_params: int
+    sizes: Sizes
+    effects: tuple[Effect, ...]
+    checks: tuple[Check, ...]
+    problems: tuple[str, ...]
+    unchecked: tuple[str, ...]

@@ -1,0 +1,113 @@
+"""A Plan as text for a terminal: which modules, how many parameters, how many bytes, and what was not looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from nemo_rl_lora.plan.nouns import ModuleType, Plan
+
+
+def render_plan(plan: Plan) -> RenderableType:
+    """Everything the plan holds, top to bottom, for a rich console."""
+    parts: list[RenderableType] = [_heading(plan)]
+    if plan.adapted:
+        parts.append(_module_table("Modules with an adapter", plan.adapted))
+    if plan.left_out:
+        parts.append(_module_table("Without an adapter", plan.left_out))
+    parts += [_parameters(plan), _size_table(plan), _effect_table(plan)]
+    parts += _lines("Checked", [f"{check.name}: {check.finding}" for check in plan.checks])
+    parts += _lines("Not checked", plan.unchecked)
+    parts += _lines("Stops this run", plan.problems)
+    return Group(*parts)
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Write the plan to stdout, wide enough that no name is cut where stdout is no terminal."""
+    if console is None:
+        console = Console()
+        console = console if console.is_terminal else Console(width=160)
+    console.print(render_plan(plan))
+
+
+def human_bytes(num_bytes: int | None) -> str:
+    """`1,234,567 (1.2 MiB)`, or a dash for None."""
+    if num_bytes is None:
+        return "-"
+    scaled, unit = float(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if scaled < 1024:
+            break
+        scaled, unit = scaled / 1024, larger
+    return f"{num_bytes:,} ({scaled:,.1f} {unit})" if unit != "B" else f"{num_bytes:,} (B)"
+
+
+def _heading(plan: Plan) -> Text:
+    how = "every weight is trained" if plan.spec is None else f"LoRA, dim {plan.spec.dim}, alpha {plan.spec.alpha:g}"
+    return Text(
+        f"{plan.algorithm.upper()} of {plan.model_name} ({plan.architecture}) on {plan.backend}: {how}\n"
+        f"Model: {plan.model_source}"
+    )
+
+
+def _module_table(title: str, types: Iterable[ModuleType]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in ("Hugging Face", "Megatron"):
+        table.add_column(column, overflow="fold")
+    for column in ("modules", "weight", "dim", "scale", "trainable"):
+        table.add_column(column, justify="right")
+    for kind in types:
+        shape = "[" + ", ".join(f"{size}" for size in kind.weight_shape) + "]"
+        table.add_row(
+            Text(kind.name),
+            Text(kind.megatron_name or "-"),
+            f"{kind.num_modules:,}",
+            Text(shape),
+            "-" if kind.dim is None else f"{kind.dim}",
+            "-" if kind.scale is None else f"{kind.scale:g}",
+            f"{kind.num_trainable_params:,}",
+        )
+    return table
+
+
+def _parameters(plan: Plan) -> Text:
+    total = plan.num_params + (plan.num_trainable_params if plan.spec is not None else 0)
+    share = plan.num_trainable_params / total
+    base = "" if plan.spec is None else f" (base {plan.num_params:,} + adapter {plan.num_trainable_params:,})"
+    return Text(f"Parameters: {plan.num_trainable_params:,} trainable ({share:.4%}) of {total:,}{base}")
+
+
+def _size_table(plan: Plan) -> Table:
+    sizes = plan.sizes
+    rows = (
+        ("weights of the model", sizes.base_bytes),
+        ("adapter (fp32 masters)", sizes.adapter_bytes),
+        ("gradients", sizes.gradient_bytes),
+        ("optimizer (two moments)", sizes.optimizer_bytes),
+        ("a checkpoint", sizes.checkpoint_bytes),
+        ("a sync, merged", sizes.sync_merged_bytes),
+        ("a sync, as adapter", sizes.sync_adapter_bytes),
+    )
+    table = Table(title="Bytes of tensors", title_justify="left")
+    table.add_column("what")
+    table.add_column("bytes", justify="right")
+    for name, num_bytes in rows:
+        table.add_row(name, human_bytes(num_bytes))
+    return table
+
+
+def _effect_table(plan: Plan) -> Table:
+    table = Table(title="What settings come to here", title_justify="left")
+    for column in ("key", "asked", "here", "why"):
+        table.add_column(column, overflow="fold")
+    for effect in plan.effects:
+        table.add_row(effect.key, effect.requested, effect.effective, Text(effect.reason))
+    return table
+
+
+def _lines(title: str, sentences: Iterable[str]) -> list[RenderableType]:
+    listed = list(sentences)
+    return [Text("\n".join([f"{title}:", *(f"  - {sentence}" for sentence in listed)]))] if listed else []
