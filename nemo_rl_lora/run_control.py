@@ -109,7 +109,7 @@ def main_guard(main: Callable[[], int]) -> int:
     except RunFailedError as error:
         if error.log_path is None:
             traceback.print_exception(error.__cause__)
-        where = f" The traceback is in {error.log_path}." if error.log_path is not None else ""
+        where = f"\nThe traceback is in {error.log_path}." if error.log_path is not None else ""
         _say(f"The run failed: {error}{where}")
         return EXIT_FAILURE
     except KeyboardInterrupt:
