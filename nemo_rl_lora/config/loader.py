@@ -7,14 +7,14 @@ besides these files, and nothing is judged that depends on a machine or a model 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import GrammarParseError, InterpolationToMissingValueError, OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from pydantic import ValidationError
 
 from nemo_rl_lora.config.errors import ConfigError, not_mappings, show, validation_paragraphs
@@ -149,14 +149,11 @@ def _check_algorithm(path: Path, tree: Mapping[str, Any], algorithm: Algorithm) 
 def _resolved(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The tree with every interpolation replaced by its value. ConfigError where one fails or a value is missing."""
     register_resolvers()
+    missing = list(_missing_keys(tree))
+    if missing:
+        raise ConfigError("\n".join(_missing_paragraph(key) for key in missing))
     try:
-        config = OmegaConf.create(dict(tree))
-        missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            raise ConfigError("\n".join(_missing_paragraph(key) for key in missing))
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except InterpolationToMissingValueError as error:
-        raise ConfigError(_missing_paragraph(str(error.full_key))) from error
+        plain = OmegaConf.to_container(OmegaConf.create(dict(tree)), resolve=True)
     except OmegaConfBaseException as error:
         key = error.full_key or error.key
         present = f"{key}={show(_raw(tree, str(key)))}" if key is not None else "interpolation"
@@ -165,6 +162,15 @@ def _resolved(tree: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError("interpolation: references form a circle. Give one of them a value.") from error
     assert isinstance(plain, dict), type(plain)
     return {str(key): value for key, value in plain.items()}
+
+
+def _missing_keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted keys that hold `???`."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _missing_keys(value, f"{prefix}{key}.")
+        elif value == "???":
+            yield f"{prefix}{key}"
 
 
 def _missing_paragraph(key: str) -> str:

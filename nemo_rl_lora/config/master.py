@@ -107,7 +107,7 @@ class GrpoMaster(MasterConfig):
             raise ValueError(
                 f"data.{split}.env_name={dataset.env_name!r}: no environment scores these completions. {question}"
                 f"Choose one of {', '.join(self.env.names)}, or add your own: "
-                "++env.NAME.reward_function=FILE.py:FUNCTION."
+                "env.NAME.reward_function=FILE.py:FUNCTION."
             )
         return self
 

@@ -79,18 +79,29 @@ class PromptSet(Sequence[Prompt]):
         number = int(np.searchsorted(self._starts, position, side="right")) - 1
         part = self._parts[number]
         row = part.rows[position - int(self._starts[number])]
-        return Prompt(
-            index=int(position),
-            token_ids=encode(self._tokenizer, part.format, [row.question])[0],
-            text=part.format.user_text(row.question),
-            row=row.row,
-            environment=part.environment,
-        )
+        token_ids = encode(self._tokenizer, part.format, [row.question])[0]
+        return _prompt(int(position), part, row, token_ids)
+
+    def unencoded(self) -> Iterator[Prompt]:
+        """Every prompt without its token ids, which is quick: for the environments' checks."""
+        pairs = ((part, row) for part in self._parts for row in part.rows)
+        for position, (part, row) in enumerate(pairs):
+            yield _prompt(position, part, row, ())
 
     @property
     def environment_names(self) -> tuple[str, ...]:
         """The environments that score these prompts."""
         return tuple(dict.fromkeys(part.environment for part in self._parts))
+
+
+def _prompt(index: int, part: _Part, row: Row, token_ids: tuple[int, ...]) -> Prompt:
+    return Prompt(
+        index=index,
+        token_ids=token_ids,
+        text=part.format.user_text(row.question),
+        row=row.row,
+        environment=part.environment,
+    )
 
 
 def load_prompt_sets(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, PromptSet | None]:

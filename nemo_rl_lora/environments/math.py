@@ -90,6 +90,8 @@ class _Worker:
         self._unread = b""
 
     def verify(self, gold: str, text: str, timeout_seconds: float) -> dict[str, Any]:
+        if self._process is not None and self._process.poll() is not None:
+            self.end()  # something ended it while it was idle
         process = self._process or self._start()
         request = {"gold": gold, "text": text, "timeout_seconds": timeout_seconds}
         assert process.stdin is not None

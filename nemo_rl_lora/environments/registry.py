@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from nemo_rl_lora.config.env import EnvConfig
 from nemo_rl_lora.environments.protocol import Environment
+from nemo_rl_lora.types import Prompt
 
 
 def make_environment(name: str, config: EnvConfig) -> Environment:
@@ -35,3 +36,9 @@ def make_environment(name: str, config: EnvConfig) -> Environment:
 def make_environments(names: Iterable[str], config: EnvConfig) -> dict[str, Environment]:
     """One environment for each name."""
     return {name: make_environment(name, config) for name in dict.fromkeys(names)}
+
+
+def check_prompts(environments: Mapping[str, Environment], prompts: Iterable[Prompt]) -> None:
+    """Let each prompt's environment check its row. Raises ValueError for the first that cannot be scored."""
+    for prompt in prompts:
+        environments[prompt.environment].check([prompt])

@@ -140,6 +140,7 @@ def unified_from_spec(spec: LoraSpec) -> dict[str, Any]:
         value = getattr(spec, name)
         block[key] = list(value) if isinstance(value, tuple) else value
     block["use_triton"] = None if spec.kernels else False
+    block["alpha"] = _plain_number(spec.alpha)
     return block
 
 

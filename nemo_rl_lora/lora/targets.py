@@ -158,8 +158,8 @@ def _require_whole_fused_layers(
 ) -> None:
     """One shared A per fused layer needs every module that the layer holds, at one dim and alpha."""
     chosen_names, all_names = {m.name for m in chosen}, {m.name for m in modules}
-    for name in chosen_names:
-        layer = megatron_name(name)
+    for module in chosen:
+        layer = megatron_name(module.name)
         if layer is None or last_component(layer) not in FUSED_PARTS:
             continue
         parts = [part for part in hf_names(layer) if part in all_names]

@@ -119,7 +119,7 @@ def _effects(config: MasterConfig, spec: LoraSpec | None, shapes: ModelShapes) -
 
 def _kernels(policy: PolicyConfig, spec: LoraSpec) -> Effect:
     off = kernels_off_because(policy, spec, cuda=torch.cuda.is_available())
-    _, _, reason = (off or "").partition(": ")
+    reason = (off or "").partition(": ")[2].removeprefix("off, because ")
     return Effect(
         key=f"{lora_block_key(policy)}.use_triton",
         requested=_on_off(spec.kernels),
