@@ -157,6 +157,11 @@ class PromptLoader(Iterator[list[Prompt]]):
     def num_batches_per_epoch(self) -> int:
         return len(self._prompts) // self._num_prompts
 
+    @property
+    def is_at_end_of_epoch(self) -> bool:
+        """Whether the next batch begins another epoch."""
+        return self.offset + self._num_prompts > len(self._prompts)
+
     def __next__(self) -> list[Prompt]:
         if self.offset + self._num_prompts > len(self._prompts):
             self._move_to(self.epoch + 1, 0)

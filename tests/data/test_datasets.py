@@ -1,0 +1,141 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from nemo_rl_lora.config.data import OTHER_DATASETS, DatasetConfig
+from nemo_rl_lora.data.datasets import load_rows
+
+GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"
+
+
+def rows_of(**section):
+    return load_rows(DatasetConfig.model_validate(section), "data.train")
+
+
+def write_lines(path, *rows):
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return str(path)
+
+
+def test_generated_sums_are_right_in_range_and_a_function_of_the_seed():
+    rows = rows_of(dataset_name="generated_sums", low=3, high=7, num_rows=200, seed=1)
+    assert len(rows) == 200
+    for row in rows:
+        a, b = row.row["a"], row.row["b"]
+        assert row.question == f"What is {a} + {b}? Reply with the number only."
+        assert row.row["answer"] == a + b
+    assert {row.row["a"] for row in rows} == {3, 4, 5, 6, 7}
+    assert rows == rows_of(dataset_name="generated_sums", low=3, high=7, num_rows=200, seed=1)
+    assert rows != rows_of(dataset_name="generated_sums", low=3, high=7, num_rows=200, seed=2)
+
+
+def test_own_rows_keep_their_keys_and_name_the_answer(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", {"q": "one", "a": "1", "level": 3}, "", {"q": "two", "a": "2", "level": 4})
+    rows = rows_of(dataset_name="jsonl", data_path=path, input_key="q", output_key="a")
+    assert [r.question for r in rows] == ["one", "two"]
+    assert dict(rows[1].row) == {"q": "two", "a": "2", "level": 4, "answer": "2"}
+
+
+def test_row_limit_takes_the_first_rows(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", *({"input": f"q{i}"} for i in range(5)))
+    rows = rows_of(dataset_name="ResponseDataset", data_path=path, max_num_rows=2)
+    assert [r.question for r in rows] == ["q0", "q1"]
+
+
+def test_parquet_reads_like_jsonl(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"problem": ["2 + 2"], "expected_answer": ["4"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    rows = rows_of(dataset_name="OpenMathInstruct-2", data_path=str(tmp_path / "a.parquet"))
+    assert [(r.question, dict(r.row)) for r in rows] == [("2 + 2", {"question": "2 + 2", "answer": "4"})]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"input": "x"', r"line 2 of .*a.jsonl is not valid JSON"),
+        ("[1]", r"line 2 of .*a.jsonl is a JSON list"),
+        ('{"prompt": "x"}', r"data.train.input_key: line 2 of .*has no 'input'; its keys are prompt"),
+        ('{"input": 5}', r"line 2 of .*has input=5, and a text is needed"),
+        ('{"input": "x"}', r"data.train.output_key: line 2 of .*has no 'a'; its keys are input"),
+    ],
+)
+def test_bad_row_is_named_by_its_line(tmp_path, line, message):
+    path = write_lines(tmp_path / "a.jsonl", {"input": "x", "a": 1}, line)
+    with pytest.raises(ValueError, match=message):
+        rows_of(dataset_name="jsonl", data_path=path, output_key="a")
+
+
+def test_missing_file_empty_file_and_wrong_kind_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"data.train.data_path='absent.jsonl': there is no such file"):
+        rows_of(dataset_name="jsonl", data_path="absent.jsonl")
+    with pytest.raises(ValueError, match=r"data.train: .*empty.jsonl has no rows"):
+        rows_of(dataset_name="jsonl", data_path=write_lines(tmp_path / "empty.jsonl"))
+    with pytest.raises(ValueError, match=r"a .jsonl or .parquet file is needed"):
+        rows_of(dataset_name="jsonl", data_path=write_lines(tmp_path / "a.csv", "x"))
+
+
+def test_directory_needs_a_file_of_the_splits_name(tmp_path):
+    write_lines(tmp_path / "test.jsonl", {"input": "x"})
+    assert rows_of(dataset_name="jsonl", data_path=str(tmp_path), split="test")[0].question == "x"
+    with pytest.raises(ValueError, match=r"no train.jsonl or train.parquet, only test.jsonl. Set data.train.split"):
+        rows_of(dataset_name="jsonl", data_path=str(tmp_path))
+    with pytest.raises(ValueError, match=r"data.train.split='test': has no meaning where data_path is a file"):
+        rows_of(dataset_name="jsonl", data_path=str(tmp_path / "test.jsonl"), split="test")
+
+
+def test_gsm8k_row_keeps_the_solution_and_takes_the_final_answer(tmp_path):
+    solution = "He has 1000 + 200 = <<1000+200=1200>>1200 left.\n#### 1,200"
+    path = write_lines(tmp_path / "a.jsonl", {"question": "How many?", "answer": solution})
+    row = rows_of(dataset_name="gsm8k", data_path=path)[0]
+    assert row.row == {"question": "How many?", "solution": solution, "answer": "1200"}
+    path = write_lines(tmp_path / "b.jsonl", {"question": "How many?", "answer": "12"})
+    with pytest.raises(ValueError, match=r"line 1 of .*b.jsonl has no '####'"):
+        rows_of(dataset_name="gsm8k", data_path=path)
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="the GSM8K files are not beside the project")
+def test_every_row_of_the_real_gsm8k_has_a_number_for_an_answer():
+    rows = rows_of(dataset_name="gsm8k", data_path=str(GSM8K), split="test")
+    assert len(rows) == 1319
+    assert rows[0].row["answer"] == "18"
+    assert all(float(row.row["answer"]) == int(row.row["answer"]) for row in rows)
+
+
+def test_reasoning_gym_rows_follow_task_seed_and_settings():
+    section = {"dataset_name": "reasoning_gym", "task": "chain_sum", "size": 4, "seed": 7}
+    rows = rows_of(**section, task_config={"min_terms": 3, "max_terms": 3})
+    assert len(rows) == 4
+    for row in rows:
+        expression = row.question.split(":")[1].strip(" =")
+        assert eval(expression) == int(row.row["answer"])
+        assert row.row["metadata"]["num_terms"] == 3
+    again = rows_of(**section, task_config={"min_terms": 3, "max_terms": 3})
+    assert [row.question for row in rows] == [row.question for row in again]
+
+
+def test_unknown_task_and_unknown_setting_are_refused_with_what_there_is():
+    with pytest.raises(ValueError, match=r"data.train.task='chain_smu'.*Did you mean 'chain_sum'"):
+        rows_of(dataset_name="reasoning_gym", task="chain_smu")
+    with pytest.raises(ValueError, match=r"data.train.task_config=.*max_term.*Its settings are .*max_terms"):
+        rows_of(dataset_name="reasoning_gym", task="chain_sum", task_config={"max_term": 3})
+
+
+@pytest.mark.parametrize("name", OTHER_DATASETS)
+def test_dataset_without_prompts_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=rf"data.train.dataset_name='{name}': holds no prompts for GRPO"):
+        rows_of(dataset_name=name)
+
+
+def test_unreachable_hub_names_the_way_out(monkeypatch):
+    import datasets
+
+    def fail(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ValueError, match=r"Couldn't reach the hub.*set data.train.data_path"):
+        rows_of(dataset_name="OpenMathInstruct-2")
