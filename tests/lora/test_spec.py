@@ -138,7 +138,9 @@ def test_init_parameters_by_hand():
 def test_a_quantized_base_needs_an_adapter_dtype():
     spec = LoraSpec(dim=8, alpha=32)
     key = "policy.dtensor_cfg.lora_cfg"
-    with pytest.raises(ValueError, match=r"policy\.dtensor_cfg\.lora_cfg\.lora_dtype=None: the base is quantized \(awq\)"):
+    with pytest.raises(
+        ValueError, match=r"policy\.dtensor_cfg\.lora_cfg\.lora_dtype=None: the base is quantized \(awq\)"
+    ):
         require_adapter_dtype(spec, "awq", key)
     with pytest.raises(ValueError, match=r"policy\.lora\.dtype=None"):
         require_adapter_dtype(spec, "awq", "policy.lora")
@@ -147,7 +149,7 @@ def test_a_quantized_base_needs_an_adapter_dtype():
 
 
 def test_describing_an_adapter_imports_no_torch():
-    modules = "spec targets names dialects foreign".split()
+    modules = ("spec", "targets", "names", "dialects", "foreign")
     imports = "; ".join(f"import nemo_rl_lora.lora.{module}" for module in modules)
     code = f"import sys; {imports}; import nemo_rl_lora.config.lora; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -79,7 +79,9 @@ def test_both_vocabularies_reach_the_same_modules():
 
 
 def test_excludes_are_taken_from_the_targets():
-    names = _resolve(targets=("q_proj", "o_proj"), excludes=("*.layers.0.*", "decoder.layers.1.self_attention.linear_proj"))
+    names = _resolve(
+        targets=("q_proj", "o_proj"), excludes=("*.layers.0.*", "decoder.layers.1.self_attention.linear_proj")
+    )
     assert len(names) == 22 - 3
     assert not any(".layers.0." in name for name in names)
     assert len(_resolve(excludes=("linear_qkv",))) == 77 - 33
@@ -191,7 +193,9 @@ def test_a_shared_a_is_asked_for_by_naming_a_fused_layer(pattern, fused):
 
 _component = st.sampled_from(["model", "layers", "0", "1", "10", "11", "q_proj", "proj", "self_attn", "net"])
 _name = st.lists(_component, min_size=1, max_size=6).map(".".join)
-_glob = st.lists(st.one_of(_component, st.sampled_from(["*", "?", "*proj", "1*"])), min_size=1, max_size=5).map(".".join)
+_glob = st.lists(st.one_of(_component, st.sampled_from(["*", "?", "*proj", "1*"])), min_size=1, max_size=5).map(
+    ".".join
+)
 
 
 def _reference(pattern, name):
