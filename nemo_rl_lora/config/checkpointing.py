@@ -63,9 +63,7 @@ class CheckpointingConfig(Section):
     @classmethod
     def _metric_has_split(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"(train|val):.+", value):
-            raise ValueError(
-                "must start with 'train:' or 'val:'. Write 'val:accuracy' or 'train:reward', for example."
-            )
+            raise ValueError("must start with 'train:' or 'val:'. Write 'val:accuracy' or 'train:reward', for example.")
         return value
 
     @field_validator("checkpoint_must_save_by")
