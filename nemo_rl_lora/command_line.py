@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +48,7 @@ def grpo_main(arguments: DriverArguments) -> int:
     if arguments.plan:
         return show_plan(config)
     prepare_process()
+    silence_vendors()
     from nemo_rl_lora.algorithms.grpo import GrpoTrainer
     from nemo_rl_lora.build import build_grpo, check_start
     from nemo_rl_lora.console import RunSummary, setup_logging
@@ -110,6 +113,13 @@ def prepare_process() -> None:
     os.environ.update(wanted)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def silence_vendors() -> None:
+    """Keep what importing the vendors says about packages that a CPU does not need off the screen."""
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex", category=UserWarning)
+    for name in ("torch.utils._pytree", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 _ANOTHER_RUN = (

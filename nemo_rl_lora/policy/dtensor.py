@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nemo_rl_lora.config.optimizer import lr_factor
 from nemo_rl_lora.config.policy import PolicyConfig
@@ -161,7 +161,7 @@ class DTensorPolicy:
     def save(self, path: Path) -> None:
         """adapter/ (PEFT files) or weights/ (a Hugging Face model), and optimizer/."""
         if self._setup.spec is None:
-            self._model.save_pretrained(path / "weights")
+            PreTrainedModel.save_pretrained(self._model, path / "weights")  # nemo-automodel's own wants its checkpointer
         else:
             peft = spec_to_peft_config(self._setup.spec, self._setup.base_model_name, self.adapted)
             write_adapter(path / "adapter", self._adapter_tensors(), peft)
@@ -172,7 +172,7 @@ class DTensorPolicy:
         """Strictly what `save` wrote. Moments are optional: a checkpoint without them starts the optimizer anew."""
         masters = self._named_masters()
         if self._setup.spec is None:
-            saved = PreTrainedModel.state_dict(type(self._model).from_pretrained(path / "weights", dtype=torch.float32))
+            saved = AutoModelForCausalLM.from_pretrained(path / "weights", dtype=torch.float32).state_dict()
             missing = [name for name in masters if name not in saved]
             assert not missing, missing
         else:

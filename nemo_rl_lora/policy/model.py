@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from nemo_rl_lora.lora.targets import LinearModule
 
@@ -22,10 +23,11 @@ def load_model(path: Path, *, dtype: torch.dtype, config_overrides: dict[str, An
     """The model of a Hugging Face directory, in evaluation mode, every weight in `dtype`."""
     import nemo_automodel._transformers.auto_model as auto_model
 
+    transformers_logging.disable_progress_bar()
     with _without_cuda(auto_model):
         model = auto_model.NeMoAutoModelForCausalLM.from_pretrained(
             str(path),
-            torch_dtype=dtype,
+            dtype=dtype,
             attn_implementation="sdpa",
             use_liger_kernel=False,
             use_sdpa_patching=False,
