@@ -400,9 +400,7 @@ class CausalDecoder:
         uniform = int(written.min()) + 1 == T
         mask = None
         if not uniform or int(row_lengths.min()) < L:
-            hidden = torch.cat(
-                (torch.arange(L) >= row_lengths[:, None], torch.arange(T) > written[:, None]), dim=1
-            )
+            hidden = torch.cat((torch.arange(L) >= row_lengths[:, None], torch.arange(T) > written[:, None]), dim=1)
             mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None].to(device)
         width, rectangle_rows, row_places = self._group_rectangle()
         return StepPlan(

@@ -244,9 +244,7 @@ class InProcessGeneration:
     def _decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
-    def _close_finished(
-        self, rows: list[_Sequence], groups: dict[Ticket, list[_Sequence]]
-    ) -> list[_Sequence]:
+    def _close_finished(self, rows: list[_Sequence], groups: dict[Ticket, list[_Sequence]]) -> list[_Sequence]:
         finished = [i for i, row in enumerate(rows) if row.finish_reason is not None]
         if not finished:
             return rows
@@ -289,9 +287,7 @@ def _eos_token_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -
     return frozenset(token for token in (*ids, tokenizer.eos_token_id) if isinstance(token, int))
 
 
-def _merged_shapes(
-    model: PreTrainedModel, adapted: Mapping[str, AdaptedModule] | None
-) -> dict[str, tuple[int, ...]]:
+def _merged_shapes(model: PreTrainedModel, adapted: Mapping[str, AdaptedModule] | None) -> dict[str, tuple[int, ...]]:
     """What a merged sync must bring: adapted weights, or every parameter (tied ones under one name)."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if adapted is None:

@@ -54,8 +54,7 @@ class PlainDecoder:
         for hook in self.hooks:
             hook.remove()
         self.hooks = [
-            self.model.get_submodule(name).register_forward_hook(_adding(adapter))
-            for name, adapter in adapters.items()
+            self.model.get_submodule(name).register_forward_hook(_adding(adapter)) for name, adapter in adapters.items()
         ]
 
     def admit(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:

@@ -1,0 +1,179 @@
+"""`policy.generation`: the engine that samples completions, and how it samples."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from nemo_rl_lora.config.base import Fixed, Section
+
+_NO_PORTS = "Engines of one run find each other without fixed ports: remove the key."
+_NO_NIXL = "Weights are not moved by NIXL: remove the key."
+_NO_HTTP_REFIT = "Weights are not moved over HTTP or ZeroMQ: remove the key."
+_NO_FP8 = "FP8 rollouts are not part of this product: remove the key."
+_NO_SPLIT = "The engine shares the trainer's devices: remove the key."
+
+
+class NixlConfig(Section):
+    """NeMo RL: weight transfer by NIXL."""
+
+    update_weights_bucket_memory_ratio: Annotated[float, Fixed(0.05, remedy=_NO_NIXL)] = 0.05
+    """NeMo RL: share of memory for a transfer buffer."""
+    device: Annotated[str, Fixed("cuda", remedy=_NO_NIXL)] = "cuda"
+    """NeMo RL: where the buffer is."""
+    backend_name: Annotated[str, Fixed("UCX", remedy=_NO_NIXL)] = "UCX"
+    """NeMo RL: NIXL's transport."""
+    backend_init_params: Annotated[dict[str, Any] | None, Fixed(None, remedy=_NO_NIXL)] = None
+    """NeMo RL: arguments of the transport."""
+    release_after_refit: Annotated[bool, Fixed(False, remedy=_NO_NIXL)] = False
+    """NeMo RL: free the buffer after each transfer."""
+    shard_expert_weights: Annotated[bool, Fixed(False, remedy=_NO_NIXL)] = False
+    """NeMo RL: move only a rank's own experts."""
+
+
+class RefitConfig(Section):
+    """NeMo RL: how weights reach the engine."""
+
+    nixl: NixlConfig = NixlConfig()
+    """NeMo RL: its NIXL transport."""
+
+
+class VllmConfig(Section):
+    """The vLLM engine; nothing here touches the in-process engine."""
+
+    async_engine: bool = False
+    """Use vLLM's asynchronous engine."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """dtype of the engine's weights and computation."""
+    kv_cache_dtype: Annotated[str, Fixed("auto", remedy=_NO_FP8)] = "auto"
+    """dtype of the key-value cache; auto is that of the weights."""
+    logprobs_mode: Annotated[
+        str, Fixed("processed_logprobs", remedy="The trainer compares logprobs at the sampling temperature.")
+    ] = "processed_logprobs"
+    """Which logprobs the engine reports."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share each weight matrix of the engine."""
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share the engine's layers."""
+    expert_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share the engine's experts."""
+    gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1)
+    """Share of a GPU's memory that the engine takes."""
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Longest sequence of the engine; null is the model's own limit."""
+    enforce_eager: bool = False
+    """Do without CUDA graphs and compilation."""
+    use_tqdm: Annotated[bool, Fixed(True, False, remedy="Set it to true or false.")] = True
+    """NeMo RL: the engine's progress bar; progress is shown by the driver here, at either value."""
+    use_deep_gemm: Annotated[bool, Fixed(False, remedy=_NO_FP8)] = False
+    """NeMo RL: FP8 matrix products."""
+    num_last_layers_in_bf16: Annotated[int, Fixed(0, remedy=_NO_FP8)] = 0
+    """NeMo RL: layers that FP8 leaves alone, at the end."""
+    num_first_layers_in_bf16: Annotated[int, Fixed(0, remedy=_NO_FP8)] = 0
+    """NeMo RL: layers that FP8 leaves alone, at the start."""
+    enable_vllm_metrics_logger: bool = True
+    """Log the engine's own counters."""
+    vllm_metrics_logger_interval: float = Field(default=0.5, gt=0)
+    """Seconds between two readings of the engine's counters."""
+    http_refit_api_key_env_var: Annotated[str | None, Fixed(None, remedy=_NO_HTTP_REFIT)] = None
+    """NeMo RL: environment variable with the key of its HTTP transfer."""
+    reset_encoder_cache_after_weight_update: Annotated[
+        bool, Fixed(False, remedy="There are no multimodal encoders here: remove the key.")
+    ] = False
+    """NeMo RL: drop cached encoder outputs after a sync."""
+    http_refit_server_port: Annotated[int | None, Fixed(None, remedy=_NO_HTTP_REFIT)] = None
+    """NeMo RL: port of its HTTP transfer."""
+    zmq_refit_server_port: Annotated[int | None, Fixed(None, remedy=_NO_HTTP_REFIT)] = None
+    """NeMo RL: port of its ZeroMQ transfer."""
+
+
+class ColocatedResources(Section):
+    """NeMo RL: devices of an engine of its own."""
+
+    gpus_per_node: Annotated[int | None, Fixed(None, remedy=_NO_SPLIT)] = None
+    """NeMo RL: GPUs of each node that the engine has for itself."""
+    num_nodes: Annotated[int | None, Fixed(None, remedy=_NO_SPLIT)] = None
+    """NeMo RL: nodes that the engine has for itself."""
+
+
+class ColocatedConfig(Section):
+    """Whether the engine shares the trainer's devices."""
+
+    enabled: Annotated[bool, Fixed(True, remedy=_NO_SPLIT)] = True
+    """Trainer and engine take turns on the same devices."""
+    resources: ColocatedResources = ColocatedResources()
+    """NeMo RL: the devices of an engine that does not share."""
+
+
+class GenerationConfig(Section):
+    """How completions are sampled. The `val_` keys hold for validation, the others for training rollouts."""
+
+    backend: Literal["auto", "in_process", "vllm", "replay"] = "auto"
+    """auto: in_process on a CPU, vllm on CUDA; replay serves the rollouts of replay_path. NeMo RL has only vllm."""
+    lora_sync: Literal["merged", "adapter"] = "merged"
+    """What a sync moves: weights with the adapter merged in, or A and B alone. No NeMo RL key."""
+    replay_path: str | None = None
+    """JSONL file of rollouts for backend=replay. No NeMo RL key."""
+    max_concurrent_sequences: int = Field(default=128, ge=1)
+    """Completions that the in-process engine decodes at once; a group is never split, so a larger one runs alone.
+    Each holds 2 x layers x key-value heads x head size values of cache per token. No NeMo RL key."""
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Longest completion."""
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Logits are divided by it, in the engine and in the trainer alike."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Must be 1.0: the trainer's logprobs are those of the full distribution. Truncate in validation (val_top_p)."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Must be null, for the same reason (val_top_k)."""
+    val_temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Temperature in validation; 0 takes the likeliest token."""
+    val_top_p: float = Field(default=1.0, gt=0, le=1)
+    """In validation, draw from the likeliest tokens that together hold this probability."""
+    val_top_k: int | None = Field(default=None, ge=1)
+    """In validation, draw from this many likeliest tokens; null for all."""
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Tokens that end a completion, besides the tokenizer's and the model's end of sequence."""
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] | None = None
+    """Texts that end a completion. The reward sees the text before them; the tokens are trained as sampled."""
+    port_range_low: Annotated[int, Fixed(3000, remedy=_NO_PORTS)] = 3000
+    """NeMo RL: first port of its engines."""
+    port_range_high: Annotated[int, Fixed(4999, remedy=_NO_PORTS)] = 4999
+    """NeMo RL: last port of its engines."""
+    refit_transport: Annotated[
+        str | None, Fixed(None, remedy="The way of the weights follows from the engine: remove the key.")
+    ] = None
+    """NeMo RL: how weights reach the engine."""
+    real_quant_export_cpu_offload: Annotated[
+        bool, Fixed(True, remedy="There are no quantized rollouts here: remove the key.")
+    ] = True
+    """NeMo RL: quantize weights for the engine on the CPU."""
+    refit_cfg: RefitConfig = RefitConfig()
+    """NeMo RL: details of its weight transfer."""
+    vllm_cfg: VllmConfig = VllmConfig()
+    """The vLLM engine."""
+    vllm_kwargs: dict[str, Any] = {}
+    """Further arguments of vLLM's engine."""
+    colocated: ColocatedConfig = ColocatedConfig()
+    """Whether the engine shares the trainer's devices."""
+
+    @model_validator(mode="after")
+    def _training_draws_from_the_full_distribution(self) -> GenerationConfig:
+        truncated = [("top_p", self.top_p, "1.0")] if self.top_p < 1 else []
+        truncated += [("top_k", self.top_k, "null")] if self.top_k is not None else []
+        for key, value, full in truncated:
+            raise ValueError(
+                f"policy.generation.{key}={value!r}: training rollouts must come from the full distribution, "
+                f"whose logprobs the trainer computes. Set policy.generation.{key}={full}; to truncate in "
+                f"validation, set policy.generation.val_{key}={value!r}."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replay_has_its_file(self) -> GenerationConfig:
+        if (self.backend == "replay") != (self.replay_path is not None):
+            raise ValueError(
+                f"policy.generation.replay_path={self.replay_path!r}: backend='replay' needs the file and no other "
+                f"backend reads it, and policy.generation.backend={self.backend!r}. Set both or neither."
+            )
+        return self
