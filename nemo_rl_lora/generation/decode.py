@@ -55,6 +55,10 @@ class Decoder(Protocol):
         """Close rows. Returns, for each row that is left, the number it had before."""
         ...
 
+    def reset(self) -> None:
+        """Close all rows and free their cache."""
+        ...
+
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Use these tensors, by parameter name, instead of the shared ones; all others are shared again."""
         ...
@@ -217,10 +221,13 @@ class CausalDecoder:
         self.activation = ACT2FN[config.hidden_act]
         self.rotary = model.get_submodule("model.rotary_emb")
         self._read_weights(model)
-        layers, heads = config.num_hidden_layers, self.num_kv_heads
+        self.cos, self.sin = self.embedding.new_empty(0), self.embedding.new_empty(0)
+        self.reset()
+
+    def reset(self) -> None:
+        layers, heads = len(self.layers), self.num_kv_heads
         self.prompt_store = KeyValueStore(layers, heads, self.head_dim, self.embedding)
         self.completion_store = KeyValueStore(layers, heads, self.head_dim, self.embedding)
-        self.cos, self.sin = self.embedding.new_empty(0), self.embedding.new_empty(0)
         self.row_prompt: list[int] = []  # the prompt slot of each row
         self.row_length: list[int] = []  # completion tokens stored for each row
         self.prompt_lengths: list[int] = []  # of each prompt slot
@@ -302,6 +309,7 @@ class CausalDecoder:
             self.row_prompt += [first_slot + p] * count
             self.row_length += [0] * count
         self.prompt_lengths += lengths
+        self.completion_store.reserve(len(self.row_prompt), FIRST_COMPLETION_CAPACITY)
         self._rectangle = None
         return torch.stack([row for row in logits if row is not None])
 
@@ -330,7 +338,7 @@ class CausalDecoder:
     def step(self, token_ids: Tensor) -> Tensor:
         plan = self._plan()
         assert token_ids.shape == (plan.num_rows,), (token_ids.shape, plan.num_rows)
-        self.completion_store.reserve(plan.num_rows, max(plan.completion_length, FIRST_COMPLETION_CAPACITY))
+        self.completion_store.reserve(plan.num_rows, plan.completion_length)
         cos, sin = self._rope(plan.positions, plan.prompt_length + plan.completion_length)
 
         def attend(layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -342,6 +350,9 @@ class CausalDecoder:
 
     def retire(self, rows: Sequence[int]) -> list[int]:
         order, sources, targets = fill_holes(len(self.row_prompt), rows)
+        if not order:
+            self.reset()
+            return order
         self.completion_store.move(sources, targets, max(self.row_length, default=0))
         self.row_prompt = [self.row_prompt[row] for row in order]
         self.row_length = [self.row_length[row] for row in order]

@@ -134,6 +134,7 @@ class InProcessGeneration:
         )
 
     def close(self) -> None:
+        self._decoder.reset()
         self._waiting.clear()
         self._done.clear()
 
@@ -171,7 +172,7 @@ class InProcessGeneration:
                     self._draw(rows, self._decoder.step(last))
                 rows = self._close_finished(rows, groups)
         except BaseException:
-            self._decoder.retire(range(len(rows)))
+            self._decoder.reset()
             raise
 
     def _admissible(self, num_open: int) -> list[tuple[Ticket, GroupRequest]]:

@@ -36,9 +36,9 @@ class PlainDecoder:
             self.places.setdefault(canonical, []).append((self.model.get_submodule(module), leaf))
             self.shared[canonical] = nn.Parameter(parameter.detach().to(compute_dtype), requires_grad=False)
         self.set_weights({})
-        self._close()
+        self.reset()
 
-    def _close(self) -> None:
+    def reset(self) -> None:
         self.cache: Any = None
         self.mask = torch.empty((0, 0), dtype=torch.int64, device=self.model.device)  # [N, positions so far]
 
@@ -92,7 +92,7 @@ class PlainDecoder:
         gone = set(rows)
         order = [row for row in range(len(self.mask)) if row not in gone]
         if not order:
-            self._close()
+            self.reset()
         elif gone:
             index = torch.tensor(order, device=self.model.device)
             self.cache.batch_select_indices(index)

@@ -1,0 +1,34 @@
+"""An engine on a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.generation.tiny_models import LetterTokenizer, adapted_modules, parameters_of, ref
+
+
+@pytest.fixture
+def make_engine() -> Callable[..., Any]:
+    """An engine with weights synced: the model's own by default."""
+    from nemo_rl_lora.generation.in_process import InProcessGeneration
+
+    def make(model: PreTrainedModel, *, lora: bool = False, sync: bool = True, concurrent: int = 16) -> Any:
+        engine = InProcessGeneration(
+            model,
+            tokenizer=LetterTokenizer(),  # type: ignore[arg-type]
+            spec=SimpleNamespace() if lora else None,  # type: ignore[arg-type]
+            adapted=adapted_modules(model) if lora else [],
+            compute_dtype=torch.float32,
+            max_concurrent_sequences=concurrent,
+        )
+        if sync and not lora:
+            engine.sync_weights(ref(parameters_of(model)))
+        return engine
+
+    return make
