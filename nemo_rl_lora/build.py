@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from nemo_rl_lora.algorithms.grpo import GrpoParts
 from nemo_rl_lora.algorithms.losses import make_policy_loss
 from nemo_rl_lora.algorithms.rollout import RolloutParams
-from nemo_rl_lora.checkpoint import Checkpointer, ResumePoint, is_finished
-from nemo_rl_lora.config.lora import LORA_CFG_KEY, PEFT_KEY, UNIFIED_KEY, lora_spec_from_policy
+from nemo_rl_lora.checkpoint import Checkpointer, ResumePoint, is_finished, probe_directory
+from nemo_rl_lora.config.lora import lora_spec_from_policy
 from nemo_rl_lora.config.master import GrpoMaster
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.config.runnable import check_runnable
 from nemo_rl_lora.console import KeyMetric, TrainingConsole
 from nemo_rl_lora.data.prompts import PromptLoader, PromptSet, load_prompt_sets
 from nemo_rl_lora.environments.protocol import Environment
-from nemo_rl_lora.environments.registry import make_environments
+from nemo_rl_lora.environments.registry import check_prompts, make_environments
 from nemo_rl_lora.generation.protocol import Generation
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.metrics import RunLog, check_sinks
@@ -74,17 +75,13 @@ def check_start(config: GrpoMaster) -> CheckedStart:
     source = resolve_model(config.policy.model_name)
     tokenizer = tokenizer_of(config.policy, source)
     train, validation = load_prompt_sets(config, tokenizer)
-    names = [*train.environment_names, *(validation.environment_names if validation is not None else ())]
-    environments = make_environments(names, config.env)
-    for prompts in (train, validation):
-        for name, environment in environments.items():
-            environment.check([prompt for prompt in prompts or () if prompt.environment == name])
+    num_batches = prompt_loader(config, train).num_batches_per_epoch
+    num_steps = min(config.grpo.max_num_steps, config.grpo.max_num_epochs * num_batches)
     checkpointer = Checkpointer(config.checkpointing, config.model_dump(mode="json", by_alias=True))
     checkpointer.prepare()
-    resume = checkpointer.find_resume() if config.checkpointing.enabled else None
-    if resume is not None:
+    resume = checkpointer.find_resume()
+    if resume is not None and not is_finished(resume, num_steps):
         checkpointer.refuse_without_optimizer(resume)
-    num_batches = prompt_loader(config, train).num_batches_per_epoch
     return CheckedStart(
         config=config,
         source=source,
@@ -92,10 +89,10 @@ def check_start(config: GrpoMaster) -> CheckedStart:
         spec=spec,
         train=train,
         validation=validation,
-        environments=environments,
+        environments=_environments_of(config, train, validation),
         checkpointer=checkpointer,
         resume=resume,
-        num_steps=min(config.grpo.max_num_steps, config.grpo.max_num_epochs * num_batches),
+        num_steps=num_steps,
     )
 
 
@@ -154,6 +151,45 @@ def build_grpo(start: CheckedStart, log: RunLog) -> GrpoParts:
     )
 
 
+def plan_checks(config: GrpoMaster) -> list[tuple[str, Callable[[], str]]]:
+    """What `--plan` looks at beside the model's config: tokenizer, data and environments, sinks, directories."""
+
+    def tokenizer() -> str:
+        made = tokenizer_of(config.policy, resolve_model(config.policy.model_name, weights=False))
+        return f"{len(made)} tokens, end of sequence {made.eos_token!r}"
+
+    def data() -> str:
+        source = resolve_model(config.policy.model_name, weights=False)
+        train, validation = load_prompt_sets(config, tokenizer_of(config.policy, source))
+        _environments_of(config, train, validation)
+        num_validation = 0 if validation is None else len(validation)
+        loader = prompt_loader(config, train)
+        return (
+            f"{len(train)} training prompts ({loader.num_batches_per_epoch} steps an epoch), {num_validation} for "
+            f"validation, scored by {', '.join(train.environment_names)}"
+        )
+
+    def directories() -> str:
+        check_sinks(config.logger)
+        checked = [config.logger.log_dir]
+        probe_directory(Path(config.logger.log_dir), "logger.log_dir")
+        if config.checkpointing.enabled:
+            probe_directory(Path(config.checkpointing.checkpoint_dir), "checkpointing.checkpoint_dir")
+            checked.append(config.checkpointing.checkpoint_dir)
+        return f"{' and '.join(checked)} can be written"
+
+    return [("tokenizer", tokenizer), ("data", data), ("directories", directories)]
+
+
+def _environments_of(config: GrpoMaster, train: PromptSet, validation: PromptSet | None) -> dict[str, Environment]:
+    """The environments that the prompts name, which have found every row complete."""
+    sets = [prompts for prompts in (train, validation) if prompts is not None]
+    environments = make_environments([name for prompts in sets for name in prompts.environment_names], config.env)
+    for prompts in sets:
+        check_prompts(environments, prompts.unencoded())
+    return environments
+
+
 def tokenizer_of(config: PolicyConfig, source: ModelSource) -> Any:
     """The tokenizer that the policy's config names."""
     section = config.tokenizer
@@ -184,7 +220,6 @@ def _build_policy(start: CheckedStart, *, keep_reference: bool) -> DTensorPolicy
         model_path=start.source.path,
         base_model_name=config.model_name,
         spec=start.spec,
-        spec_key=lora_key(config),
         seed=start.config.grpo.seed,
         temperature=config.generation.temperature,
         keep_reference=keep_reference,
@@ -226,10 +261,3 @@ def generation_backend(asked: str, *, cuda: bool) -> tuple[str, str]:
     if asked != "auto":
         return asked, "as configured"
     return ("vllm", "auto, with a CUDA device") if cuda else ("in_process", "auto, without a CUDA device")
-
-
-def lora_key(config: PolicyConfig) -> str:
-    """The dotted key of the LoRA block that is in use."""
-    if config.lora is not None and config.lora.enabled:
-        return UNIFIED_KEY
-    return LORA_CFG_KEY if config.active_backend == "dtensor" else PEFT_KEY

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import shlex
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from nemo_rl_lora.config.loader import load_config, resolved_yaml
 from nemo_rl_lora.config.master import Algorithm, GrpoMaster
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +56,6 @@ def grpo_main(arguments: DriverArguments) -> int:
     from nemo_rl_lora.build import build_grpo, check_start
     from nemo_rl_lora.console import RunSummary, setup_logging
     from nemo_rl_lora.metrics import RunLog
-    from nemo_rl_lora.plots import draw_curves
     from nemo_rl_lora.run_control import running
 
     setup_logging()
@@ -63,27 +65,41 @@ def grpo_main(arguments: DriverArguments) -> int:
         sys.stdout.write(f"The run in {start.resume.path} is finished: {start.resume.step} steps. {_ANOTHER_RUN}\n")
         return 0
     log = RunLog(config.logger, resolved_yaml(config))
-    with running(log.directory) as stop:
+    with running(log.directory) as stop, contextlib.ExitStack() as cleanup:
+        cleanup.callback(start.checkpointer.close)
+        cleanup.callback(draw_curves_of, log.directory, enabled=config.logger.plot.enabled)
+        cleanup.callback(log.close)
         parts = build_grpo(start, log)
-        try:
-            with parts.console:
-                result = GrpoTrainer(parts, start.resume).train(stop)
-        finally:
-            log.close()
-            draw_curves(log.directory)
-            parts.generation.close()
-            parts.policy.close()
-            start.checkpointer.close()
+        cleanup.callback(parts.policy.close)
+        cleanup.callback(parts.generation.close)
+        for environment in start.environments.values():
+            cleanup.callback(environment.close)
+        setup_logging(parts.console.console)
+        with parts.console:
+            result = GrpoTrainer(parts, start.resume).train(stop)
     is_complete = result.outcome.startswith("completed")
     parts.console.summary(
         RunSummary(
             outcome=result.outcome,
             log_directory=log.directory,
             checkpoint=result.checkpoint,
+            best_checkpoint=start.checkpointer.best_step(),
             continue_command=None if is_complete else shlex.join(["uv", "run", *sys.argv]),
         )
     )
     return stop.exit_code
+
+
+def draw_curves_of(log_directory: Path, *, enabled: bool) -> None:
+    """Draw curves.png where that is asked for; a plot that cannot be drawn ends no run."""
+    from nemo_rl_lora.plots import draw_curves
+
+    if not enabled:
+        return
+    try:
+        draw_curves(log_directory)
+    except OSError as error:
+        logger.warning(f"{log_directory / 'curves.png'} could not be drawn: {error}")
 
 
 def show_plan(config: GrpoMaster) -> int:

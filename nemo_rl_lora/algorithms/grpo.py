@@ -269,6 +269,7 @@ class GrpoTrainer:
         parts.log.log(self._step, "validation", metrics)
         parts.log.log_rollouts(self._step, _samples(groups), split="validation")
         parts.console.validation(self._step, metrics, seconds=metrics["timing/total_validation_time"])
+        parts.console.samples(_samples(groups)[: parts.config.logger.num_val_samples_to_print])
         if config.stop_at_validation_metric is None or config.stop_at_validation_threshold is None:
             return False
         if config.stop_at_validation_metric not in metrics:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from nemo_rl_lora.config.lora import kernels_off_because, lora_block_key
 from nemo_rl_lora.config.optimizer import lr_factor
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.lora.dialects import spec_to_peft_config
@@ -53,7 +54,6 @@ class PolicySetup:
     model_path: Path
     base_model_name: str  # written into adapter_config.json
     spec: LoraSpec | None  # None: full fine-tuning
-    spec_key: str  # dotted key of the LoRA block, for errors
     seed: int
     temperature: float
     keep_reference: bool  # reference_logprobs will be asked for
@@ -161,7 +161,8 @@ class DTensorPolicy:
     def save(self, path: Path) -> None:
         """adapter/ (PEFT files) or weights/ (a Hugging Face model), and optimizer/."""
         if self._setup.spec is None:
-            PreTrainedModel.save_pretrained(self._model, path / "weights")  # nemo-automodel's own wants its checkpointer
+            # transformers' own: nemo-automodel's override works only with its checkpointer
+            PreTrainedModel.save_pretrained(self._model, path / "weights")
         else:
             peft = spec_to_peft_config(self._setup.spec, self._setup.base_model_name, self.adapted)
             write_adapter(path / "adapter", self._adapter_tensors(), peft)
@@ -217,12 +218,14 @@ class DTensorPolicy:
             linear_modules(self._model),
             tied_head=tied,
             model_label=self._setup.base_model_name,
-            config_key=self._setup.spec_key,
+            config_key=lora_block_key(self._config),
         )
-        use_kernels, warning = kernels_in_use(spec, self._config, cuda=torch.cuda.is_available())
-        if warning:
-            logger.warning(warning)
-        self._switch = install_adapters(self._model, self.adapted, spec, seed=self._setup.seed, use_kernels=use_kernels)
+        why_off = kernels_off_because(self._config, spec, cuda=torch.cuda.is_available())
+        if why_off is not None:
+            logger.warning(why_off)
+        self._switch = install_adapters(
+            self._model, self.adapted, spec, seed=self._setup.seed, use_kernels=spec.kernels and why_off is None
+        )
 
     def _refuse_impossible_layouts(self) -> None:
         if self._flat:
@@ -384,22 +387,6 @@ class DTensorPolicy:
 
     def _cast_entry(self, name: str, parameter: Tensor) -> LazyTensor:
         return _entry(name, parameter, self._compute_dtype)
-
-
-def kernels_in_use(spec: LoraSpec, config: PolicyConfig, *, cuda: bool) -> tuple[bool, str | None]:
-    """Whether the Triton LoRA kernels run, and the one warning to give where they were asked for and do not."""
-    if not spec.kernels:
-        return False, None
-    key = "policy.dtensor_cfg.lora_cfg.use_triton=True"
-    tensor_parallel = config.dtensor_cfg.tensor_parallel_size
-    if tensor_parallel > 1:
-        return (
-            False,
-            f"{key}: off, because policy.dtensor_cfg.tensor_parallel_size={tensor_parallel} is above 1.",
-        )
-    if not cuda:
-        return False, f"{key}: off, because there is no CUDA device; plain torch products are used."
-    return True, None
 
 
 def _entry(name: str, tensor: Tensor, dtype: torch.dtype) -> LazyTensor:

@@ -155,8 +155,9 @@ def _layout(
         return where
 
     for unit in units:
-        shared = plan.share_prefix and len(unit.rows) > 1 and prompts[unit.rows[0]] > 0
-        prompt_at = add(unit.rows[0], 0, prompts[unit.rows[0]], None) if shared else None
+        first = unit.rows[0]
+        shared = plan.share_prefix and len(unit.rows) > 1 and prompts[first] > 0
+        prompt_at = add(first, 0, prompts[first], None) if shared else None
         parent = len(segments) - 1
         for row in unit.rows:
             rows.append(row)

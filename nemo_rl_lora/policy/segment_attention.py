@@ -69,9 +69,8 @@ def supports_segments(config: Any, max_length: int) -> bool:
     """Whether a transformers config describes full causal attention for sequences up to `max_length` tokens."""
     if config.model_type not in MODEL_TYPES:
         return False
-    windows = getattr(config, "sliding_window", None)
-    uses_window = getattr(config, "use_sliding_window", True) and windows is not None
-    if uses_window and windows < max_length:
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True) and window < max_length:
         return False
     return not getattr(config, "attention_dropout", 0.0)
 

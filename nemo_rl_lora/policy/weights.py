@@ -1,4 +1,4 @@
-"""What a policy offers to a generation engine: names, shapes, a digest, and tensors computed when they are asked for."""
+"""What a policy offers to a generation engine: names, shapes, a digest, and tensors computed when asked for."""
 
 from __future__ import annotations
 

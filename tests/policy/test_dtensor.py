@@ -13,7 +13,7 @@ from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.lora.files import adapter_tensor_name
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.policy.adapter_linear import AdapterLinear
-from nemo_rl_lora.policy.dtensor import DTensorPolicy, PolicySetup, kernels_in_use
+from nemo_rl_lora.policy.dtensor import DTensorPolicy, PolicySetup
 
 LR = 1e-2
 
@@ -35,7 +35,6 @@ def make_policy(path, *, spec: LoraSpec | None = None, temperature=1.0, keep_ref
         model_path=path,
         base_model_name="tiny",
         spec=spec,
-        spec_key="policy.dtensor_cfg.lora_cfg",
         seed=7,
         temperature=temperature,
         keep_reference=keep_reference,
@@ -310,11 +309,3 @@ def test_kernels_are_off_with_one_warning_that_names_the_keys(tiny_model, caplog
     warnings = [r.message for r in caplog.records if "use_triton" in r.message]
     assert len(warnings) == 1
     assert "no CUDA device" in warnings[0]
-    config = policy._config.model_copy(
-        update={"dtensor_cfg": policy._config.dtensor_cfg.model_copy(update={"tensor_parallel_size": 2})}
-    )
-    use, warning = kernels_in_use(spec(), config, cuda=True)
-    assert not use
-    assert "policy.dtensor_cfg.tensor_parallel_size=2" in (warning or "")
-    assert kernels_in_use(spec(), policy._config, cuda=True) == (True, None)
-    assert kernels_in_use(spec(kernels=False), policy._config, cuda=True) == (False, None)
