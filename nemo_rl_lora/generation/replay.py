@@ -69,11 +69,12 @@ class ReplayGeneration:
                 f"{_PATH_KEY}={str(self._path)!r}: holds no further group of prompt {prompt.index}. "
                 "Replay with the data, seed and number of steps of the run that was recorded."
             )
-        row = rows[0]
-        if tuple(row["prompt_token_ids"]) != tuple(prompt.token_ids):
+        # Training and validation prompts may share an index, so the tokens decide between them.
+        row = next((row for row in rows if tuple(row["prompt_token_ids"]) == tuple(prompt.token_ids)), None)
+        if row is None:
             raise ValueError(
-                f"{_PATH_KEY}={str(self._path)!r}: prompt {prompt.index} has other tokens than the one recorded "
-                f"({len(prompt.token_ids)} and {len(row['prompt_token_ids'])}). Replay with the same data and template."
+                f"{_PATH_KEY}={str(self._path)!r}: prompt {prompt.index} has other tokens than those recorded. "
+                "Replay with the same data, tokenizer and template."
             )
         if len(row["completions"]) != request.num_completions:
             raise ValueError(
@@ -81,7 +82,8 @@ class ReplayGeneration:
                 f"and {request.num_completions} are asked for. Set grpo.num_generations_per_prompt to match."
             )
         self._tickets += 1
-        self._groups[Ticket(self._tickets)] = (prompt, rows.popleft())
+        rows.remove(row)
+        self._groups[Ticket(self._tickets)] = (prompt, row)
         return Ticket(self._tickets)
 
     def collect(self, tickets: Sequence[Ticket]) -> list[CompletionGroup]:

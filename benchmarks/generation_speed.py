@@ -1,0 +1,158 @@
+"""Tokens per second of the in-process engine and of transformers' `generate`, in turn, on the same work.
+
+The work is a rollout of GRPO: P prompts (sums of two numbers, chat template), G completions each, a fixed number of
+tokens without an end of sequence, temperature 1. The engine samples from merged weights and from base + adapter
+(r = 16 on all linear layers, B not zero), `generate` from the base model. Every round runs each side once, so load
+on the machine falls on all; the ratio of medians is the result. Prefill counts on all sides.
+
+    python benchmarks/generation_speed.py [--prompts 8] [--completions 8] [--tokens 32] [--threads 2] [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from nemo_rl_lora.generation.in_process import InProcessGeneration
+from nemo_rl_lora.generation.protocol import generate
+from nemo_rl_lora.lora.merge import merged_weight
+from nemo_rl_lora.lora.spec import LoraSpec
+from nemo_rl_lora.lora.targets import AdaptedModule
+from nemo_rl_lora.model_source import resolve_model
+from nemo_rl_lora.types import GroupRequest, Prompt, SamplingParams, SyncMode, TensorInfo, WeightsRef
+
+DIM, SCALE = 16, 2.0
+
+
+def adapted_modules(model: PreTrainedModel) -> list[AdaptedModule]:
+    return [
+        AdaptedModule(
+            name=name,
+            in_features=module.in_features,
+            out_features=module.out_features,
+            dim=DIM,
+            alpha=DIM * SCALE,
+            scale=SCALE,
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
+
+
+def weights_ref(model: PreTrainedModel, adapted: list[AdaptedModule], mode: SyncMode) -> WeightsRef:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for module in adapted:
+        a = torch.randn(DIM, module.in_features, generator=generator) / module.in_features**0.5
+        b = 1e-3 * torch.randn(module.out_features, DIM, generator=generator)
+        if mode == "merged":
+            weight = model.get_parameter(f"{module.name}.weight").detach()
+            tensors[f"{module.name}.weight"] = merged_weight(weight, a, b, module.scale)
+        else:
+            tensors[f"base_model.model.{module.name}.lora_A.weight"] = a
+            tensors[f"base_model.model.{module.name}.lora_B.weight"] = b
+    manifest = tuple(TensorInfo(name=n, shape=tuple(t.shape), dtype=t.dtype) for n, t in tensors.items())
+    return WeightsRef(version=1, mode=mode, manifest=manifest, digest="benchmark", num_bytes=0, tensors=tensors)
+
+
+def sum_prompts(tokenizer: object, count: int) -> list[tuple[int, ...]]:
+    prompts = []
+    for i in range(count):
+        message = {"role": "user", "content": f"What is {i % 9 + 1} + {(i * 5) % 9 + 1}? Answer with a number."}
+        text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)  # type: ignore[attr-defined]
+        prompts.append(tuple(tokenizer(text, add_special_tokens=False).input_ids))  # type: ignore[operator]
+    return prompts
+
+
+def engine_run(engine: InProcessGeneration, prompts: list[tuple[int, ...]], args: argparse.Namespace) -> int:
+    requests = [
+        GroupRequest(
+            prompt=Prompt(index=i, token_ids=token_ids, text="", row={}, environment=""),
+            num_completions=args.completions,
+            seeds=tuple(range(i * args.completions, (i + 1) * args.completions)),
+            sampling=SamplingParams(max_new_tokens=args.tokens),
+        )
+        for i, token_ids in enumerate(prompts)
+    ]
+    return sum(len(c.token_ids) for group in generate(engine, requests) for c in group.completions)
+
+
+def transformers_run(model: PreTrainedModel, prompts: list[tuple[int, ...]], args: argparse.Namespace) -> int:
+    longest = max(map(len, prompts))
+    token_ids = torch.tensor([(0,) * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([(0,) * (longest - len(p)) + (1,) * len(p) for p in prompts])
+    out = model.generate(
+        token_ids.repeat_interleave(args.completions, dim=0),
+        attention_mask=mask.repeat_interleave(args.completions, dim=0),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=args.tokens,
+        min_new_tokens=args.tokens,
+        pad_token_id=0,
+    )
+    return out.shape[0] * (out.shape[1] - longest)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    for name, default in (("prompts", 8), ("completions", 8), ("tokens", 32), ("threads", 2), ("rounds", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    path = resolve_model(args.model).path
+    dtype = getattr(torch, args.dtype)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    prompts = sum_prompts(tokenizer, args.prompts)
+    tokenizer.eos_token, model.generation_config.eos_token_id = None, None
+    adapted = adapted_modules(model)
+    sides: dict[str, Callable[[], int]] = {"transformers": lambda: transformers_run(model, prompts, args)}
+    receipts = {}
+    for mode in ("merged", "adapter"):
+        engine = InProcessGeneration(
+            model,
+            tokenizer=tokenizer,
+            spec=LoraSpec(dim=DIM, alpha=DIM * SCALE),
+            adapted=adapted,
+            compute_dtype=dtype,
+            max_concurrent_sequences=args.prompts * args.completions,
+        )
+        receipts[mode] = engine.sync_weights(weights_ref(model, adapted, mode)).seconds
+        sides[mode] = lambda engine=engine: engine_run(engine, prompts, args)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    num_tokens: dict[str, int] = {}
+    for _ in range(args.rounds + 1):  # the first is a warm-up
+        for name, run in sides.items():
+            start = time.perf_counter()
+            num_tokens[name] = run()
+            seconds[name].append(time.perf_counter() - start)
+    rates = {name: num_tokens[name] / statistics.median(s[1:]) for name, s in seconds.items()}
+    best = {name: num_tokens[name] / min(s[1:]) for name, s in seconds.items()}
+    print(
+        json.dumps(
+            {
+                "tokens_per_s": {name: round(rate, 1) for name, rate in rates.items()},
+                "tokens_per_s_best": {name: round(rate, 1) for name, rate in best.items()},
+                "times_transformers": {name: round(rate / rates["transformers"], 2) for name, rate in rates.items()},
+                "sync_seconds": {name: round(s, 3) for name, s in receipts.items()},
+                "prompt_tokens": [len(p) for p in prompts],
+                "tokens": num_tokens["merged"],
+                "threads": args.threads,
+                "dtype": args.dtype,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
