@@ -191,5 +191,5 @@ def kernels_off_because(policy: PolicyLike, spec: LoraSpec, *, cuda: bool) -> st
     if tensor_parallel > 1:
         return f"{key}: off, because policy.dtensor_cfg.tensor_parallel_size={tensor_parallel} is above 1."
     if not cuda:
-        return f"{key}: off, because there is no CUDA device; plain torch products are used."
+        return f"{key}: off, because there is no CUDA device: plain torch products are used."
     return None

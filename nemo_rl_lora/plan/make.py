@@ -119,7 +119,7 @@ def _effects(config: MasterConfig, spec: LoraSpec | None, shapes: ModelShapes) -
 
 def _kernels(policy: PolicyConfig, spec: LoraSpec) -> Effect:
     off = kernels_off_because(policy, spec, cuda=torch.cuda.is_available())
-    reason = (off or "").partition(": ")[2].removeprefix("off, because ")
+    reason = (off or "").partition(": ")[2].removeprefix("off, because ").removesuffix(".")
     return Effect(
         key=f"{lora_block_key(policy)}.use_triton",
         requested=_on_off(spec.kernels),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from nemo_rl_lora.lora.names import last_component
 from nemo_rl_lora.plan.nouns import ModuleType, Plan
 
 
@@ -15,10 +17,10 @@ def render_plan(plan: Plan) -> RenderableType:
     """Everything the plan holds, top to bottom, for a rich console."""
     parts: list[RenderableType] = [_heading(plan)]
     if plan.adapted:
-        parts.append(_module_table("Modules with an adapter", plan.adapted))
+        parts.append(_module_table("Modules with an adapter", plan.adapted, with_adapter=True))
     if plan.left_out:
-        parts.append(_module_table("Without an adapter", plan.left_out))
-    parts += [_parameters(plan), _size_table(plan), _effect_table(plan)]
+        parts.append(_module_table("Without an adapter", plan.left_out, with_adapter=False))
+    parts += [_parameters(plan), _size_table(plan), *_effect_lines(plan)]
     parts += _lines("Checked", [f"{check.name}: {check.finding}" for check in plan.checks])
     parts += _lines("Not checked", plan.unchecked)
     parts += _lines("Stops this run", plan.problems)
@@ -26,11 +28,8 @@ def render_plan(plan: Plan) -> RenderableType:
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """Write the plan to stdout, wide enough that no name is cut where stdout is no terminal."""
-    if console is None:
-        console = Console()
-        console = console if console.is_terminal else Console(width=160)
-    console.print(render_plan(plan))
+    """Write the plan to a console, stdout's where none is given."""
+    (console or Console()).print(render_plan(plan))
 
 
 def human_bytes(num_bytes: int | None) -> str:
@@ -53,24 +52,32 @@ def _heading(plan: Plan) -> Text:
     )
 
 
-def _module_table(title: str, types: Iterable[ModuleType]) -> Table:
-    table = Table(title=title, title_justify="left")
+def _module_table(title: str, types: Iterable[ModuleType], *, with_adapter: bool) -> Table:
+    table = _table(title)
     for column in ("Hugging Face", "Megatron"):
         table.add_column(column, overflow="fold")
-    for column in ("modules", "weight", "dim", "scale", "trainable"):
-        table.add_column(column, justify="right")
+    for column in ("count", "weight", *(("dim", "scale", "trainable") if with_adapter else ())):
+        table.add_column(column, justify="right", no_wrap=True)
     for kind in types:
-        shape = "[" + ", ".join(f"{size}" for size in kind.weight_shape) + "]"
-        table.add_row(
-            Text(kind.name),
-            Text(kind.megatron_name or "-"),
+        cells = [
+            _as_glob(kind.name),
+            "-" if kind.megatron_name is None else last_component(kind.megatron_name),
             f"{kind.num_modules:,}",
-            Text(shape),
-            "-" if kind.dim is None else f"{kind.dim}",
-            "-" if kind.scale is None else f"{kind.scale:g}",
-            f"{kind.num_trainable_params:,}",
-        )
+            "[" + ", ".join(f"{size}" for size in kind.weight_shape) + "]",
+        ]
+        if with_adapter:
+            cells += [f"{kind.dim}", f"{kind.scale:g}", f"{kind.num_trainable_params:,}"]
+        table.add_row(*(Text(cell) for cell in cells))
     return table
+
+
+def _as_glob(name: str) -> str:
+    """The shortest glob of the type, as one would write it as a target: a terminal has 80 columns."""
+    return "*." + name.removeprefix("model.layers.*.") if name.startswith("model.layers.*.") else name
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)
 
 
 def _parameters(plan: Plan) -> Text:
@@ -91,7 +98,7 @@ def _size_table(plan: Plan) -> Table:
         ("a sync, merged", sizes.sync_merged_bytes),
         ("a sync, as adapter", sizes.sync_adapter_bytes),
     )
-    table = Table(title="Bytes of tensors", title_justify="left")
+    table = _table("Bytes of tensors")
     table.add_column("what")
     table.add_column("bytes", justify="right")
     for name, num_bytes in rows:
@@ -99,13 +106,9 @@ def _size_table(plan: Plan) -> Table:
     return table
 
 
-def _effect_table(plan: Plan) -> Table:
-    table = Table(title="What settings come to here", title_justify="left")
-    for column in ("key", "asked", "here", "why"):
-        table.add_column(column, overflow="fold")
-    for effect in plan.effects:
-        table.add_row(effect.key, effect.requested, effect.effective, Text(effect.reason))
-    return table
+def _effect_lines(plan: Plan) -> list[RenderableType]:
+    title = "What settings come to here"
+    return _lines(title, [f"{e.key}={e.requested}: {e.effective} ({e.reason})" for e in plan.effects])
 
 
 def _lines(title: str, sentences: Iterable[str]) -> list[RenderableType]:
