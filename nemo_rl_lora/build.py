@@ -16,10 +16,8 @@ from nemo_rl_lora.algorithms.grpo import GrpoParts
 from nemo_rl_lora.algorithms.losses import make_policy_loss
 from nemo_rl_lora.algorithms.rollout import RolloutParams
 from nemo_rl_lora.checkpoint import Checkpointer, ResumePoint, is_finished, probe_directory
-from nemo_rl_lora.config.lora import lora_spec_from_policy
 from nemo_rl_lora.config.master import GrpoMaster
 from nemo_rl_lora.config.policy import PolicyConfig
-from nemo_rl_lora.config.runnable import check_runnable
 from nemo_rl_lora.console import KeyMetric, TrainingConsole
 from nemo_rl_lora.data.prompts import PromptLoader, PromptSet, load_prompt_sets
 from nemo_rl_lora.environments.protocol import Environment
@@ -28,6 +26,7 @@ from nemo_rl_lora.generation.protocol import Generation
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.metrics import RunLog, check_sinks
 from nemo_rl_lora.model_source import ModelSource, load_tokenizer, resolve_model
+from nemo_rl_lora.plan import make_plan
 from nemo_rl_lora.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -68,9 +67,9 @@ class CheckedStart:
 
 def check_start(config: GrpoMaster) -> CheckedStart:
     """Everything that can be known without weights. ValueError names the first thing that is wrong."""
-    if problems := check_runnable(config):
-        raise ValueError("\n".join(problems))
-    spec = lora_spec_from_policy(config.policy)
+    plan = make_plan(config)
+    if plan.problems:
+        raise ValueError("\n".join(plan.problems))
     check_sinks(config.logger)
     source = resolve_model(config.policy.model_name)
     tokenizer = tokenizer_of(config.policy, source)
@@ -78,7 +77,7 @@ def check_start(config: GrpoMaster) -> CheckedStart:
     num_batches = prompt_loader(config, train).num_batches_per_epoch
     num_steps = min(config.grpo.max_num_steps, config.grpo.max_num_epochs * num_batches)
     checkpointer = Checkpointer(config.checkpointing, config.model_dump(mode="json", by_alias=True))
-    checkpointer.prepare()
+    checkpointer.prepare(required_bytes=plan.sizes.checkpoint_bytes)
     resume = checkpointer.find_resume()
     if resume is not None and not is_finished(resume, num_steps):
         checkpointer.refuse_without_optimizer(resume)
@@ -86,7 +85,7 @@ def check_start(config: GrpoMaster) -> CheckedStart:
         config=config,
         source=source,
         tokenizer=tokenizer,
-        spec=spec,
+        spec=plan.spec,
         train=train,
         validation=validation,
         environments=_environments_of(config, train, validation),
@@ -148,6 +147,7 @@ def build_grpo(start: CheckedStart, log: RunLog) -> GrpoParts:
             first_step=0 if start.resume is None else start.resume.step,
         ),
         model_source=start.source.description,
+        tokenizer=start.tokenizer,
     )
 
 
@@ -193,8 +193,8 @@ def _environments_of(config: GrpoMaster, train: PromptSet, validation: PromptSet
 def tokenizer_of(config: PolicyConfig, source: ModelSource) -> Any:
     """The tokenizer that the policy's config names."""
     section = config.tokenizer
-    if section.name != config.model_name:
-        source = resolve_model(section.name, "policy.tokenizer.name", weights=False)
+    if config.tokenizer_name != config.model_name:
+        source = resolve_model(config.tokenizer_name, "policy.tokenizer.name", weights=False)
     return load_tokenizer(source, section.chat_template, section.chat_template_kwargs)
 
 

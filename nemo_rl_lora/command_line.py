@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nemo_rl_lora.config.loader import load_config, resolved_yaml
 from nemo_rl_lora.config.master import Algorithm, GrpoMaster
+from nemo_rl_lora.run_control import EXIT_CONFIG, EXIT_OK
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def grpo_main(arguments: DriverArguments) -> int:
     if start.is_finished:
         assert start.resume is not None
         sys.stdout.write(f"The run in {start.resume.path} is finished: {start.resume.step} steps. {_ANOTHER_RUN}\n")
-        return 0
+        return EXIT_OK
     log = RunLog(config.logger, resolved_yaml(config))
     with running(log.directory) as stop, contextlib.ExitStack() as cleanup:
         cleanup.callback(start.checkpointer.close)
@@ -103,14 +104,13 @@ def draw_curves_of(log_directory: Path, *, enabled: bool) -> None:
 
 
 def show_plan(config: GrpoMaster) -> int:
-    """Print what the run would do, without loading a weight."""
-    from rich.console import Console
-
+    """Print what the run would do, without loading a weight; 2 where something stops it."""
     from nemo_rl_lora.build import plan_checks
-    from nemo_rl_lora.plan import make_plan, render_plan
+    from nemo_rl_lora.plan import make_plan, print_plan
 
-    Console().print(render_plan(make_plan(config, plan_checks(config))))
-    return 0
+    plan = make_plan(config, plan_checks(config))
+    print_plan(plan)
+    return EXIT_CONFIG if plan.problems else EXIT_OK
 
 
 def prepare_process() -> None:
@@ -135,7 +135,7 @@ def silence_vendors() -> None:
     """Keep what importing the vendors says about packages that a CPU does not need off the screen."""
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex", category=UserWarning)
     for name in ("torch.utils._pytree", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)  # torch resets the level
 
 
 _ANOTHER_RUN = (

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,12 @@ class AdapterSwitch:
 class AdapterLinear(LinearLoRA):
     """y = x W^T + b + scale * (x A^T) B^T, with x [..., in], A [dim, in], B [out, dim] cast to x's dtype."""
 
+    lora_A: nn.Linear  # noqa: N815
+    lora_B: nn.Linear  # noqa: N815
+    dropout_p: float
+    dropout_position: str
     adapter_name: str
+    scale: float
     switch: AdapterSwitch
     use_kernels: bool
 
@@ -69,16 +75,17 @@ def install_adapters(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in modules:
-        linear = patch_linear_module(
+        patched = patch_linear_module(
             model.get_submodule(module.name),
             dim=module.dim,
-            alpha=module.alpha,
+            alpha=module.dim,  # the scale is set below: it need not be alpha / dim
             dropout=spec.dropout,
             dropout_position=spec.dropout_position,
             lora_dtype=DTYPES[spec.dtype or "float32"],
             use_triton=False,
         )
-        linear.__class__ = AdapterLinear
+        patched.__class__ = AdapterLinear
+        linear = cast(AdapterLinear, patched)
         linear.adapter_name = module.name
         linear.scale = module.scale
         linear.switch = switch

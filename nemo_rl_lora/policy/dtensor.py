@@ -71,7 +71,7 @@ class DTensorPolicy:
             setup.model_path, dtype=master_dtype, config_overrides=dict(config.hf_config_overrides)
         )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model.to(device)
+        torch.nn.Module.to(self._model, device)
         self._compute_dtype = compute_dtype
         self.adapted: tuple[AdaptedModule, ...] = ()
         self._switch: AdapterSwitch | None = None
@@ -93,7 +93,7 @@ class DTensorPolicy:
             chunk_tokens=config.logprob_chunk_size or DEFAULT_CHUNK_TOKENS,
             autocast_dtype=compute_dtype if setup.spec is None and compute_dtype != torch.float32 else None,
         )
-        self._forward.prepare()
+        self._forward.verify()
         if config.dtensor_cfg.activation_checkpointing:
             self._checkpoint_activations()
 
@@ -207,9 +207,12 @@ class DTensorPolicy:
     def named_adapters(self) -> Iterator[tuple[str, AdapterLinear]]:
         """Adapted modules by their full Hugging Face name."""
         for module in self.adapted:
-            linear = self._model.get_submodule(module.name)
-            assert isinstance(linear, AdapterLinear), type(linear)
-            yield module.name, linear
+            yield module.name, self._adapter(module.name)
+
+    def _adapter(self, name: str) -> AdapterLinear:
+        linear = self._model.get_submodule(name)
+        assert isinstance(linear, AdapterLinear), type(linear)
+        return linear
 
     def _install(self, spec: LoraSpec) -> None:
         tied = bool(getattr(self._model.config, "tie_word_embeddings", False))
@@ -347,11 +350,7 @@ class DTensorPolicy:
                 module.training = True  # this layer alone: its children keep dropout off
 
     def _adapter_tensors(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for name, linear in self.named_adapters():
-            tensors[adapter_tensor_name(name, "A")] = linear.lora_A.weight.detach()
-            tensors[adapter_tensor_name(name, "B")] = linear.lora_B.weight.detach()
-        return tensors
+        return {name: parameter.detach() for name, parameter in self._named_masters().items()}
 
     def _named_masters(self) -> Mapping[str, torch.nn.Parameter]:
         """What the optimizer holds: canonical adapter names, or the model's own."""
@@ -359,8 +358,9 @@ class DTensorPolicy:
             return self._trained
         masters: dict[str, torch.nn.Parameter] = {}
         for name, linear in self.named_adapters():
-            masters[adapter_tensor_name(name, "A")] = linear.lora_A.weight
-            masters[adapter_tensor_name(name, "B")] = linear.lora_B.weight
+            for side, factor in (("A", linear.lora_A), ("B", linear.lora_B)):
+                assert isinstance(factor.weight, torch.nn.Parameter)
+                masters[adapter_tensor_name(name, side)] = factor.weight
         return masters
 
     def _moments_of(self, parameter: torch.nn.Parameter) -> tuple[Tensor, Tensor]:
@@ -377,7 +377,7 @@ class DTensorPolicy:
         }
 
     def _merged_entry(self, module: AdaptedModule) -> LazyTensor:
-        linear = self._model.get_submodule(module.name)
+        linear = self._adapter(module.name)
         info = TensorInfo(name=f"{module.name}.weight", shape=tuple(linear.weight.shape), dtype=self._compute_dtype)
 
         def merge() -> Tensor:

@@ -16,6 +16,10 @@ from nemo_rl_lora.policy import segment_attention
 from nemo_rl_lora.policy.head import target_logprobs
 from nemo_rl_lora.policy.microbatches import Microbatch, Segment
 
+_NUM_PROBE_TOKENS = 24
+_FP32_BOUND = 1e-3  # rounding is 1e-5
+_BF16_BOUND = 0.25  # rounding is a few hundredths, a wrong head or mask of the order of 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardPass:
@@ -31,6 +35,29 @@ class ForwardPass:
         """Choose the attention implementation that the layout needs."""
         self.model.set_attn_implementation(segment_attention.NAME if self.flat else "sdpa")
 
+    @torch.no_grad()
+    def verify(self) -> None:
+        """ValueError unless these log-probabilities are the model's own: a head with a bias or a soft cap, or an
+        attention that is not plain, would otherwise train a different model, silently."""
+        device = next(self.model.parameters()).device
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        token_ids = torch.arange(1, _NUM_PROBE_TOKENS + 1) * 37 % vocabulary
+        self.model.set_attn_implementation("sdpa")
+        logits = self.model(input_ids=token_ids[None].to(device), use_cache=False).logits[0, :-1].float()
+        expected = torch.log_softmax(logits / self.temperature, -1).cpu()
+        self.prepare()
+        actual = self.logprobs(_probe(token_ids), _NUM_PROBE_TOKENS).cpu()[0, 1:]
+        error = float((actual - expected.gather(1, token_ids[1:, None])[:, 0]).abs().mean())
+        exact = self.autocast_dtype is None and self.model.dtype == torch.float32
+        bound = _FP32_BOUND if exact else _BF16_BOUND
+        if not error <= bound:
+            raise ValueError(
+                f"policy.model_name={self.model.config.name_or_path!r}: log-probabilities of {_NUM_PROBE_TOKENS} probe "
+                f"tokens differ from the model's own by {error:.3g} on average (bound {bound:g}), so its head or "
+                f"attention is not one that this version trains. Use a plain "
+                f"{', '.join(segment_attention.MODEL_TYPES)} model."
+            )
+
     def logprobs(self, micro: Microbatch, width: int) -> Tensor:
         """[b, width] fp32, in the order of the microbatch's rows; 0.0 where there is no loss token."""
         device = next(self.model.parameters()).device
@@ -40,9 +67,11 @@ class ForwardPass:
             hidden = self._hidden(micro, device).index_select(0, micro.predictor.to(device))
         if self.autocast_dtype is not None:
             hidden = hidden.to(self.autocast_dtype)
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, torch.nn.Linear), type(head)
         values = target_logprobs(
             hidden,
-            self.model.get_output_embeddings().weight,
+            head.weight,
             micro.target.to(device),
             temperature=self.temperature,
             chunk_tokens=self.chunk_tokens,
@@ -65,6 +94,22 @@ class ForwardPass:
         token_ids, mask = _padded(micro)
         output = body(input_ids=token_ids.to(device), attention_mask=mask.to(device), use_cache=False)
         return output.last_hidden_state[mask.bool().to(device)]
+
+
+def _probe(token_ids: Tensor) -> Microbatch:
+    """One sequence whose every token but the first is a loss token."""
+    places = torch.arange(1, len(token_ids))
+    return Microbatch(
+        rows=torch.zeros(1, dtype=torch.int64),
+        token_ids=token_ids,
+        position_ids=torch.arange(len(token_ids)),
+        segments=(Segment(start=0, length=len(token_ids), parent=None),),
+        predictor=places - 1,
+        loss_row=torch.zeros_like(places),
+        loss_column=places,
+        target=token_ids[1:],
+        num_padding_tokens=0,
+    )
 
 
 def _padded(micro: Microbatch) -> tuple[Tensor, Tensor]:

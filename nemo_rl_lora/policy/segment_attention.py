@@ -252,6 +252,7 @@ def segment_attention(
         keys.append(own_k)
         values.append(own_v)
         if bucket.parent_bucket is not None:
+            assert bucket.parent_row is not None
             own_k = torch.cat([keys[bucket.parent_bucket].index_select(0, bucket.parent_row), own_k], dim=2)
             own_v = torch.cat([values[bucket.parent_bucket].index_select(0, bucket.parent_row), own_v], dim=2)
         bucket_q = q[part].view(num, length, num_kv, repeats, head_dim).permute(0, 2, 3, 1, 4)

@@ -279,9 +279,7 @@ def test_full_fine_tuning_gradients_equal_transformers(tiny_model, groups_batch)
     judge = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32).eval()
     num_tokens = groups_batch.denominators.num_loss_tokens
     (-(plain_logprobs(judge, groups_batch) * groups_batch.advantages[:, None]).sum() / num_tokens).backward()
-    policy.train_step(
-        groups_batch, make_policy_loss(LossFnConfig(reference_policy_kl_penalty=0.0, ratio_clip_max=1e9))
-    )
+    policy.train_step(groups_batch, make_policy_loss(LossFnConfig(reference_policy_kl_penalty=0.0, ratio_clip_max=1e9)))
     for (name, p), (_, q) in zip(policy._model.named_parameters(), judge.named_parameters(), strict=True):
         assert relative(p.grad, q.grad) <= 1e-4, name
 
@@ -304,8 +302,26 @@ def test_layouts_that_the_attention_cannot_serve_are_refused(tiny_model):
         make_policy(path, spec=spec(), shared_prefix={"enabled": True})
 
 
+def test_a_head_that_is_not_plain_is_refused(tiny_model, tmp_path):
+    from transformers import Gemma2Config
+
+    config = Gemma2Config(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=211,
+        final_logit_softcapping=0.5,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="differ from the model's own by"):
+        make_policy(tmp_path, spec=spec())
+
+
 def test_kernels_are_off_with_one_warning_that_names_the_keys(tiny_model, caplog):
-    policy = make_policy(tiny_model("llama"), spec=spec())
+    make_policy(tiny_model("llama"), spec=spec())
     warnings = [r.message for r in caplog.records if "use_triton" in r.message]
     assert len(warnings) == 1
     assert "no CUDA device" in warnings[0]
