@@ -123,8 +123,8 @@ class TrainingConsole:
         self._line(f"validation at step {step}", "validation", step, metrics, (took,))
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        self.console.print(Text(text))
+        """A line of its own, above the bar, never broken: paths and commands are there to be copied."""
+        self.console.print(Text(text), soft_wrap=True)
 
     def samples(self, samples: Sequence[RolloutSample]) -> None:
         """Show completions to read, cut to a screenful."""
@@ -163,7 +163,8 @@ class TrainingConsole:
             self._history.setdefault((split, metric.name), []).append((step, value))
             parts.append(f"{metric.title} {format_value(value)}")
         parts += [text for text in tail if text]
-        self.console.print(Text("  ".join(parts), style="bold" if split == "validation" else ""))
+        text = Text("  ".join(parts), style="bold" if split == "validation" else "")
+        self.console.print(text, soft_wrap=not self.console.is_terminal)
 
     def _remaining_seconds(self) -> float | None:
         done = self._step - self._first_step

@@ -54,6 +54,7 @@ class GrpoParts:
     log: RunLog
     console: TrainingConsole
     model_source: str
+    tokenizer: Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,8 +250,8 @@ class GrpoTrainer:
         num_prompts = min(len(parts.validation), config.max_val_samples or len(parts.validation))
         groups: list[RolloutGroup] = []
         metrics: dict[str, float] = {}
-        self._watch.take()
-        with self._watch.measure("total_validation_time"):
+        watch = Stopwatch()
+        with watch.measure("total_validation_time"):
             for begin in range(0, num_prompts, config.val_batch_size):
                 prompts = parts.validation[begin : min(begin + config.val_batch_size, num_prompts)]
                 more, scores = rollout(
@@ -263,7 +264,7 @@ class GrpoTrainer:
             "accuracy": float(rewards_of(groups).mean()),
             "avg_length": sum(lengths) / len(lengths),
             f"pass@{config.val_num_generations_per_prompt}": sum(max(group.rewards) for group in groups) / len(groups),
-            **self._watch.take(),
+            **watch.take(),
         }
         self._remember("val", metrics)
         parts.log.log(self._step, "validation", metrics)
@@ -321,6 +322,7 @@ class GrpoTrainer:
         policy_directory = directory / "policy"
         policy_directory.mkdir()
         self._parts.policy.save(policy_directory)
+        self._parts.tokenizer.save_pretrained(policy_directory / "tokenizer")
         if not self._parts.config.checkpointing.save_optimizer:
             shutil.rmtree(policy_directory / "optimizer")
 
