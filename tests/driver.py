@@ -1,0 +1,146 @@
+"""Runs of the GRPO driver for tests: a tiny random Llama with its own tokenizer, and the driver's real entry."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch  # the driver starts its process again where torch is not yet imported
+
+from nemo_rl_lora.command_line import driver_arguments, grpo_main
+from nemo_rl_lora.run_control import main_guard
+
+assert torch.__version__
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
+)
+
+# Rewards that differ within a group, whatever a random model writes.
+REWARD = """
+def reward(prompt, completion, row):
+    return (sum(map(ord, completion)) % 5) / 4
+
+def reward_of_odd(prompt, completion, row):
+    return (sum(map(ord, completion)) % 5) / 4 if row["a"] % 2 else 1.0
+
+def the_same(prompt, completion, row):
+    return 1.0
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How a driver ended: its exit code and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_driver(*arguments: str) -> Ended:
+    """The driver in this process, from its arguments to its exit code."""
+    out, err = io.StringIO(), io.StringIO()
+    root = logging.getLogger()
+    before = list(root.handlers), root.level
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            code = main_guard(lambda: grpo_main(driver_arguments("grpo", None, list(arguments))))
+    finally:
+        root.handlers[:], root.level = before
+    return Ended(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def make_tiny_llama(directory: Path) -> Path:
+    """A random Llama of 50,000 parameters with a tokenizer of bytes, as a Hugging Face directory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<|end|>", "<|user|>", "<|a|>"]
+    symbols = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_only = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only, eos_token="<|end|>", additional_special_tokens=special[1:]
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(symbols),
+            hidden_size=48,
+            intermediate_size=80,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            initializer_range=0.2,
+            tie_word_embeddings=True,
+            eos_token_id=0,
+            bos_token_id=None,
+        )
+    )
+    model.save_pretrained(directory)
+    return directory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyRun:
+    """A GRPO run on the tiny model, in a directory of its own: 4 prompts x 4 completions a step."""
+
+    root: Path
+    model: Path
+
+    def arguments(self, *overrides: str) -> list[str]:
+        reward_file = self.root / "rewards.py"
+        if not reward_file.exists():
+            reward_file.write_text(REWARD)
+        return [
+            f"policy.model_name={self.model}",
+            "policy.precision=float32",
+            "policy.dtensor_cfg.lora_cfg.enabled=true",
+            "policy.dtensor_cfg.lora_cfg.dim=4",
+            "policy.train_global_batch_size=16",
+            "policy.generation.max_new_tokens=6",
+            "grpo.num_prompts_per_step=4",
+            "grpo.num_generations_per_prompt=4",
+            "grpo.max_num_steps=2",
+            "grpo.val_period=0",
+            "grpo.val_at_start=false",
+            "data.train.num_rows=32",
+            "data.validation.num_rows=6",
+            "data.default.env_name=tiny",
+            f"+env.tiny.reward_function={reward_file}:reward",
+            f"checkpointing.checkpoint_dir={self.checkpoints}",
+            f"logger.log_dir={self.logs}",
+            "logger.tensorboard_enabled=false",
+            "logger.plot.enabled=false",
+            *overrides,
+        ]
+
+    def __call__(self, *overrides: str) -> Ended:
+        return run_driver(*self.arguments(*overrides))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "results"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    def steps(self) -> list[str]:
+        return sorted(path.name for path in self.checkpoints.glob("step_*"))
+
+    def metrics(self, split: str = "train", experiment: int = 1) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl of one split."""
+        file = self.logs / f"exp_{experiment:03d}" / "metrics.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        return [line for line in lines if line["split"] == split]
