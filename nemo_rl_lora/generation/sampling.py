@@ -59,15 +59,11 @@ def _sample_alike(logits: Tensor, params: SamplingParams, u: Tensor) -> tuple[Te
         chosen = logits.gather(1, tokens).float() - logits.float().logsumexp(dim=-1, keepdim=True)
         _refuse_nonfinite(chosen)
         return tokens[:, 0], chosen[:, 0].double()
-    order = None
-    scaled = logits.float()
-    if params.temperature != 1:
-        scaled = scaled / params.temperature
-    if params.top_k is not None or params.top_p < 1:
-        scaled, order = _truncate(scaled, params)
-    picked, logprobs = _inverse_cdf(scaled, u)
-    tokens = picked if order is None else order.gather(1, picked[:, None])[:, 0]
-    return tokens, logprobs
+    if params.top_k is None and params.top_p == 1:
+        return _inverse_cdf(logits, params.temperature, u)
+    ordered, order = _truncate(logits.float() / params.temperature, params)
+    picked, logprobs = _inverse_cdf(ordered, 1.0, u)
+    return order.gather(1, picked[:, None])[:, 0], logprobs
 
 
 def _truncate(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -87,12 +83,16 @@ def _truncate(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     return ordered, order
 
 
-def _inverse_cdf(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def _inverse_cdf(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]:
     """The column where the running sum of probabilities passes u, and its logprob."""
     N, V = logits.shape
-    largest = logits.amax(dim=-1, keepdim=True)
-    weights = logits.new_zeros((N, -(-V // BLOCK) * BLOCK))
-    torch.sub(logits, largest, out=weights[:, :V])
+    largest = logits.amax(dim=-1, keepdim=True).float()
+    # One fp32 table, changed in place: at a large vocabulary its memory traffic is the cost of a draw.
+    weights = logits.new_empty((N, -(-V // BLOCK) * BLOCK), dtype=torch.float32)
+    weights[:, V:] = 0.0
+    weights[:, :V].copy_(logits).sub_(largest)
+    if temperature != 1:
+        weights[:, :V].div_(temperature)
     weights[:, :V].exp_()
     blocks = weights.view(N, -1, BLOCK)
     running = blocks.sum(dim=-1).double().cumsum(dim=-1)
@@ -103,7 +103,7 @@ def _inverse_cdf(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     before = torch.where(block > 0, running.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks[torch.arange(N, device=logits.device), block[:, 0]].double().cumsum(dim=-1)
     picked = block * BLOCK + _first_above(inside, target - before)
-    logprobs = logits.gather(1, picked).double() - largest.double() - total.log()
+    logprobs = (logits.gather(1, picked).double() - largest.double()) / temperature - total.log()
     return picked[:, 0], logprobs[:, 0]
 
 
