@@ -71,6 +71,7 @@ def check_start(config: GrpoMaster) -> CheckedStart:
     if plan.problems:
         raise ValueError("\n".join(plan.problems))
     check_sinks(config.logger)
+    _check_rollouts(config)
     source = resolve_model(config.policy.model_name)
     tokenizer = tokenizer_of(config.policy, source)
     train, validation = load_prompt_sets(config, tokenizer)
@@ -171,6 +172,7 @@ def plan_checks(config: GrpoMaster) -> list[tuple[str, Callable[[], str]]]:
 
     def directories() -> str:
         check_sinks(config.logger)
+        _check_rollouts(config)
         checked = [config.logger.log_dir]
         probe_directory(Path(config.logger.log_dir), "logger.log_dir")
         if config.checkpointing.enabled:
@@ -179,6 +181,15 @@ def plan_checks(config: GrpoMaster) -> list[tuple[str, Callable[[], str]]]:
         return f"{' and '.join(checked)} can be written"
 
     return [("tokenizer", tokenizer), ("data", data), ("directories", directories)]
+
+
+def _check_rollouts(config: GrpoMaster) -> None:
+    """Where rollouts come from a file, it is there and whole."""
+    assert config.policy.generation is not None, "checked by GrpoMaster"
+    if config.policy.generation.replay_path is not None:
+        from nemo_rl_lora.generation.replay import check_replay
+
+        check_replay(Path(config.policy.generation.replay_path))
 
 
 def _environments_of(config: GrpoMaster, train: PromptSet, validation: PromptSet | None) -> dict[str, Environment]:

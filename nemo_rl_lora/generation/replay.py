@@ -120,6 +120,11 @@ class ReplayGeneration:
         return CompletionGroup(prompt=prompt, completions=completions)
 
 
+def check_replay(path: Path) -> int:
+    """Number of groups in a file of rollouts; ValueError where it is missing or a line of it is wrong."""
+    return len(_read_rows(path))
+
+
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{_PATH_KEY}={str(path)!r}: no such file. Give the JSONL file of a recorded rollout.")
