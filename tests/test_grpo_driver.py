@@ -18,14 +18,39 @@ from nemo_rl_lora.generation.replay import write_replay
 from nemo_rl_lora.types import Completion, CompletionGroup, SyncReceipt
 
 ROOT = Path(__file__).parents[1]
-TRAIN_METRICS = (
-    "loss grad_norm lr reward filtered_reward advantages/mean advantages/min advantages/max mean_prompt_length "
-    "mean_completion_length total_num_tokens global_valid_toks global_valid_seqs num_valid_samples "
-    "token_mult_prob_error gen_kl_error policy_kl_error js_divergence_error probs_ratio probs_ratio_min "
-    "probs_ratio_max probs_ratio_clamped sampling_importance_ratio approx_entropy timing/total_step_time "
-    "timing/generation timing/weight_sync timing/policy_training timing/policy_and_reference_logprobs "
-    "timing/advantage_calculation timing/data_processing"
-).split()
+TRAIN_METRICS = [
+    "loss",
+    "grad_norm",
+    "lr",
+    "reward",
+    "filtered_reward",
+    "advantages/mean",
+    "advantages/min",
+    "advantages/max",
+    "mean_prompt_length",
+    "mean_completion_length",
+    "total_num_tokens",
+    "global_valid_toks",
+    "global_valid_seqs",
+    "num_valid_samples",
+    "token_mult_prob_error",
+    "gen_kl_error",
+    "policy_kl_error",
+    "js_divergence_error",
+    "probs_ratio",
+    "probs_ratio_min",
+    "probs_ratio_max",
+    "probs_ratio_clamped",
+    "sampling_importance_ratio",
+    "approx_entropy",
+    "timing/total_step_time",
+    "timing/generation",
+    "timing/weight_sync",
+    "timing/policy_training",
+    "timing/policy_and_reference_logprobs",
+    "timing/advantage_calculation",
+    "timing/data_processing",
+]
 VALIDATION_METRICS = ["accuracy", "avg_length", "pass@1", "timing/total_validation_time"]
 
 
