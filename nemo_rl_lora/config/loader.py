@@ -15,11 +15,12 @@ from typing import Any, Literal, overload
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from nemo_rl_lora.config.errors import ConfigError, not_mappings, show, validation_paragraphs
 from nemo_rl_lora.config.master import MASTERS, Algorithm, DpoMaster, GrpoMaster, MasterConfig, SftMaster
 from nemo_rl_lora.config.overrides import apply_overrides, merged, stripped
+from nemo_rl_lora.config.schema import section_at
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "examples" / "configs"
 
@@ -87,6 +88,21 @@ def read_tree(path: Path) -> dict[str, Any]:
 def resolved_yaml(config: MasterConfig) -> str:
     """The configuration as YAML that loads again to an equal configuration."""
     return OmegaConf.to_yaml(OmegaConf.create(_plain(config.model_dump(by_alias=True))))
+
+
+def base_section(config: MasterConfig, dotted: str) -> BaseModel | None:
+    """A section as the base file of the algorithm has it, its references resolved in this configuration.
+
+    None where the base file has no such section.
+    """
+    path = dotted.split(".")
+    section = _raw(read_tree(CONFIG_DIR / _BASE_FILES[config.algorithm]), dotted)
+    kind = section_at(type(config), path)
+    if kind is None or not isinstance(section, Mapping):
+        return None
+    tree = _plain(config.model_dump(by_alias=True))
+    _raw(tree, ".".join(path[:-1]))[path[-1]] = section
+    return kind.model_validate(_raw(_resolved(tree), dotted))
 
 
 def _read_tree(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:

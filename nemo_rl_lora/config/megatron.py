@@ -53,8 +53,8 @@ class MegatronOptimizerConfig(Section):
     """Shard the optimizer state over data-parallel ranks."""
     use_precision_aware_optimizer: bool = True
     """Keep moments in the precision that the optimizer chooses."""
-    clip_grad: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """Limit of the gradient's global L2 norm; 0 for none."""
+    clip_grad: float | None = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Limit of the gradient's global L2 norm; 0 or null for none. The base files take it from policy.max_grad_norm."""
     optimizer_cpu_offload: Annotated[bool, Fixed(False, remedy=_NO_OFFLOAD)] = False
     """NeMo RL: keep optimizer state in host memory."""
     optimizer_offload_fraction: Annotated[float, Fixed(0.0, remedy=_NO_OFFLOAD)] = 0.0

@@ -5,12 +5,18 @@ It reads the configuration alone: no machine and no model.
 
 from __future__ import annotations
 
+from nemo_rl_lora.config.idle import idle_problems
 from nemo_rl_lora.config.master import MasterConfig
 
 
 def check_runnable(config: MasterConfig) -> list[str]:
     """One paragraph for each setting that this version cannot run; empty where it can."""
-    return [*_backend_problems(config), *_world_problems(config), *_generation_problems(config)]
+    return [
+        *_backend_problems(config),
+        *_world_problems(config),
+        *_generation_problems(config),
+        *idle_problems(config),
+    ]
 
 
 def _backend_problems(config: MasterConfig) -> list[str]:

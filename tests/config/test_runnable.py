@@ -37,3 +37,47 @@ def test_recipe_for_two_nodes_loads_and_names_all_that_is_missing() -> None:
     file = CONFIG_DIR / "recipes" / "llm" / "grpo-nanov3-30BA3B-2n8g-megatron-lora.yaml"
     keys = [problem.split("=")[0] for problem in check_runnable(load_config(file, [], "grpo"))]
     assert keys == ["policy.megatron_cfg.enabled", "cluster.gpus_per_node", "policy.generation.backend"]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("policy.megatron_cfg.tensor_model_parallel_size=2", "policy.megatron_cfg.tensor_model_parallel_size=2"),
+        ("policy.megatron_cfg.optimizer.lr=1.0e-4", "policy.megatron_cfg.optimizer.lr=0.0001"),
+        ("policy.megatron_cfg.peft.dim=64", "policy.megatron_cfg.peft.dim=64"),
+        (
+            "policy.generation.vllm_cfg.gpu_memory_utilization=0.8",
+            "policy.generation.vllm_cfg.gpu_memory_utilization=0.8",
+        ),
+        ("+policy.generation.vllm_kwargs.max_num_seqs=4", "policy.generation.vllm_kwargs={'max_num_seqs': 4}"),
+    ],
+)
+def test_value_that_nothing_reads_is_named(override: str, key: str) -> None:
+    problems = check_runnable(load_config(None, [override], "grpo"))
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{key}: is read by nothing")
+
+
+def test_values_that_follow_from_others_are_no_change() -> None:
+    """The base file takes clip_grad, pipeline_dtype and max_model_len from the policy's own keys."""
+    overrides = ["policy.max_grad_norm=null", "policy.precision=float32", "policy.max_total_sequence_length=256"]
+    assert check_runnable(load_config(None, overrides, "grpo")) == []
+
+
+def test_recipe_of_the_other_backend_names_every_value_it_changed() -> None:
+    file = CONFIG_DIR / "recipes" / "llm" / "sft-llama3.1-8b-1n8g-megatron-lora.yaml"
+    overrides = ["policy.backend=dtensor", "policy.megatron_cfg.peft.enabled=false", "cluster.gpus_per_node=1"]
+    problems = check_runnable(load_config(file, overrides, "sft"))
+    assert len(problems) == 1
+    assert {"policy.megatron_cfg.peft.dim", "policy.megatron_cfg.optimizer.lr"} <= set(
+        problems[0].replace("=", " ").replace(",", " ").replace(":", " ").split()
+    )
+
+
+@pytest.mark.parametrize("name", ["sft-llama3.1-8b-1n8g-fsdp2tp1-lora", "grpo-qwen3-8B-base-1n8g-fsdp2-lora"])
+def test_recipe_that_is_silent_about_the_other_backend_is_not_refused_for_it(name: str) -> None:
+    overrides = ["cluster.gpus_per_node=1"]
+    algorithm = "grpo" if name.startswith("grpo") else "sft"
+    if algorithm == "grpo":
+        overrides.append("policy.generation.backend=auto")
+    assert check_runnable(load_config(CONFIG_DIR / "recipes" / "llm" / f"{name}.yaml", overrides, algorithm)) == []
