@@ -49,10 +49,11 @@ def driver_arguments(algorithm: Algorithm, doc: str | None, argv: Sequence[str] 
 def grpo_main(arguments: DriverArguments) -> int:
     """Plan or train; the exit code."""
     config = load_config(arguments.config, arguments.overrides, "grpo")
+    if not arguments.plan:
+        prepare_process()
+    silence_vendors()
     if arguments.plan:
         return show_plan(config)
-    prepare_process()
-    silence_vendors()
     from nemo_rl_lora.algorithms.grpo import GrpoTrainer
     from nemo_rl_lora.build import build_grpo, check_start
     from nemo_rl_lora.console import RunSummary, setup_logging
@@ -114,20 +115,16 @@ def show_plan(config: GrpoMaster) -> int:
 
 
 def prepare_process() -> None:
-    """Settings that have to stand before torch is imported.
+    """Settings of the C libraries that have to stand before torch is imported; a value of the user's own stays.
 
-    glibc hands freed memory back to the kernel at once, which costs a training loop on a CPU dear: keep it.
-    It reads these at the start of a process, so the process starts itself again, once.
+    glibc hands freed memory back to the kernel at once, which costs a training loop on a CPU dear: keep it. OpenMP's
+    waiting threads spin, which on a machine that does something else too costs several times the work: let them
+    sleep. Both are read when a process starts, so the process starts itself again, once.
     """
-    wanted = {
-        "MALLOC_TRIM_THRESHOLD_": str(10**11),
-        "MALLOC_MMAP_THRESHOLD_": str(10**11),
-        "MALLOC_TOP_PAD_": str(2**28),
-    }
-    if "torch" in sys.modules or any(name in os.environ for name in wanted):
+    missing = {name: value for name, value in _C_SETTINGS.items() if name not in os.environ}
+    if "torch" in sys.modules or not missing:
         return
-    os.environ.update(wanted)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.update(missing)
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
@@ -137,6 +134,14 @@ def silence_vendors() -> None:
     for name in ("torch.utils._pytree", "torch.utils.cpp_extension"):
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)  # torch resets the level
 
+
+_C_SETTINGS = {
+    "MALLOC_TRIM_THRESHOLD_": str(10**11),
+    "MALLOC_MMAP_THRESHOLD_": str(10**11),
+    "MALLOC_TOP_PAD_": str(2**28),
+    "OMP_WAIT_POLICY": "passive",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 _ANOTHER_RUN = (
     "For more steps raise grpo.max_num_steps; for another run set checkpointing.checkpoint_dir or "
