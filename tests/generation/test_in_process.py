@@ -134,6 +134,16 @@ def test_a_full_sync_replaces_every_parameter(architecture: str, make_engine: Ma
     assert_logprobs_are_the_models(trained, groups)
 
 
+def test_training_on_after_a_sync_does_not_reach_the_engine(make_engine: MakeEngine) -> None:
+    model = tiny("qwen2")
+    engine = make_engine(model)
+    before = generate(engine, [request(p, num_completions=2) for p in PROMPTS])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-1.3)
+    assert generate(engine, [request(p, num_completions=2) for p in PROMPTS]) == before
+
+
 def test_base_weights_keep_their_bytes_through_twenty_syncs(make_engine: MakeEngine) -> None:
     def digest() -> str:
         return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
