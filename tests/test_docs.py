@@ -1,0 +1,225 @@
+"""Every command in a `bash` block of the pages is run, shortened to an optimizer step, and its artefact is opened.
+
+`uv run PROGRAM` is run by the interpreter of these tests, the README's first command as a process of its own and the
+others through the program's own entry. A command that nothing here knows how to shorten fails.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.driver import Ended, run_driver
+from tools.config_cli import main as config_cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^ *```bash\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+ONE_STEP = (
+    "grpo.max_num_steps=1",
+    "grpo.num_prompts_per_step=2",
+    "grpo.num_generations_per_prompt=2",
+    "policy.train_global_batch_size=4",
+    "policy.generation.max_new_tokens=8",
+    "grpo.max_val_samples=1",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """`uv run [--extra NAME] PROGRAM ARGUMENTS` as it stands on a page."""
+
+    page: str
+    program: str
+    arguments: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.page}: {shlex.join([self.program, *self.arguments])[:90]}"
+
+
+def commands_of(page: Path) -> list[Command]:
+    """The commands of a page's bash blocks, lines that end in a backslash joined."""
+    lines = [
+        line.strip()
+        for block in BLOCK.findall(page.read_text())
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.strip() and not line.strip().startswith("#")
+    ]
+    return [parse(page.name, line) for line in lines]
+
+
+def parse(page: str, line: str) -> Command:
+    words = shlex.split(line)
+    assert words[:2] == ["uv", "run"], f"{page}: only `uv run` commands can be tested, not {line!r}"
+    words = words[2:]
+    while words[0] == "--extra":
+        words = words[2:]
+    return Command(page=page, program=words[0], arguments=tuple(words[1:]))
+
+
+ALL = [command for page in PAGES for command in commands_of(page)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a command may write, and a model that is small enough to be quick."""
+
+    root: Path
+    tiny_model: Path
+
+    @property
+    def directories(self) -> list[str]:
+        return [f"checkpointing.checkpoint_dir={self.root}/results", f"logger.log_dir={self.root}/logs"]
+
+
+@pytest.mark.parametrize("command", ALL, ids=str)
+def test_command_of_the_docs_runs(command, tmp_path, tiny_llama, capsys):
+    assert command.program in RUNNERS, f"{command}: teach tests/test_docs.py to run this program"
+    RUNNERS[command.program](command, Place(root=tmp_path, tiny_model=tiny_llama), capsys)
+
+
+def test_the_pages_show_commands():
+    shown = {command.page for command in ALL}
+    assert {"README.md", "configuration.md", "lora.md", "grpo.md", "environments.md"} <= shown
+
+
+def test_readme_opens_with_two_commands():
+    first, second = commands_of(ROOT / "README.md")[:2]
+    assert (first.program, first.arguments) == ("examples/run_grpo.py", ("policy.dtensor_cfg.lora_cfg.enabled=true",))
+    assert (second.program, second.arguments) == ("pytest", ())
+
+
+def test_links_and_files_that_pages_name_exist():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def run_pytest(command: Command, place: Place, capsys) -> None:
+    """The suite is not run within itself: the command is the one that CI runs."""
+    shown = re.search(r"^uv run .*pytest$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert shown is not None
+    assert shown.group() in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def run_config_cli(command: Command, place: Place, capsys) -> None:
+    """What is printed is YAML of a whole configuration or of an adapter, or names keys that differ."""
+    assert config_cli(command.arguments) == 0
+    printed = capsys.readouterr().out
+    verb = command.arguments[0]
+    if verb == "compare":
+        assert re.search(r"^~ grpo\.max_num_steps: \d+ -> 30$", printed, re.MULTILINE)
+        return
+    document = yaml.safe_load(printed)
+    if verb == "translate":
+        assert document["policy"]["lora"]["dim"] > 0
+        return
+    assert verb == "expand", command
+    assert document["policy"]["train_micro_batch_size"] > 0
+    for override in command.arguments[2:]:
+        key, _, value = override.partition("=")
+        assert_set(document, key, yaml.safe_load(value))
+
+
+def assert_set(document, key, value) -> None:
+    for part in key.split("."):
+        document = document[int(part) if isinstance(document, list) else part]
+    if isinstance(value, dict):
+        assert value.items() <= document.items()
+    else:
+        assert document == value
+
+
+def run_grpo(command: Command, place: Place, capsys) -> None:
+    if "--plan" in command.arguments:
+        plan(command, place)
+    elif command.page == "README.md":
+        train_as_process(command, place)
+    else:
+        train(command, place)
+
+
+def plan(command: Command, place: Place) -> None:
+    """The plan of the real model: the table of modules, parameters and bytes. Nothing is left behind."""
+    ended = run_driver(*command.arguments, *place.directories)
+    assert ended.code == 0, ended.err
+    assert re.search(r"\*\.self_attn\.q_proj +linear_qkv +30", ended.out)
+    assert re.search(r"Parameters: [\d,]+ trainable", ended.out)
+    assert re.search(r"a checkpoint +[\d,]+ \(", ended.out)
+    assert not list(place.root.rglob("step_*"))
+
+
+def train_as_process(command: Command, place: Place) -> None:
+    """The real model, in a process like a user's."""
+    arguments = [*command.arguments, *ONE_STEP, *place.directories]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    ended = subprocess.run(
+        [sys.executable, command.program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert_trained(Ended(code=ended.returncode, out=ended.stdout, err=ended.stderr), place)
+    from nemo_rl_lora.model_source import resolve_model
+
+    assert_peft_loads(place, resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct").path)
+
+
+def train(command: Command, place: Place) -> None:
+    """A tiny model, whose sequences are longer, since its tokens are bytes."""
+    arguments = [*command.arguments, *ONE_STEP, *place.directories, f"policy.model_name={place.tiny_model}"]
+    if any("gsm8k" in argument for argument in arguments):
+        arguments += gsm8k_files(place)
+    assert_trained(run_driver(*arguments), place)
+    assert_peft_loads(place, place.tiny_model)
+
+
+def gsm8k_files(place: Place) -> list[str]:
+    """Stand-ins for the user's files, in GSM8K's own form."""
+    row = {"question": "A pen costs 2 dollars. What do 3 pens cost?", "answer": "3 * 2 = <<3*2=6>>6\n#### 6"}
+    overrides = []
+    for split, name in (("train", "train"), ("validation", "test")):
+        file = place.root / f"{name}.jsonl"
+        file.write_text((json.dumps(row) + "\n") * 4)
+        overrides.append(f"data.{split}.data_path={file}")
+    return overrides
+
+
+def assert_trained(ended: Ended, place: Place) -> None:
+    """What the README promises of the log directory, after one step."""
+    assert ended.code == 0, ended.err
+    logs = place.root / "logs" / "exp_001"
+    lines = [json.loads(line) for line in (logs / "metrics.jsonl").read_text().splitlines()]
+    (step,) = [line for line in lines if line["split"] == "train"]
+    assert step["step"] == 1
+    assert {"loss", "reward", "gen_kl_error", "timing/total_step_time"} <= step.keys()
+    import matplotlib.image
+
+    assert matplotlib.image.imread(logs / "curves.png").shape[0] > 100
+    assert "reward" in (logs / "rollouts.md").read_text()
+    assert yaml.safe_load((logs / "config.yaml").read_text())["grpo"]["max_num_steps"] == 1
+    assert list((logs / "tensorboard").rglob("events.*"))
+
+
+def assert_peft_loads(place: Place, base: Path) -> None:
+    """Stock PEFT loads the checkpoint's adapter onto the base, as docs/checkpoints.md shows."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    policy = place.root / "results" / "step_1" / "policy"
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), policy / "adapter")
+    names = [name for name, _ in model.named_parameters() if "lora_B" in name]
+    assert len(names) == 7 * model.config.num_hidden_layers
+    assert AutoTokenizer.from_pretrained(policy / "tokenizer").chat_template
+
+
+RUNNERS: dict[str, Callable[..., None]] = {
+    "examples/run_grpo.py": run_grpo,
+    "tools/config_cli.py": run_config_cli,
+    "pytest": run_pytest,
+}
