@@ -74,7 +74,7 @@ class SharedPrefixConfig(Section):
     enabled: Literal["auto"] | bool = "auto"
     """auto: where the model's attention allows it; true: refuse a model that does not; false: a row a completion."""
     max_row_tokens: int = Field(default=16384, ge=1)
-    """Length of a shared row above which the prompt is repeated: the dense mask grows with its square."""
+    """Tokens of a prompt and the completions that share it, above which the prompt is repeated. It bounds memory."""
 
 
 class PolicyConfig(Section):
