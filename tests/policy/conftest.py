@@ -74,9 +74,7 @@ def groups_batch() -> Batch:
         sequence_length=sequence_length,
         prompt_length=prompt_length,
         group_index=group_index,
-        denominators=Denominators(
-            num_loss_tokens=int(loss_mask.sum()), num_sequences=int(loss_mask.any(1).sum())
-        ),
+        denominators=Denominators(num_loss_tokens=int(loss_mask.sum()), num_sequences=int(loss_mask.any(1).sum())),
         generation_logprobs=-torch.rand(shape, generator=generator) * loss_mask,
         advantages=torch.randn(7, generator=generator),
     )

@@ -14,7 +14,9 @@ PLANS = {
     "rows": MicrobatchPlan(fill="rows", max_rows=3, max_tokens=60, share_prefix=False, max_shared_tokens=999),
     "rows, shared": MicrobatchPlan(fill="rows", max_rows=3, max_tokens=60, share_prefix=True, max_shared_tokens=999),
     "sorted": MicrobatchPlan(fill="sorted", max_rows=3, max_tokens=60, share_prefix=False, max_shared_tokens=999),
-    "sorted, shared": MicrobatchPlan(fill="sorted", max_rows=3, max_tokens=90, share_prefix=True, max_shared_tokens=999),
+    "sorted, shared": MicrobatchPlan(
+        fill="sorted", max_rows=3, max_tokens=90, share_prefix=True, max_shared_tokens=999
+    ),
     "packed, shared, capped": MicrobatchPlan(
         fill="packed", max_rows=3, max_tokens=90, share_prefix=True, max_shared_tokens=50, round_to=16
     ),
