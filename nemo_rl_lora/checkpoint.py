@@ -208,9 +208,8 @@ class Checkpointer:
         if not point.info.has_optimizer:
             raise ValueError(
                 f"checkpointing.load_path={self._config.load_path!r}: {point.path} was saved with "
-                "checkpointing.save_optimizer=false and cannot be continued. Start from its adapter with "
-                f"policy.adapter.init_from={point.path / ADAPTER_DIRECTORY} and another "
-                "checkpointing.checkpoint_dir, or set checkpointing.load_path=none."
+                "checkpointing.save_optimizer=false and cannot be continued. Name a step that has its optimizer state "
+                "with checkpointing.load_path, or set checkpointing.load_path=none to start over."
             )
 
     def best_step(self) -> Path | None:

@@ -66,10 +66,12 @@ def grpo_main(arguments: DriverArguments) -> int:
         assert start.resume is not None
         sys.stdout.write(f"The run in {start.resume.path} is finished: {start.resume.step} steps. {_ANOTHER_RUN}\n")
         return EXIT_OK
-    log = RunLog(config.logger, resolved_yaml(config))
+    draw = draw_curves_of if config.logger.plot.enabled else None
+    log = RunLog(config.logger, resolved_yaml(config), draw)
     with running(log.directory) as stop, contextlib.ExitStack() as cleanup:
         cleanup.callback(start.checkpointer.close)
-        cleanup.callback(draw_curves_of, log.directory, enabled=config.logger.plot.enabled)
+        if draw is not None:
+            cleanup.callback(draw, log.directory)
         cleanup.callback(log.close)
         parts = build_grpo(start, log)
         cleanup.callback(parts.policy.close)
@@ -92,12 +94,10 @@ def grpo_main(arguments: DriverArguments) -> int:
     return stop.exit_code
 
 
-def draw_curves_of(log_directory: Path, *, enabled: bool) -> None:
-    """Draw curves.png where that is asked for; a plot that cannot be drawn ends no run."""
+def draw_curves_of(log_directory: Path) -> None:
+    """Draw curves.png; a plot that cannot be drawn ends no run."""
     from nemo_rl_lora.plots import draw_curves
 
-    if not enabled:
-        return
     try:
         draw_curves(log_directory)
     except OSError as error:

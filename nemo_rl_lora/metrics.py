@@ -5,7 +5,7 @@ metrics.jsonl holds one JSON object a line, flushed at once: `{"step": 3, "split
 ...}`. A value that is not finite becomes null. Tensorboard and the other sinks show a metric as
 `<split>/<name>`, and `timing/<name>` as `timing/<split>/<name>`.
 
-It averages nothing, keeps no history, and draws nothing (plots.py reads metrics.jsonl).
+It averages nothing and keeps no history. Curves are drawn from metrics.jsonl by the function that it is given.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,10 +102,14 @@ def check_sinks(config: LoggerConfig) -> None:
 class RunLog:
     """The log directory of one run."""
 
-    def __init__(self, config: LoggerConfig, resolved_yaml: str) -> None:
-        """Make `exp_NNN`. ValueError where the directory cannot be written or a sink's package is missing."""
+    def __init__(self, config: LoggerConfig, resolved_yaml: str, draw: Callable[[Path], object] | None = None) -> None:
+        """Make `exp_NNN`. ValueError where the directory cannot be written or a sink's package is missing.
+
+        `draw` gets the directory every `logger.plot.period` training steps.
+        """
         check_sinks(config)
         self._config = config
+        self._draw = draw
         self._warned: set[str] = set()
         self._step = 0
         self._lock = threading.Lock()
@@ -130,6 +134,9 @@ class RunLog:
             self._file.flush()
             for sink in self._sinks:
                 sink.log(step, shown)
+        period = self._config.plot.period
+        if self._draw is not None and split == "train" and period and step % period == 0:
+            self._draw(self.directory)
 
     def log_rollouts(self, step: int, samples: Sequence[RolloutSample], *, split: Split = "train") -> None:
         """Append some completions to rollouts.md, as `logger.rollout_samples` says."""

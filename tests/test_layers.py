@@ -14,7 +14,8 @@ LAYERS = [
     ["config", "model_source"],
     ["data", "environments", "metrics", "plots", "run_control", "console", "gpu_monitor", "algorithms.losses", "algorithms.advantages"],
     ["policy.protocol", "generation.protocol", "checkpoint"],
-    ["algorithms", "policy", "generation", "plan"],
+    ["algorithms", "policy", "generation"],
+    ["plan"],
     ["build"],
     ["command_line"],
 ]

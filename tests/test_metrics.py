@@ -222,3 +222,14 @@ def test_gpus_are_sampled_in_the_background_and_the_rest_is_recorded_at_the_end(
 
 def test_nothing_is_imported_to_check_the_sinks():
     check_sinks(LoggerConfig(tensorboard_enabled=True))
+
+
+def test_curves_are_drawn_every_period_of_training_steps(tmp_path):
+    drawn = []
+    config = LoggerConfig(log_dir=str(tmp_path), monitor_gpus=False, plot={"period": 2})
+    log = RunLog(config, "seed: 1\n", lambda directory: drawn.append((directory, len(read_metrics(directory)))))
+    for step in range(1, 6):
+        log.log(step, "train", {"loss": 1.0})
+        log.log(step, "validation", {"accuracy": 1.0})
+    log.close()
+    assert drawn == [(log.directory, 3), (log.directory, 7)]

@@ -234,6 +234,15 @@ def test_a_checkpoint_of_another_configuration_is_refused(one_step, no_weights, 
     assert "policy.optimizer.kwargs.lr was 0.001, is 0.1." in ended.err
 
 
+def test_a_step_saved_without_optimizer_state_is_not_continued(tiny_run):
+    assert tiny_run("grpo.max_num_steps=1", "checkpointing.save_optimizer=false").code == 0
+
+    ended = tiny_run("grpo.max_num_steps=2", "checkpointing.save_optimizer=false")
+
+    begins = f"checkpointing.load_path='auto': {tiny_run.checkpoints}/step_1 was saved with"
+    assert_refused(ended, begins, "or set checkpointing.load_path=none to start over.")
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """small_disk(size) -> a directory on a disk of that size."""
