@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from nemo_rl_lora.config.logger import LoggerConfig
+from nemo_rl_lora.config.logger import LoggerConfig, PlotConfig
 from nemo_rl_lora.gpu_monitor import GpuMonitor, mean_of, parse_query
 from nemo_rl_lora.metrics import RolloutSample, RunLog, Stopwatch, check_sinks, read_metrics
 
@@ -226,7 +226,7 @@ def test_nothing_is_imported_to_check_the_sinks():
 
 def test_curves_are_drawn_every_period_of_training_steps(tmp_path):
     drawn = []
-    config = LoggerConfig(log_dir=str(tmp_path), monitor_gpus=False, plot={"period": 2})
+    config = LoggerConfig(log_dir=str(tmp_path), monitor_gpus=False, plot=PlotConfig(period=2))
     log = RunLog(config, "seed: 1\n", lambda directory: drawn.append((directory, len(read_metrics(directory)))))
     for step in range(1, 6):
         log.log(step, "train", {"loss": 1.0})
