@@ -34,6 +34,9 @@ def load_model(path: Path, *, dtype: torch.dtype, config_overrides: dict[str, An
             force_hf=True,
             **config_overrides,
         )
+    for parameter in model.parameters():  # nemo-automodel leaves a checkpoint in fp32 as it is
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
     return model.eval()
 
 
