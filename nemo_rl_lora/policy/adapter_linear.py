@@ -2,8 +2,8 @@
 
 The vendor's layer owns the parameters' names and the memory-efficient and Triton products. What it lacks is here:
 a switch that turns the branch off (the reference policy is the same model without it), fp32 masters cast to the
-compute dtype, a scale that need not be alpha / dim, and dropout and initialisation that are functions of a seed and
-the module's name.
+dtype of the computation, a scale that need not be alpha / dim, and dropout and initialisation that are functions of a
+seed and the module's name.
 """
 
 from __future__ import annotations
@@ -33,13 +33,17 @@ class AdapterSwitch:
 
 
 class AdapterLinear(LinearLoRA):
-    """y = x W^T + b + scale * (x A^T) B^T, with x [..., in], A [dim, in], B [out, dim] cast to x's dtype."""
+    """y = x W^T + b + scale * (x A^T) B^T, with x [..., in], A [dim, in], B [out, dim].
+
+    A and B are fp32 masters. The last term is computed in `adapter_dtype`, or in x's dtype where that is None.
+    """
 
     lora_A: nn.Linear  # noqa: N815
     lora_B: nn.Linear  # noqa: N815
     dropout_p: float
     dropout_position: str
     adapter_name: str
+    adapter_dtype: torch.dtype | None
     scale: float
     switch: AdapterSwitch
     use_kernels: bool
@@ -48,14 +52,18 @@ class AdapterLinear(LinearLoRA):
         base = F.linear(x, self.weight, self.bias)
         if not self.switch.on:
             return base
-        a, b = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
-        dropping = self.dropout_p > 0.0 and self.switch.dropout_seed is not None
-        if dropping and self.dropout_position == "pre":
-            x = x * self._keep_mask(x)
-        if not (dropping and self.dropout_position == "post"):
-            return apply_memory_efficient_lora(x, a, b, self.scale, self.use_kernels, base)
-        update = apply_memory_efficient_lora(x, a, b, self.scale, self.use_kernels)
-        return base + update * self._keep_mask(update)
+        dtype = self.adapter_dtype or x.dtype
+        a, b = self.lora_A.weight.to(dtype), self.lora_B.weight.to(dtype)
+        inner = x.to(dtype)
+        position = self.dropout_position if self.dropout_p > 0.0 and self.switch.dropout_seed is not None else None
+        if position == "pre":
+            inner = inner * self._keep_mask(inner)
+        if dtype == base.dtype and position != "post":
+            return apply_memory_efficient_lora(inner, a, b, self.scale, self.use_kernels, base)
+        update = apply_memory_efficient_lora(inner, a, b, self.scale, self.use_kernels)
+        if position == "post":
+            update = update * self._keep_mask(update)
+        return base + update.to(base.dtype)
 
     def _keep_mask(self, like: Tensor) -> Tensor:
         """Inverted dropout: 0 with probability p, else 1 / (1 - p); a function of (seed, module)."""
@@ -81,12 +89,13 @@ def install_adapters(
             alpha=module.dim,  # the scale is set below: it need not be alpha / dim
             dropout=spec.dropout,
             dropout_position=spec.dropout_position,
-            lora_dtype=DTYPES[spec.dtype or "float32"],
+            lora_dtype=torch.float32,
             use_triton=False,
         )
         patched.__class__ = AdapterLinear
         linear = cast(AdapterLinear, patched)
         linear.adapter_name = module.name
+        linear.adapter_dtype = None if spec.dtype is None else DTYPES[spec.dtype]
         linear.scale = module.scale
         linear.switch = switch
         linear.use_kernels = use_kernels
