@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -96,13 +96,18 @@ def base_section(config: MasterConfig, dotted: str) -> BaseModel | None:
     None where the base file has no such section.
     """
     path = dotted.split(".")
-    section = _raw(read_tree(CONFIG_DIR / _BASE_FILES[config.algorithm]), dotted)
+    section = _raw(_base_tree(config.algorithm), dotted)
     kind = section_at(type(config), path)
     if kind is None or not isinstance(section, Mapping):
         return None
     tree = _plain(config.model_dump(by_alias=True))
     _raw(tree, ".".join(path[:-1]))[path[-1]] = section
     return kind.model_validate(_raw(_resolved(tree), dotted))
+
+
+@cache
+def _base_tree(algorithm: Algorithm) -> Mapping[str, Any]:
+    return read_tree(CONFIG_DIR / _BASE_FILES[algorithm])
 
 
 def _read_tree(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:

@@ -1,0 +1,125 @@
+"""Runs of the GRPO driver on a tiny random model, with every read of a configuration key recorded.
+
+A read is what product code asks a section for after loading: validators have run by then, and model_dump, repr and
+comparison go past attribute access. LoRA blocks are read as a whole (model_dump), so the fields of the LoraSpec that
+comes of them are recorded as well, apart from its own checks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch  # before a driver's main, which would start the process again to set up one without torch
+from pydantic import BaseModel
+
+from nemo_rl_lora import command_line
+from nemo_rl_lora.config import idle
+from nemo_rl_lora.config.base import Section
+from nemo_rl_lora.lora.spec import LoraSpec
+
+CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def make_tiny_model(path: Path) -> None:
+    """A random Llama of two layers and a tokenizer of one token a character."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<e>", *CHARACTERS])}
+    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<e>"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    characters.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="<e>", unk_token="<e>", pad_token="<e>")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(vocabulary),
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+
+
+class Reads:
+    """Dotted keys, and fields of LoraSpec, that were read."""
+
+    def __init__(self) -> None:
+        self.keys: set[str] = set()
+        self.spec_fields: set[str] = set()
+        self._paths: dict[int, str] = {}
+        self._kept: list[BaseModel] = []
+
+    def watch(self, config: BaseModel) -> None:
+        """Record the reads of this configuration's sections."""
+        self._kept.append(config)  # an id is this section's as long as the section lives
+        for path, section in _sections(config, ""):
+            self._paths[id(section)] = path
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Sections, and LoraSpec, report what is read of them."""
+
+        def of_section(section: Section, name: str) -> Any:
+            path = self._paths.get(id(section))
+            if path is not None and name in type(section).model_fields and not _is_comparison(sys._getframe(1)):
+                self.keys.add(path + (type(section).model_fields[name].alias or name))
+            return object.__getattribute__(section, name)
+
+        def of_spec(spec: LoraSpec, name: str) -> Any:
+            if sys._getframe(1).f_code.co_name != "__post_init__":  # its own checks
+                self.spec_fields.add(name)
+            return object.__getattribute__(spec, name)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Section, "__getattribute__", of_section)
+            patch.setattr(LoraSpec, "__getattribute__", of_spec)
+            yield
+
+
+def traced_run(reads: Reads, overrides: list[str], *, plan: bool = False) -> int:
+    """The driver's own main with these overrides; reads are recorded from the end of loading on."""
+    load = command_line.load_config
+
+    def load_and_watch(*args: Any) -> Any:
+        config = load(*args)
+        reads.watch(config)
+        return config
+
+    arguments = command_line.DriverArguments(config=None, overrides=tuple(overrides), plan=plan)
+    with pytest.MonkeyPatch.context() as patch, reads.recording():
+        patch.setattr(command_line, "load_config", load_and_watch)
+        patch.setattr("nemo_rl_lora.console.setup_logging", lambda *_: None)  # pytest has its own handlers
+        return command_line.grpo_main(arguments)
+
+
+def _is_comparison(caller: FrameType) -> bool:
+    """Whether the reader only compares the values of unused blocks with those of the base file."""
+    return caller.f_globals["__name__"] == idle.__name__
+
+
+def _sections(section: BaseModel, prefix: str) -> Iterator[tuple[str, BaseModel]]:
+    yield prefix, section
+    for name, field in type(section).model_fields.items():
+        value = section.__dict__[name]
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, BaseModel):
+                yield from _sections(item, f"{prefix}{field.alias or name}.")
+    for name, item in (section.__pydantic_extra__ or {}).items():
+        yield from _sections(item, f"{prefix}{name}.")
