@@ -139,7 +139,7 @@ _C_SETTINGS = {
     "MALLOC_TRIM_THRESHOLD_": str(10**11),
     "MALLOC_MMAP_THRESHOLD_": str(10**11),
     "MALLOC_TOP_PAD_": str(2**28),
-    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "10000",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
