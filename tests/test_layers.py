@@ -12,7 +12,17 @@ PACKAGE = ROOT / "nemo_rl_lora"
 LAYERS = [
     ["types", "randomness", "lora", "gguf", "packaged_model", "step_files"],
     ["config", "model_source"],
-    ["data", "environments", "metrics", "plots", "run_control", "console", "gpu_monitor", "algorithms.losses", "algorithms.advantages"],
+    [
+        "data",
+        "environments",
+        "metrics",
+        "plots",
+        "run_control",
+        "console",
+        "gpu_monitor",
+        "algorithms.losses",
+        "algorithms.advantages",
+    ],
     ["policy.protocol", "generation.protocol", "checkpoint"],
     ["algorithms", "policy", "generation"],
     ["plan"],
