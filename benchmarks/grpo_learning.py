@@ -113,7 +113,8 @@ def _evaluate(run: Any, overrides: Sequence[str], when: str, num_completions: in
     """Mean rewards of the fixed prompts, sampled at temperature 1 from the weights as they are now."""
     from dataclasses import replace
 
-    from nemo_rl_lora.algorithms.rollout import rewards_of, rollout
+    from nemo_rl_lora.algorithms.rollout import group_requests, rewards_of, score
+    from nemo_rl_lora.generation.protocol import generate
 
     parts = run.parts
     mode = parts.config.policy.generation.lora_sync
@@ -126,7 +127,8 @@ def _evaluate(run: Any, overrides: Sequence[str], when: str, num_completions: in
     found = {}
     for name, (low, high) in EVALUATIONS.items():
         prompts = _fixed_prompts(run.start.tokenizer, overrides, low, high)
-        groups, _ = rollout(parts.generation, prompts, parts.environments, params, name)
+        completed = generate(parts.generation, group_requests(prompts, params, name))
+        groups, _ = score(completed, parts.environments)
         found[f"{name}_reward_{when}"] = round(float(rewards_of(groups).mean()), 4)
     return found
 

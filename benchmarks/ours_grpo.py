@@ -131,6 +131,7 @@ def work_overrides(work: Work, model: str, directory: Path) -> list[str]:
         f"policy.max_total_sequence_length={work.max_total_tokens}",
         f"policy.generation.max_new_tokens={work.max_new_tokens}",
         f"policy.optimizer.kwargs.lr={work.lr}",
+        "policy.scheduler=null",
         f"grpo.num_prompts_per_step={NUM_PROMPTS}",
         f"grpo.num_generations_per_prompt={NUM_COMPLETIONS}",
         f"policy.train_global_batch_size={NUM_PROMPTS * NUM_COMPLETIONS}",

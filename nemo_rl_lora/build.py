@@ -26,7 +26,7 @@ from nemo_rl_lora.generation.protocol import Generation
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.metrics import RunLog, check_sinks
 from nemo_rl_lora.model_source import ModelSource, load_tokenizer, resolve_model
-from nemo_rl_lora.plan import make_plan
+from nemo_rl_lora.plan import chosen_engine, make_plan
 from nemo_rl_lora.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -239,22 +239,15 @@ def _build_policy(start: CheckedStart, *, keep_reference: bool) -> DTensorPolicy
 
 
 def _build_generation(start: CheckedStart, policy: DTensorPolicy) -> Generation:
-    import torch
-
     config = start.config.policy.generation
     assert config is not None, "checked by GrpoMaster"
-    backend, reason = generation_backend(config.backend, cuda=torch.cuda.is_available())
+    backend, reason = chosen_engine(config.backend)
     logger.info(f"policy.generation.backend={config.backend!r}: {backend} ({reason})")
     if backend == "replay":
         from nemo_rl_lora.generation.replay import ReplayGeneration
 
         assert config.replay_path is not None, "checked by GenerationConfig"
         return ReplayGeneration(Path(config.replay_path), start.tokenizer)
-    if backend == "vllm":
-        raise ValueError(
-            "policy.generation.backend='auto': stands for vllm on CUDA, which this version does not have. "
-            "Set policy.generation.backend=in_process."
-        )
     from nemo_rl_lora.generation.in_process import InProcessGeneration
 
     return InProcessGeneration(
@@ -265,10 +258,3 @@ def _build_generation(start: CheckedStart, policy: DTensorPolicy) -> Generation:
         compute_dtype=policy.compute_dtype,
         max_concurrent_sequences=config.max_concurrent_sequences,
     )
-
-
-def generation_backend(asked: str, *, cuda: bool) -> tuple[str, str]:
-    """The engine that samples, and why: `auto` is in_process without CUDA and vllm with it."""
-    if asked != "auto":
-        return asked, "as configured"
-    return ("vllm", "auto, with a CUDA device") if cuda else ("in_process", "auto, without a CUDA device")

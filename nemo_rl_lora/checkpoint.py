@@ -55,7 +55,7 @@ FORMAT_VERSION = 1
 STEP_PREFIX = "step_"
 SET_ASIDE_PREFIX = "set_aside_"
 
-SaveReason = Literal["period", "epoch", "end", "signal", "deadline"]
+SaveReason = Literal["period", "epoch", "end", "signal", "deadline", "threshold"]
 
 _PERIODS = ("max_num_steps", "max_num_epochs", "val_period", "val_at_start", "val_at_end", "val_batches")
 _SAVING = (
@@ -132,8 +132,8 @@ class ResumePoint:
 
 
 def is_finished(point: ResumePoint | None, max_steps: int) -> bool:
-    """Whether the run already did all its steps, so that starting it again has nothing to do."""
-    return point is not None and point.step >= max_steps
+    """Whether the run did all its steps or reached its threshold, so that starting it again has nothing to do."""
+    return point is not None and (point.step >= max_steps or point.info.reason == "threshold")
 
 
 class SaveDeadline:

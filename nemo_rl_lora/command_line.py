@@ -88,10 +88,17 @@ def grpo_main(arguments: DriverArguments) -> int:
             log_directory=log.directory,
             checkpoint=result.checkpoint,
             best_checkpoint=start.checkpointer.best_step(),
-            continue_command=None if is_complete else shlex.join(["uv", "run", *sys.argv]),
+            continue_command=None if is_complete or result.checkpoint is None else continue_command(sys.argv),
         )
     )
     return stop.exit_code
+
+
+def continue_command(argv: Sequence[str]) -> str:
+    """The same command, continuing from the newest checkpoint wherever the first one started from."""
+    key = "checkpointing.load_path="
+    kept = [argument for argument in argv if not argument.lstrip("+").startswith(key)]
+    return shlex.join(["uv", "run", *kept, *([f"{key}auto"] if len(kept) < len(argv) else [])])
 
 
 def draw_curves_of(log_directory: Path) -> None:

@@ -6,7 +6,7 @@ Left out: how a model is trained or sampled (Policy, Generation), what a loss is
 
 from __future__ import annotations
 
-import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,16 +20,17 @@ from nemo_rl_lora.algorithms.rollout import (
     RolloutParams,
     collate_rollouts,
     group_index,
+    group_requests,
     optimizer_slices,
     rewards_of,
-    rollout,
+    score,
 )
 from nemo_rl_lora.checkpoint import Checkpointer, ResumePoint, SaveDeadline, SaveReason, TrainingInfo
 from nemo_rl_lora.config.master import GrpoMaster
 from nemo_rl_lora.console import TrainingConsole
 from nemo_rl_lora.data.prompts import PromptLoader, PromptSet
 from nemo_rl_lora.environments.protocol import Environment
-from nemo_rl_lora.generation.protocol import Generation
+from nemo_rl_lora.generation.protocol import Generation, generate
 from nemo_rl_lora.metrics import RolloutSample, RunLog, Stopwatch
 from nemo_rl_lora.policy.protocol import Policy
 from nemo_rl_lora.run_control import StopRequest
@@ -79,33 +80,46 @@ class GrpoTrainer:
         self._watch = Stopwatch()
         self._checkpoint: Path | None = None
         self._deadline = SaveDeadline(parts.config.checkpointing.must_save_by_seconds)
+        self._longest_seconds = 0.0  # of a step with the validation and the save that came with it
+        self._validated_step = -1
         if resume is not None:
             self._continue_from(resume)
+        self._position = parts.loader.state()  # after the last complete step
+        self._num_finished_epochs = self._count_finished_epochs()
 
     def train(self, stop: StopRequest) -> GrpoResult:
         """Run to the end of the data or of max_num_steps, or until asked to stop."""
-        if self._step == 0 and self._config.val_at_start:
-            self._validate()
+        outcome = "completed"
+        if self._step == 0 and self._config.val_at_start and self._validate():
+            return self._result(self._threshold_outcome)
         while self._step < self._parts.num_steps:
+            started = time.monotonic()
             try:
                 groups, batch, rollout_metrics = self._gather()
             except StopIteration:
+                outcome = f"completed: no prompts are left after step {self._step}"
                 break
             with self._watch.measure("policy_training"):
                 outputs = [self._parts.policy.train_step(part, self._parts.loss) for part in self._slices(batch)]
             self._step += 1
-            seconds = self._record(groups, batch, rollout_metrics, outputs)
+            self._position = self._parts.loader.state()
+            self._record(groups, batch, rollout_metrics, outputs)
             reached = self._validate() if self._validation_is_due() else False
-            reason = self._why_save(stop, reached, seconds)
+            reason = self._why_save(stop, reached, time.monotonic() - started)
             if reason is not None:
                 self._save(reason)
-            if stop.requested or reached or reason == "deadline":
-                return self._result(stop, reached)
-        if self._config.val_at_end and not self._validation_is_due():
+            self._longest_seconds = max(self._longest_seconds, time.monotonic() - started)
+            if stop.requested:
+                return self._result(f"stopped by {stop.signal_name}")
+            if reached:
+                return self._result(self._threshold_outcome)
+            if reason == "deadline":
+                return self._result("stopped to be in time for checkpointing.checkpoint_must_save_by")
+        if self._config.val_at_end and self._validated_step != self._step:
             self._validate()
         if self._parts.config.checkpointing.enabled and not self._is_saved():
             self._save("end")
-        return self._result(stop, False)
+        return self._result(outcome)
 
     def _gather(self) -> tuple[list[RolloutGroup], Batch, dict[str, float]]:
         """The groups that this step trains on, as a batch with everything that the loss needs."""
@@ -118,9 +132,10 @@ class GrpoTrainer:
             parts.console.stage("generating")
             prompts = next(parts.loader)
             with self._watch.measure("generation"):
-                groups, scores = rollout(
-                    parts.generation, prompts, parts.environments, parts.rollout_params, f"{self._step}.{attempt}"
-                )
+                requests = group_requests(prompts, parts.rollout_params, f"{self._step}.{attempt}")
+                completed = generate(parts.generation, requests)
+            with self._watch.measure("reward_calculation"):
+                groups, scores = score(completed, parts.environments)
             self._check_versions(groups)
             sampled += groups
             metrics = {name: metrics.get(name, 0.0) + value for name, value in scores.items()}
@@ -137,6 +152,7 @@ class GrpoTrainer:
             metrics["num_gen_batches"] = attempt + 1.0
             metrics["num_discarded_groups"] = float(len(sampled) - config.num_prompts_per_step)
         kept = kept[: config.num_prompts_per_step]
+        metrics |= _sampling_metrics(sampled)
         metrics["reward"] = float(rewards_of(sampled).mean())
         metrics["filtered_reward"] = float(rewards_of(kept).mean())
         return kept, self._batch(kept, metrics), metrics
@@ -210,13 +226,12 @@ class GrpoTrainer:
         batch: Batch,
         rollout_metrics: Mapping[str, float],
         outputs: Sequence[StepOutput],
-    ) -> float:
-        """Write the metrics of the step; returns its seconds."""
+    ) -> None:
+        """Write the metrics of the step."""
+        self._newest = {}  # a checkpoint is ranked by what was measured at its own step
         num_tokens = float(batch.sequence_length.sum())
         self._counters["num_tokens"] += num_tokens
         self._counters["num_completions"] += len(batch.token_ids)
-        completions = [completion for group in groups for completion in group.completions]
-        num_sampled = float(sum(len(completion.token_ids) for completion in completions))
         times = self._watch.take()
         seconds = sum(times.values())
         times["timing/total_step_time"] = seconds
@@ -224,13 +239,11 @@ class GrpoTrainer:
             **dict(rollout_metrics),
             **_mean_outputs(outputs),
             "mean_prompt_length": float(batch.prompt_length.float().mean()),
-            "mean_completion_length": num_sampled / len(completions),
-            "truncation_rate": sum(c.finish_reason == "length" for c in completions) / len(completions),
             "total_num_tokens": num_tokens,
-            "num_sampled_tokens": num_sampled,
             "global_valid_toks": float(batch.denominators.num_loss_tokens),
             "global_valid_seqs": float(batch.denominators.num_sequences),
-            "generation_tokens_per_second": num_sampled / max(times.get("timing/generation", 0.0), 1e-9),
+            "generation_tokens_per_second": rollout_metrics["num_sampled_tokens"]
+            / max(times.get("timing/generation", 0.0), 1e-9),
             **times,
         }
         parts = self._parts
@@ -238,13 +251,13 @@ class GrpoTrainer:
         parts.log.log(self._step, "train", metrics)
         parts.log.log_rollouts(self._step, _samples(groups))
         parts.console.step(self._step, metrics, seconds=seconds)
-        return seconds
 
     def _validate(self) -> bool:
         """Sample the validation prompts; whether the metric that stops the run has been reached."""
         parts, config = self._parts, self._config
         if parts.validation is None:
             return False
+        self._validated_step = self._step
         self._sync()
         parts.console.stage("validating")
         num_prompts = min(len(parts.validation), config.max_val_samples or len(parts.validation))
@@ -254,9 +267,8 @@ class GrpoTrainer:
         with watch.measure("total_validation_time"):
             for begin in range(0, num_prompts, config.val_batch_size):
                 prompts = parts.validation[begin : min(begin + config.val_batch_size, num_prompts)]
-                more, scores = rollout(
-                    parts.generation, prompts, parts.environments, parts.validation_params, f"{begin}"
-                )
+                requests = group_requests(prompts, parts.validation_params, f"{begin}")
+                more, scores = score(generate(parts.generation, requests), parts.environments)
                 groups += more
                 metrics = {name: metrics.get(name, 0.0) + value for name, value in scores.items()}
         lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
@@ -282,22 +294,29 @@ class GrpoTrainer:
 
     def _validation_is_due(self) -> bool:
         config = self._config
+        if config.val_at_end and self._step == self._parts.num_steps:
+            return True
         return bool(config.val_period) and self._step % config.val_period == 0 and self._step >= config.val_start_at
 
     def _why_save(self, stop: StopRequest, reached: bool, step_seconds: float) -> SaveReason | None:
+        """Whether to save after this step, and why. Counts the epochs that have ended."""
+        before, self._num_finished_epochs = self._num_finished_epochs, self._count_finished_epochs()
+        finished_epochs = self._num_finished_epochs if self._num_finished_epochs > before else None
         if not self._parts.config.checkpointing.enabled:
             return None
         if stop.requested:
             return "signal"
-        if self._deadline.is_near(step_seconds):
-            return "deadline"
         if reached:
-            return "end"
-        loader = self._parts.loader
-        finished_epochs = loader.epoch + 1 if loader.is_at_end_of_epoch else None
+            return "threshold"
+        if self._deadline.is_near(max(step_seconds, self._longest_seconds)):
+            return "deadline"
         if self._parts.checkpointer.is_due(self._step, num_finished_epochs=None):
             return "period"
         return "epoch" if self._parts.checkpointer.is_due(self._step, num_finished_epochs=finished_epochs) else None
+
+    def _count_finished_epochs(self) -> int:
+        loader = self._parts.loader
+        return loader.epoch + loader.is_at_end_of_epoch
 
     def _is_saved(self) -> bool:
         return self._checkpoint is not None and self._checkpoint.name == f"step_{self._step}"
@@ -309,7 +328,7 @@ class GrpoTrainer:
             step=self._step,
             phase="grpo",
             epoch=parts.loader.epoch,
-            data_position=parts.loader.state(),
+            data_position=self._position,
             counters=dict(self._counters),
             metrics=dict(self._newest),
             model_source=parts.model_source,
@@ -323,8 +342,6 @@ class GrpoTrainer:
         policy_directory.mkdir()
         self._parts.policy.save(policy_directory)
         self._parts.tokenizer.save_pretrained(policy_directory / "tokenizer")
-        if not self._parts.config.checkpointing.save_optimizer:
-            shutil.rmtree(policy_directory / "optimizer")
 
     def _continue_from(self, resume: ResumePoint) -> None:
         self._parts.policy.load(resume.path / "policy")
@@ -341,15 +358,23 @@ class GrpoTrainer:
     def _generation_config(self) -> Any:
         return self._parts.config.policy.generation
 
-    def _result(self, stop: StopRequest, reached: bool) -> GrpoResult:
-        outcome = "completed"
-        if stop.requested:
-            outcome = f"stopped by {stop.signal_name}"
-        elif reached:
-            outcome = f"completed: {self._config.stop_at_validation_metric} reached its threshold"
-        elif self._step < self._parts.num_steps:
-            outcome = "stopped to be in time for checkpointing.checkpoint_must_save_by"
+    @property
+    def _threshold_outcome(self) -> str:
+        return f"completed: {self._config.stop_at_validation_metric} reached its threshold"
+
+    def _result(self, outcome: str) -> GrpoResult:
         return GrpoResult(outcome=outcome, step=self._step, checkpoint=self._checkpoint)
+
+
+def _sampling_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Lengths of everything that was sampled, whether it is trained on or not."""
+    completions = [completion for group in groups for completion in group.completions]
+    num_tokens = float(sum(len(completion.token_ids) for completion in completions))
+    return {
+        "num_sampled_tokens": num_tokens,
+        "mean_completion_length": num_tokens / len(completions),
+        "truncation_rate": sum(c.finish_reason == "length" for c in completions) / len(completions),
+    }
 
 
 def _mean_outputs(outputs: Sequence[StepOutput]) -> dict[str, float]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nemo_rl_lora.algorithms.losses import count_denominators
 from nemo_rl_lora.environments.protocol import Environment
-from nemo_rl_lora.generation.protocol import Generation, generate
 from nemo_rl_lora.randomness import derive_seed
 from nemo_rl_lora.types import Batch, CompletionGroup, GroupRequest, Prompt, RolloutGroup, SamplingParams
 
@@ -29,15 +28,9 @@ class RolloutParams:
     purpose: str  # "rollout" or "validation"
 
 
-def rollout(
-    generation: Generation,
-    prompts: Sequence[Prompt],
-    environments: Mapping[str, Environment],
-    params: RolloutParams,
-    draw: int | str,
-) -> tuple[list[RolloutGroup], dict[str, float]]:
-    """Sample and score. `draw` names this rollout (the step). Returns the groups and the environments' metrics."""
-    requests = [
+def group_requests(prompts: Sequence[Prompt], params: RolloutParams, draw: str) -> list[GroupRequest]:
+    """What to ask the engine for. `draw` names this rollout (the step, and which one of the step)."""
+    return [
         GroupRequest(
             prompt=prompt,
             num_completions=params.num_completions,
@@ -49,7 +42,6 @@ def rollout(
         )
         for place, prompt in enumerate(prompts)
     ]
-    return score(generate(generation, requests), environments)
 
 
 def _within(params: RolloutParams, prompt: Prompt) -> SamplingParams:
@@ -60,7 +52,7 @@ def _within(params: RolloutParams, prompt: Prompt) -> SamplingParams:
 def score(
     groups: Sequence[CompletionGroup], environments: Mapping[str, Environment]
 ) -> tuple[list[RolloutGroup], dict[str, float]]:
-    """Rewards from each group's own environment, one call an environment."""
+    """Rewards from each group's own environment, one call an environment, and the environments' metrics."""
     rewards: list[list[float]] = [[0.0] * len(group.completions) for group in groups]
     metrics: dict[str, float] = {}
     for name in sorted({group.prompt.environment for group in groups}):

@@ -31,11 +31,15 @@ FIRST_COMPLETION_CAPACITY = 64  # slots grow by doubling from here, so short com
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """A and B of one linear layer in the compute dtype: y = x W^T + scale * (x A^T) B^T."""
+    """A and B of one linear layer: y = x W^T + (scale * x A^T) B^T, the last term in the dtype of A and B."""
 
     a: Tensor  # [dim, in]
     b: Tensor  # [out, dim]
     scale: float
+
+    def update(self, x: Tensor) -> Tensor:
+        """What is added to the base layer's output, rounded in the trainer's order, so that logprobs agree."""
+        return F.linear(F.linear(x.to(self.a.dtype), self.a) * self.scale, self.b)
 
 
 class Decoder(Protocol):
@@ -122,8 +126,7 @@ class Projection:
             y = F.linear(x, self.weight, self.bias)
         if self.adapter is None:
             return y
-        # The order of roundings is the trainer's, so that logprobs agree.
-        return y + self.adapter.scale * F.linear(F.linear(x, self.adapter.a), self.adapter.b)
+        return y + self.adapter.update(x).to(y.dtype)
 
 
 class KeyValueStore:

@@ -67,6 +67,7 @@ class InProcessGeneration:
     ) -> None:
         self._tokenizer = tokenizer
         self._dtype, self._device = compute_dtype, base_model.device
+        self._adapter_dtype = compute_dtype if spec is None or spec.dtype is None else getattr(torch, spec.dtype)
         self._max_concurrent = max_concurrent_sequences
         self._max_context = int(base_model.config.get_text_config().max_position_embeddings)
         self._vocabulary = int(base_model.config.get_text_config().vocab_size)
@@ -116,7 +117,8 @@ class InProcessGeneration:
                     f"The engine keeps version {self._version}."
                 )
             num_bytes += tensor.numel() * tensor.element_size()
-            staged[name] = tensor.detach().to(device=self._device, dtype=self._dtype, copy=True)
+            dtype = self._adapter_dtype if ref.mode == "adapter" else self._dtype
+            staged[name] = tensor.detach().to(device=self._device, dtype=dtype, copy=True)
         if ref.mode == "merged":
             self._decoder.set_adapters({})
             self._decoder.set_weights(staged)

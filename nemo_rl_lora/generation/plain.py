@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
@@ -102,6 +101,6 @@ class PlainDecoder:
 
 def _adding(adapter: Adapter) -> Any:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + adapter.scale * F.linear(F.linear(inputs[0], adapter.a), adapter.b)
+        return output + adapter.update(inputs[0]).to(output.dtype)
 
     return hook

@@ -146,9 +146,15 @@ def _shared_prefix(policy: PolicyConfig, shapes: ModelShapes) -> Effect:
     )
 
 
+def chosen_engine(asked: str) -> tuple[str, str]:
+    """The engine that samples, and why."""
+    if asked != "auto":
+        return asked, "as asked for"
+    return "in_process", "this version samples in the training process"
+
+
 def _generation(backend: str) -> Effect:
-    chosen = "in_process" if backend == "auto" else backend
-    reason = "this version samples in the training process" if backend == "auto" else "as asked for"
+    chosen, reason = chosen_engine(backend)
     return Effect(key="policy.generation.backend", requested=backend, effective=chosen, reason=reason)
 
 

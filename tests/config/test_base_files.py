@@ -8,6 +8,7 @@ import pytest
 
 from nemo_rl_lora.config.loader import CONFIG_DIR, load_config, read_tree, resolved_yaml
 from nemo_rl_lora.config.lora import lora_spec_from_policy
+from nemo_rl_lora.config.optimizer import lr_factor
 
 TABLE = Path(__file__).with_name("base_files.tsv")
 OWN_TEMPLATE = "policy.tokenizer.chat_template"  # a long text; only its presence is compared
@@ -91,10 +92,11 @@ def test_chat_template_of_the_sft_base_file_renders_roles_and_content() -> None:
 def test_quick_start_is_small_and_full_fine_tuning_takes_its_own_learning_rate() -> None:
     config = load_config(None, [], "grpo")
     optimizer = config.policy.optimizer
-    assert (optimizer.learning_rate(lora=True), optimizer.learning_rate(lora=False)) == (1e-3, 2e-6)
-    assert optimizer.model_copy(update={"full_finetuning_lr": None}).learning_rate(lora=False) == 1e-3
+    assert (optimizer.learning_rate(lora=True), optimizer.learning_rate(lora=False)) == (2.5e-4, 2e-6)
+    assert optimizer.model_copy(update={"full_finetuning_lr": None}).learning_rate(lora=False) == 2.5e-4
     assert not config.policy.dtensor_cfg.lora_cfg.enabled
-    assert config.policy.scheduler is None
+    assert lr_factor(config.policy.scheduler, 0) == 1.0
+    assert lr_factor(config.policy.scheduler, 30) == pytest.approx(0.1)
     assert config.grpo.num_prompts_per_step * config.grpo.num_generations_per_prompt == 64
     assert config.policy.train_global_batch_size == 64
     assert config.data.default.env_name == "last_number"
