@@ -51,7 +51,8 @@ OVERRIDES = {
     "env.NAME.reward_function=FILE.py:FUNCTION.",
     "policy.scheduler={name: cosin, total_steps: 3}": "policy.scheduler.name='cosin': must be one of 'constant', "
     "'linear', 'cosine' or 'wsd'. Did you mean 'cosine'?",
-    "policy.scheduler={name: cosine}": "policy.scheduler.total_steps=None: the cosine scheduler has to know where its "
+    "policy.scheduler={name: cosine, total_steps: null}": "policy.scheduler.total_steps=None: the cosine scheduler "
+    "has to know where its "
     "decay ends. Set it to the number of optimizer steps.",
     "policy.scheduler=[3]": "policy.scheduler.0=3: must be a mapping. Correct the value.",
     "policy.optimizer.kwargs={foreach: true, fused: true}": "policy.optimizer.kwargs.fused=True: AdamW runs either "

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from nemo_rl_lora.lora.spec import LoraSpec
 from tests.generation.tiny_models import LetterTokenizer, adapted_modules, parameters_of, ref
 
 
@@ -22,7 +22,7 @@ def make_engine() -> Callable[..., Any]:
         engine = InProcessGeneration(
             model,
             tokenizer=LetterTokenizer(),  # type: ignore[arg-type]
-            spec=SimpleNamespace() if lora else None,  # type: ignore[arg-type]
+            spec=LoraSpec(dim=4, alpha=6) if lora else None,
             adapted=adapted_modules(model) if lora else [],
             compute_dtype=torch.float32,
             max_concurrent_sequences=concurrent,
