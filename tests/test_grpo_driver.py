@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from nemo_rl_lora.command_line import continue_command
 from nemo_rl_lora.generation import in_process
 from nemo_rl_lora.generation.replay import write_replay
 from nemo_rl_lora.types import Completion, CompletionGroup, SyncReceipt
@@ -182,6 +183,42 @@ def test_the_run_stops_where_the_validation_metric_reaches_its_threshold(tiny_ru
     assert "completed: accuracy reached its threshold" in ended.out
     assert len(tiny_run.metrics()) == 2
     assert tiny_run.steps() == ["step_2"]
+    again = tiny_run(
+        "grpo.max_num_steps=4",
+        "grpo.val_period=2",
+        "grpo.stop_at_validation_metric=accuracy",
+        "grpo.stop_at_validation_threshold=0.0",
+    )
+    assert (again.code, "is finished" in again.out) == (0, True)
+
+
+def test_a_step_without_validation_does_not_rank_by_an_earlier_one(tiny_run):
+    ended = tiny_run(
+        "grpo.max_num_steps=3",
+        "grpo.val_period=2",
+        "checkpointing.save_period=1",
+        "checkpointing.keep_top_k=1",
+        "checkpointing.metric_name=val:accuracy",
+    )
+
+    assert ended.code == 0, ended.err
+    assert tiny_run.steps() == ["step_2", "step_3"]  # the best, and the newest to continue from
+
+
+def test_a_run_that_uses_up_its_prompts_says_so(tiny_run):
+    reward = f"env.tiny.reward_function={tiny_run.root}/rewards.py:reward_of_odd"
+
+    ended = tiny_run(reward, "grpo.use_dynamic_sampling=true", "grpo.max_num_epochs=1", "grpo.max_num_steps=100")
+
+    assert ended.code == 0, ended.err
+    assert "completed: no prompts are left" in ended.out
+
+
+def test_the_command_to_continue_does_not_start_over():
+    command = continue_command(["examples/run_grpo.py", "a.b=1", "++checkpointing.load_path=none"])
+
+    assert command == "uv run examples/run_grpo.py a.b=1 checkpointing.load_path=auto"
+    assert continue_command(["examples/run_grpo.py", "a.b=1"]) == "uv run examples/run_grpo.py a.b=1"
 
 
 def test_dynamic_sampling_keeps_only_groups_whose_rewards_differ(tiny_run):
