@@ -465,7 +465,7 @@ SEQUENCE = f"{{name: {LINEAR}, kwargs: {{start_factor: 0.1, total_iters: 4}}}}, 
     ],
 )
 def test_scheduler_key_changes_the_learning_rate(scheduler, other) -> None:
-    configs = [_loaded((f"policy.scheduler={text}",)).policy for text in (scheduler, other)]
+    configs = [_loaded(("policy.scheduler=null", f"policy.scheduler={text}")).policy for text in (scheduler, other)]
     first, second = (
         [lr_factor(policy.scheduler, step, lr=policy.optimizer.kwargs.lr) for step in range(12)] for policy in configs
     )

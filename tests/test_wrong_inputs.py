@@ -231,7 +231,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(one_step, no_weights, 
 
     begins = f"checkpointing.checkpoint_dir='{tmp_path}/results': {tmp_path}/results/step_1 was written with another"
     assert_refused(ended, begins, "to start over here (the old steps are set aside).")
-    assert "policy.optimizer.kwargs.lr was 0.001, is 0.1." in ended.err
+    assert "policy.optimizer.kwargs.lr was 0.00025, is 0.1." in ended.err
 
 
 def test_a_step_saved_without_optimizer_state_is_not_continued(tiny_run):
