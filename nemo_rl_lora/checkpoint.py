@@ -48,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 INFO_FILE = "training_info.json"
 CONFIG_FILE = "config.yaml"
-ADAPTER_DIRECTORY = "policy/adapter"
 OPTIMIZER_DIRECTORY = "policy/optimizer"
 LOCK_FILE = ".lock"
 FORMAT_VERSION = 1

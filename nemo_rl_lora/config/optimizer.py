@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -230,7 +231,7 @@ def split_sequence(
             f"{len(schedulers)} schedulers need {len(schedulers) - 1} milestones, and there are {len(milestones)}. "
             "Give the step at which each hands over to the next."
         )
-    if any(later <= earlier for earlier, later in zip(milestones, milestones[1:], strict=False)):
+    if any(later <= earlier for earlier, later in pairwise(milestones)):
         raise ValueError(f"milestones {list(milestones)} have to ascend. Sort them.")
     return schedulers, milestones
 

@@ -41,7 +41,7 @@ class RewardFunctionEnvironment:
     def _score(self, prompt: Prompt, text: str) -> float:
         try:
             value = self._function(prompt.text, text, dict(prompt.row))
-        except Exception as error:
+        except Exception as error:  # the user's code may raise anything
             raise ValueError(
                 f"{self._key}: raised {type(error).__name__} ({error}) for row {prompt.index} and the completion "
                 f"{text[:80]!r}. Return 0.0 where a completion cannot be scored."
@@ -85,7 +85,7 @@ def _load_file(place: str, key: str) -> ModuleType:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except Exception as error:  # the user's module may raise anything
         del sys.modules[module_name]
         raise ValueError(
             f"{key}: importing {path} raised {type(error).__name__}: {error}. Correct the file."
@@ -96,7 +96,7 @@ def _load_file(place: str, key: str) -> ModuleType:
 def _load_module(place: str, key: str) -> ModuleType:
     try:
         return importlib.import_module(place)
-    except Exception as error:
+    except Exception as error:  # the user's module may raise anything
         raise ValueError(
             f"{key}: importing {place} raised {type(error).__name__}: {error}. Correct the name, or give a .py file."
         ) from error

@@ -20,7 +20,7 @@ from nemo_rl_lora.lora.targets import AdaptedModule, resolve_targets
 from nemo_rl_lora.model_source import resolve_model
 from nemo_rl_lora.plan.model_shapes import ModelShapes, adapted_types, left_out_types, read_model_shapes
 from nemo_rl_lora.plan.nouns import Check, Effect, Plan, Sizes
-from nemo_rl_lora.policy.segment_attention import supports_segments
+from nemo_rl_lora.policy.segment_attention import layout_problems, supports_segments
 
 if TYPE_CHECKING:
     from nemo_rl_lora.config.master import MasterConfig
@@ -60,7 +60,7 @@ def make_plan(config: MasterConfig, checks: Sequence[NamedCheck] = ()) -> Plan:
         sizes=sizes,
         effects=_effects(config, spec, shapes),
         checks=(_world_size(config), *passed),
-        problems=(*check_runnable(config), *_layout_problems(policy, shapes), *problems),
+        problems=(*check_runnable(config), *layout_problems(policy, shapes.config), *problems),
         unchecked=_unchecked(config, sizes, [name for name, _ in checks]),
     )
 
@@ -156,24 +156,6 @@ def chosen_engine(asked: str) -> tuple[str, str]:
 def _generation(backend: str) -> Effect:
     chosen, reason = chosen_engine(backend)
     return Effect(key="policy.generation.backend", requested=backend, effective=chosen, reason=reason)
-
-
-def _layout_problems(policy: PolicyConfig, shapes: ModelShapes) -> list[str]:
-    if supports_segments(shapes.config, policy.max_total_sequence_length):
-        return []
-    kind = f"{shapes.config.model_type} does not have at this length (or with attention dropout)"
-    problems = []
-    if policy.sequence_packing.enabled:
-        problems.append(
-            f"policy.sequence_packing.enabled=True: packing needs full causal attention, which {kind}. "
-            f"Set policy.sequence_packing.enabled=false."
-        )
-    if policy.shared_prefix.enabled is True:
-        problems.append(
-            f"policy.shared_prefix.enabled=True: sharing needs full causal attention, which {kind}. "
-            f"Set policy.shared_prefix.enabled=auto."
-        )
-    return problems
 
 
 def _world_size(config: MasterConfig) -> Check:

@@ -37,7 +37,7 @@ from nemo_rl_lora.policy.adapter_linear import DTYPES, AdapterLinear, AdapterSwi
 from nemo_rl_lora.policy.forward import ForwardPass
 from nemo_rl_lora.policy.microbatches import Microbatch, MicrobatchPlan, plan_microbatches
 from nemo_rl_lora.policy.model import linear_modules, load_model, share_structure
-from nemo_rl_lora.policy.segment_attention import supports_segments
+from nemo_rl_lora.policy.segment_attention import layout_problems, supports_segments
 from nemo_rl_lora.policy.weights import LazyTensor, digest_of, make_ref
 from nemo_rl_lora.randomness import derive_seed
 from nemo_rl_lora.types import Batch, LossFn, LossInputs, StepOutput, SyncMode, TensorInfo, WeightsRef
@@ -85,7 +85,8 @@ class DTensorPolicy:
         self._optimizer = self._make_optimizer()
         self._num_steps = 0
         self._flat = supports_segments(self._model.config, config.max_total_sequence_length)
-        self._refuse_impossible_layouts()
+        if problems := layout_problems(config, self._model.config):
+            raise ValueError("\n".join(problems))
         self._forward = ForwardPass(
             model=self._model,
             flat=self._flat,
@@ -229,21 +230,6 @@ class DTensorPolicy:
         self._switch = install_adapters(
             self._model, self.adapted, spec, seed=self._setup.seed, use_kernels=spec.kernels and why_off is None
         )
-
-    def _refuse_impossible_layouts(self) -> None:
-        if self._flat:
-            return
-        kind = f"{self._model.config.model_type} (sliding-window or other attention)"
-        if self._config.sequence_packing.enabled:
-            raise ValueError(
-                f"policy.sequence_packing.enabled=True: packing needs full causal attention, which {kind} does not "
-                "have at this length. Set policy.sequence_packing.enabled=false."
-            )
-        if self._config.shared_prefix.enabled is True:
-            raise ValueError(
-                f"policy.shared_prefix.enabled=True: sharing needs full causal attention, which {kind} does not have "
-                "at this length. Set policy.shared_prefix.enabled=auto."
-            )
 
     def _microbatch_plan(self, kind: Literal["train", "logprob"]) -> MicrobatchPlan:
         config = self._config

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.policy.microbatches import Segment
 
 NAME = "nemo_rl_lora_segments"
@@ -73,6 +74,25 @@ def supports_segments(config: Any, max_length: int) -> bool:
     if window is not None and getattr(config, "use_sliding_window", True) and window < max_length:
         return False
     return not getattr(config, "attention_dropout", 0.0)
+
+
+def layout_problems(policy: PolicyConfig, model_config: Any) -> list[str]:
+    """A paragraph for each layout that was asked for and that this model's attention does not allow."""
+    if supports_segments(model_config, policy.max_total_sequence_length):
+        return []
+    kind = f"{model_config.model_type} does not have at this length (or with attention dropout)"
+    problems = []
+    if policy.sequence_packing.enabled:
+        problems.append(
+            f"policy.sequence_packing.enabled=True: packing needs full causal attention, which {kind}. "
+            f"Set policy.sequence_packing.enabled=false."
+        )
+    if policy.shared_prefix.enabled is True:
+        problems.append(
+            f"policy.shared_prefix.enabled=True: sharing needs full causal attention, which {kind}. "
+            f"Set policy.shared_prefix.enabled=auto."
+        )
+    return problems
 
 
 def plan_attention(segments: Sequence[Segment]) -> AttentionPlan:
