@@ -118,7 +118,7 @@ def _evaluate(run: Any, overrides: Sequence[str], when: str, num_completions: in
 
     parts = run.parts
     mode = parts.config.policy.generation.lora_sync
-    parts.generation.sync_weights(parts.policy.publish(parts.num_steps if when == "after" else 0, mode))
+    parts.generation.sync_weights(parts.policy.publish(parts.config.grpo.max_num_steps if when == "after" else 0, mode))
     params = replace(
         parts.validation_params,
         num_completions=num_completions,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from work import (
     write_rows,
 )
 
-from nemo_rl_lora.algorithms.grpo import GrpoParts, GrpoTrainer
-from nemo_rl_lora.build import CheckedStart, build_grpo, check_start
+from nemo_rl_lora.algorithms.grpo import GrpoParts, GrpoWork
+from nemo_rl_lora.build.start import Run, build_run, check_start
 from nemo_rl_lora.command_line import silence_vendors
 from nemo_rl_lora.config.loader import load_config, resolved_yaml
 from nemo_rl_lora.metrics import RunLog
@@ -57,16 +57,21 @@ class ClockedLog(RunLog):
 class OursRun:
     """A run that is ready to train."""
 
-    start: CheckedStart
-    parts: GrpoParts
+    run: Run
     log: ClockedLog
+
+    @property
+    def parts(self) -> GrpoParts:
+        work = self.run.work
+        assert isinstance(work, GrpoWork), work
+        return work.parts
 
     def train(self) -> list[StepRecord]:
         """All steps. A step's seconds are those from the end of the one before to its own end, so nothing is left
         out."""
         begun = time.perf_counter()
-        with self.parts.console:
-            GrpoTrainer(self.parts, self.start.resume).train(StopRequest())
+        with self.run.console:
+            self.run.loop.run(StopRequest())
         records = []
         for ended, metrics in self.log.training:
             records.append(
@@ -152,13 +157,7 @@ def ours_run(overrides: Sequence[str], after_step: Callable[[int], None] | None 
     config = load_config(None, overrides, "grpo")
     start = check_start(config)
     log = ClockedLog(config.logger, resolved_yaml(config), after_step)
-    parts = build_grpo(start, log)
-    try:
-        yield OursRun(start=start, parts=parts, log=log)
-    finally:
-        parts.generation.close()
-        parts.policy.close()
-        log.close()
-        start.checkpointer.close()
-        for environment in start.environments.values():
-            environment.close()
+    with ExitStack() as cleanup:
+        cleanup.callback(start.checkpointer.close)
+        cleanup.callback(log.close)
+        yield OursRun(run=build_run(start, log, cleanup), log=log)

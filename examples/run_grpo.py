@@ -6,8 +6,8 @@ uv run examples/run_grpo.py --config FILE [--plan] [a.b=c] [+a.b=c] [++a.b=c] [~
 
 import sys
 
-from nemo_rl_lora.command_line import driver_arguments, grpo_main
+from nemo_rl_lora.command_line import driver_arguments, train_main
 from nemo_rl_lora.run_control import main_guard
 
 if __name__ == "__main__":
-    sys.exit(main_guard(lambda: grpo_main(driver_arguments("grpo", __doc__))))
+    sys.exit(main_guard(lambda: train_main("grpo", driver_arguments("grpo", __doc__))))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_rl_lora.config.loader import load_config, resolved_yaml
-from nemo_rl_lora.config.master import Algorithm, GrpoMaster
+from nemo_rl_lora.config.master import Algorithm, MasterConfig
 from nemo_rl_lora.run_control import EXIT_CONFIG, EXIT_OK
 
 logger = logging.getLogger(__name__)
@@ -46,16 +46,15 @@ def driver_arguments(algorithm: Algorithm, doc: str | None, argv: Sequence[str] 
     return DriverArguments(config=arguments.config, overrides=tuple(arguments.overrides), plan=arguments.plan)
 
 
-def grpo_main(arguments: DriverArguments) -> int:
+def train_main(algorithm: Algorithm, arguments: DriverArguments) -> int:
     """Plan or train; the exit code."""
-    config = load_config(arguments.config, arguments.overrides, "grpo")
+    config = load_config(arguments.config, arguments.overrides, algorithm)
     if not arguments.plan:
         prepare_process()
     silence_vendors()
     if arguments.plan:
         return show_plan(config)
-    from nemo_rl_lora.algorithms.grpo import GrpoTrainer
-    from nemo_rl_lora.build import build_grpo, check_start
+    from nemo_rl_lora.build.start import build_run, check_start
     from nemo_rl_lora.console import RunSummary, setup_logging
     from nemo_rl_lora.metrics import RunLog
     from nemo_rl_lora.run_control import running
@@ -64,7 +63,11 @@ def grpo_main(arguments: DriverArguments) -> int:
     start = check_start(config)
     if start.is_finished:
         assert start.resume is not None
-        sys.stdout.write(f"The run in {start.resume.path} is finished: {start.resume.step} steps. {_ANOTHER_RUN}\n")
+        sys.stdout.write(
+            f"The run in {start.resume.path} is finished: {start.resume.step} steps. For more steps raise "
+            f"{algorithm}.max_num_steps; for another run set checkpointing.checkpoint_dir or "
+            "checkpointing.load_path=none.\n"
+        )
         return EXIT_OK
     draw = draw_curves_of if config.logger.plot.enabled else None
     log = RunLog(config.logger, resolved_yaml(config), draw)
@@ -73,16 +76,12 @@ def grpo_main(arguments: DriverArguments) -> int:
         if draw is not None:
             cleanup.callback(draw, log.directory)
         cleanup.callback(log.close)
-        parts = build_grpo(start, log)
-        cleanup.callback(parts.policy.close)
-        cleanup.callback(parts.generation.close)
-        for environment in start.environments.values():
-            cleanup.callback(environment.close)
-        setup_logging(parts.console.console)
-        with parts.console:
-            result = GrpoTrainer(parts, start.resume).train(stop)
+        run = build_run(start, log, cleanup)
+        setup_logging(run.console.console)
+        with run.console:
+            result = run.loop.run(stop)
     is_complete = result.outcome.startswith("completed")
-    parts.console.summary(
+    run.console.summary(
         RunSummary(
             outcome=result.outcome,
             log_directory=log.directory,
@@ -111,9 +110,9 @@ def draw_curves_of(log_directory: Path) -> None:
         logger.warning(f"{log_directory / 'curves.png'} could not be drawn: {error}")
 
 
-def show_plan(config: GrpoMaster) -> int:
+def show_plan(config: MasterConfig) -> int:
     """Print what the run would do, without loading a weight; 2 where something stops it."""
-    from nemo_rl_lora.build import plan_checks
+    from nemo_rl_lora.build.start import plan_checks
     from nemo_rl_lora.plan import make_plan, print_plan
 
     plan = make_plan(config, plan_checks(config))
@@ -149,8 +148,3 @@ _C_SETTINGS = {
     "GOMP_SPINCOUNT": "10000",
     "TOKENIZERS_PARALLELISM": "false",
 }
-
-_ANOTHER_RUN = (
-    "For more steps raise grpo.max_num_steps; for another run set checkpointing.checkpoint_dir or "
-    "checkpointing.load_path=none."
-)

@@ -82,6 +82,10 @@ class Stopwatch:
         """Count seconds that were measured elsewhere."""
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
+    def seconds(self, name: str) -> float:
+        """Seconds under this name since the last take."""
+        return self._seconds.get(name, 0.0)
+
     def take(self) -> dict[str, float]:
         """`timing/<name>` -> seconds since the last take, ready for `RunLog.log`."""
         taken = {TIMING + name: seconds for name, seconds in self._seconds.items()}

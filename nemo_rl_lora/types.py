@@ -80,6 +80,28 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A conversation made ready to be learned: one row of an SFT batch."""
+
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]  # true on the tokens that are learned
+    source: str  # the dataset it came from, for metrics
+    num_cut_tokens: int  # left out at the end, to keep the length limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferencePair:
+    """Two answers to one prompt, tokenised: two rows of a DPO batch, which are a group."""
+
+    index: int  # position in its dataset
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+    source: str  # the dataset, or the part of it, that it came from, for metrics
+    cluster: str  # pairs of one cluster (a question) are not independent of each other
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Denominators:
     """What losses divide by: counted once over the whole optimizer batch, the same on every rank."""
 
@@ -92,7 +114,8 @@ class Batch:
     """A LOGICAL batch: one row per completion, prompt first, right-padded. Rows of a group stand together.
 
     `loss_mask[b, t]` is true where token t is a loss token (sampled, or a target). Log-probabilities are fp32 and
-    0.0 outside the mask. `advantages` is [B] or [B, T].
+    0.0 outside the mask. `advantages` is [B] or [B, T]. With `whole_groups` the rows of a group always meet in one
+    call of the loss, in their order: a DPO pair, whose first row is the chosen one.
     """
 
     token_ids: Tensor  # [B, T] int64
@@ -101,8 +124,9 @@ class Batch:
     prompt_length: Tensor  # [B] int64
     group_index: Tensor  # [B] int64; rows of equal index share their prompt
     denominators: Denominators
+    whole_groups: bool = False
     old_logprobs: Tensor | None = None  # [B, T] fp32
-    reference_logprobs: Tensor | None = None  # [B, T] fp32
+    reference_logprobs: Tensor | None = None  # [B, T] fp32, or [B], summed over a row's loss tokens
     generation_logprobs: Tensor | None = None  # [B, T] fp32
     advantages: Tensor | None = None  # [B] or [B, T] fp32
 

@@ -22,3 +22,19 @@ def tiny_run(tiny_llama, tmp_path):
     from tests.driver import TinyRun
 
     return TinyRun(root=tmp_path, model=tiny_llama)
+
+
+@pytest.fixture
+def tiny_sft(tiny_llama, tmp_path):
+    """An SFT run on the tiny model; call it with overrides."""
+    from tests.driver import TinyRun
+
+    return TinyRun(root=tmp_path, model=tiny_llama, algorithm="sft")
+
+
+@pytest.fixture
+def tiny_dpo(tiny_llama, tmp_path):
+    """A DPO run on the tiny model; call it with overrides."""
+    from tests.driver import TinyRun
+
+    return TinyRun(root=tmp_path, model=tiny_llama, algorithm="dpo")

@@ -1,4 +1,4 @@
-"""Runs of the GRPO driver for tests: a tiny random Llama with its own tokenizer, and the driver's real entry."""
+"""Runs of the drivers for tests: a tiny random Llama with its own tokenizer, and the drivers' real entry."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from typing import Any
 
 import torch  # the driver starts its process again where torch is not yet imported
 
-from nemo_rl_lora.command_line import driver_arguments, grpo_main
+from nemo_rl_lora.command_line import driver_arguments, train_main
+from nemo_rl_lora.config.master import Algorithm
 from nemo_rl_lora.run_control import main_guard
 
 assert torch.__version__
 
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|a|>{{ m.content }}<|end|>"
+    "{% else %}<|{{ m.role }}|>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|a|>{% endif %}"
 )
 
 # Rewards that differ within a group, whatever a random model writes.
@@ -43,14 +46,14 @@ class Ended:
     err: str
 
 
-def run_driver(*arguments: str) -> Ended:
+def run_driver(*arguments: str, algorithm: Algorithm = "grpo") -> Ended:
     """The driver in this process, from its arguments to its exit code."""
     out, err = io.StringIO(), io.StringIO()
     root = logging.getLogger()
     before = list(root.handlers), root.level
     try:
         with redirect_stdout(out), redirect_stderr(err):
-            code = main_guard(lambda: grpo_main(driver_arguments("grpo", None, list(arguments))))
+            code = main_guard(lambda: train_main(algorithm, driver_arguments(algorithm, None, list(arguments))))
     finally:
         root.handlers[:], root.level = before
     return Ended(code=code, out=out.getvalue(), err=err.getvalue())
@@ -91,22 +94,59 @@ def make_tiny_llama(directory: Path) -> Path:
     return directory
 
 
+def _tuning_row(algorithm: Algorithm, i: int) -> dict[str, str]:
+    if algorithm == "sft":
+        return {"input": f"{i} + {i % 3}?", "output": "so " * (i % 4) + str(i + i % 3)}
+    return {"prompt": f"{i} + {i % 3}?", "chosen": "so " * (i % 4) + str(i + i % 3), "rejected": "no " * (i % 3 + 1)}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyRun:
-    """A GRPO run on the tiny model, in a directory of its own: 4 prompts x 4 completions a step."""
+    """A run on the tiny model, in a directory of its own. GRPO: 4 prompts x 4 completions a step; SFT: 4 rows; DPO: 4
+    pairs."""
 
     root: Path
     model: Path
+    algorithm: Algorithm = "grpo"
 
     def arguments(self, *overrides: str) -> list[str]:
-        reward_file = self.root / "rewards.py"
-        if not reward_file.exists():
-            reward_file.write_text(REWARD)
+        if self.algorithm == "grpo":
+            return self._grpo_arguments(*overrides)
+        rows = self.root / "rows.jsonl"
+        if not rows.exists():
+            rows.write_text("".join(json.dumps(_tuning_row(self.algorithm, i)) + "\n" for i in range(12)))
+        name = "ResponseDataset" if self.algorithm == "sft" else "BinaryPreferenceDataset"
+        dataset = f"{{_override_: true, dataset_name: {name}, data_path: '{rows}'}}"
+        return [
+            *self._shared_arguments(),
+            "policy.train_global_batch_size=4",
+            "policy.max_total_sequence_length=64",
+            f"{self.algorithm}.max_num_steps=2",
+            f"{self.algorithm}.val_period=0",
+            f"{self.algorithm}.val_at_start=false",
+            f"data.train={dataset}",
+            f"data.validation={dataset}",
+            *overrides,
+        ]
+
+    def _shared_arguments(self) -> list[str]:
         return [
             f"policy.model_name={self.model}",
             "policy.precision=float32",
             "policy.dtensor_cfg.lora_cfg.enabled=true",
             "policy.dtensor_cfg.lora_cfg.dim=4",
+            f"checkpointing.checkpoint_dir={self.checkpoints}",
+            f"logger.log_dir={self.logs}",
+            "logger.tensorboard_enabled=false",
+            "logger.plot.enabled=false",
+        ]
+
+    def _grpo_arguments(self, *overrides: str) -> list[str]:
+        reward_file = self.root / "rewards.py"
+        if not reward_file.exists():
+            reward_file.write_text(REWARD)
+        return [
+            *self._shared_arguments(),
             "policy.train_global_batch_size=16",
             "policy.generation.max_new_tokens=6",
             "grpo.num_prompts_per_step=4",
@@ -118,15 +158,11 @@ class TinyRun:
             "data.validation.num_rows=6",
             "data.default.env_name=tiny",
             f"+env.tiny.reward_function={reward_file}:reward",
-            f"checkpointing.checkpoint_dir={self.checkpoints}",
-            f"logger.log_dir={self.logs}",
-            "logger.tensorboard_enabled=false",
-            "logger.plot.enabled=false",
             *overrides,
         ]
 
     def __call__(self, *overrides: str) -> Ended:
-        return run_driver(*self.arguments(*overrides))
+        return run_driver(*self.arguments(*overrides), algorithm=self.algorithm)
 
     @property
     def checkpoints(self) -> Path:

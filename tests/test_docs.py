@@ -23,14 +23,34 @@ from tools.config_cli import main as config_cli
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^ *```bash\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
-ONE_STEP = (
-    "grpo.max_num_steps=1",
-    "grpo.num_prompts_per_step=2",
-    "grpo.num_generations_per_prompt=2",
-    "policy.train_global_batch_size=4",
-    "policy.generation.max_new_tokens=8",
-    "grpo.max_val_samples=1",
-)
+ONE_STEP: dict[str, tuple[str, ...]] = {
+    "grpo": (
+        "grpo.max_num_steps=1",
+        "grpo.num_prompts_per_step=2",
+        "grpo.num_generations_per_prompt=2",
+        "policy.train_global_batch_size=4",
+        "policy.generation.max_new_tokens=8",
+        "grpo.max_val_samples=1",
+    ),
+    "sft": (
+        "sft.max_num_steps=1",
+        "policy.train_global_batch_size=2",
+        "sft.val_batches=1",
+        "sft.val_global_batch_size=2",
+        "logger.tensorboard_enabled=true",
+    ),
+    "dpo": (
+        "dpo.max_num_steps=1",
+        "policy.train_global_batch_size=2",
+        "dpo.val_batches=1",
+        "dpo.val_global_batch_size=2",
+    ),
+}
+METRICS = {
+    "grpo": {"loss", "reward", "gen_kl_error", "timing/total_step_time"},
+    "sft": {"loss", "tokens_per_second", "num_cut_rows", "timing/total_step_time"},
+    "dpo": {"loss", "accuracy", "rewards_margin_mean", "timing/total_step_time"},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,18 +158,19 @@ def assert_set(document, key, value) -> None:
         assert document == value
 
 
-def run_grpo(command: Command, place: Place, capsys) -> None:
+def run_training(command: Command, place: Place, capsys) -> None:
+    algorithm = command.program.removeprefix("examples/run_").removesuffix(".py")
     if "--plan" in command.arguments:
-        plan(command, place)
-    elif command.page == "README.md":
+        plan(algorithm, command, place)
+    elif command.page == "README.md" and algorithm == "grpo":
         train_as_process(command, place)
     else:
-        train(command, place)
+        train(algorithm, command, place)
 
 
-def plan(command: Command, place: Place) -> None:
+def plan(algorithm, command: Command, place: Place) -> None:
     """The plan of the real model: the table of modules, parameters and bytes. Nothing is left behind."""
-    ended = run_driver(*command.arguments, *place.directories)
+    ended = run_driver(*command.arguments, *place.directories, algorithm=algorithm)
     assert ended.code == 0, ended.err
     assert re.search(r"\*\.self_attn\.q_proj +linear_qkv +30", ended.out)
     assert re.search(r"Parameters: [\d,]+ trainable", ended.out)
@@ -159,23 +180,26 @@ def plan(command: Command, place: Place) -> None:
 
 def train_as_process(command: Command, place: Place) -> None:
     """The real model, in a process like a user's."""
-    arguments = [*command.arguments, *ONE_STEP, *place.directories]
+    arguments = [*command.arguments, *ONE_STEP["grpo"], *place.directories]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     ended = subprocess.run(
         [sys.executable, command.program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    assert_trained(Ended(code=ended.returncode, out=ended.stdout, err=ended.stderr), place)
+    assert_trained("grpo", Ended(code=ended.returncode, out=ended.stdout, err=ended.stderr), place)
     from nemo_rl_lora.model_source import resolve_model
 
     assert_peft_loads(place, resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct").path)
 
 
-def train(command: Command, place: Place) -> None:
+def train(algorithm, command: Command, place: Place) -> None:
     """A tiny model, whose sequences are longer, since its tokens are bytes."""
-    arguments = [*command.arguments, *ONE_STEP, *place.directories, f"policy.model_name={place.tiny_model}"]
-    if any("gsm8k" in argument for argument in arguments):
+    arguments = [*command.arguments, *ONE_STEP[algorithm], *place.directories, f"policy.model_name={place.tiny_model}"]
+    if algorithm == "grpo" and any("gsm8k" in argument for argument in arguments):
         arguments += gsm8k_files(place)
-    assert_trained(run_driver(*arguments), place)
+    if algorithm == "dpo":
+        arguments.append("policy.max_total_sequence_length=2048")  # pairs are not cut
+        arguments += [f"policy.dynamic_batching.{kind}_mb_tokens=4096" for kind in ("train", "logprob")]
+    assert_trained(algorithm, run_driver(*arguments, algorithm=algorithm), place)
     assert_peft_loads(place, place.tiny_model)
 
 
@@ -190,20 +214,21 @@ def gsm8k_files(place: Place) -> list[str]:
     return overrides
 
 
-def assert_trained(ended: Ended, place: Place) -> None:
+def assert_trained(algorithm: str, ended: Ended, place: Place) -> None:
     """What the README promises of the log directory, after one step."""
     assert ended.code == 0, ended.err
     logs = place.root / "logs" / "exp_001"
     lines = [json.loads(line) for line in (logs / "metrics.jsonl").read_text().splitlines()]
     (step,) = [line for line in lines if line["split"] == "train"]
     assert step["step"] == 1
-    assert {"loss", "reward", "gen_kl_error", "timing/total_step_time"} <= step.keys()
+    assert METRICS[algorithm] <= step.keys()
     import matplotlib.image
 
     assert matplotlib.image.imread(logs / "curves.png").shape[0] > 100
-    assert "reward" in (logs / "rollouts.md").read_text()
-    assert yaml.safe_load((logs / "config.yaml").read_text())["grpo"]["max_num_steps"] == 1
-    assert list((logs / "tensorboard").rglob("events.*"))
+    if algorithm == "grpo":
+        assert "reward" in (logs / "rollouts.md").read_text()
+    assert yaml.safe_load((logs / "config.yaml").read_text())[algorithm]["max_num_steps"] == 1
+    assert list(logs.rglob("events.*"))
 
 
 def assert_peft_loads(place: Place, base: Path) -> None:
@@ -219,7 +244,9 @@ def assert_peft_loads(place: Place, base: Path) -> None:
 
 
 RUNNERS: dict[str, Callable[..., None]] = {
-    "examples/run_grpo.py": run_grpo,
+    "examples/run_grpo.py": run_training,
+    "examples/run_sft.py": run_training,
+    "examples/run_dpo.py": run_training,
     "tools/config_cli.py": run_config_cli,
     "pytest": run_pytest,
 }

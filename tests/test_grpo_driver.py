@@ -122,7 +122,7 @@ def test_a_resumed_run_is_the_run_that_was_interrupted(tiny_run, tmp_path):
 
 def test_a_finished_run_says_so_and_does_nothing(tiny_run, monkeypatch):
     assert tiny_run().code == 0
-    monkeypatch.setattr("nemo_rl_lora.build.build_grpo", refuse_to_build)
+    monkeypatch.setattr("nemo_rl_lora.build.start.build_run", refuse_to_build)
 
     again = tiny_run()
 
@@ -211,7 +211,7 @@ def test_a_run_that_uses_up_its_prompts_says_so(tiny_run):
     ended = tiny_run(reward, "grpo.use_dynamic_sampling=true", "grpo.max_num_epochs=1", "grpo.max_num_steps=100")
 
     assert ended.code == 0, ended.err
-    assert "completed: no prompts are left" in ended.out
+    assert "completed: no rows are left" in ended.out
 
 
 def test_the_command_to_continue_does_not_start_over():

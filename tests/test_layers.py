@@ -21,6 +21,8 @@ LAYERS = [
         "console",
         "gpu_monitor",
         "algorithms.losses",
+        "algorithms.preference_loss",
+        "algorithms.sft_loss",
         "algorithms.advantages",
     ],
     ["policy.protocol", "generation.protocol", "checkpoint"],

@@ -7,6 +7,7 @@ Three kinds of evidence, and a table of the keys that have none because their va
   adapter), it changes.
 """
 
+import contextlib
 import functools
 import importlib.machinery
 import json
@@ -502,44 +503,45 @@ def test_batching_key_changes_how_microbatches_are_cut(change) -> None:
     assert plans[0] != plans[1]
 
 
-PARTS_CHANGES = {
-    "policy.generation.max_new_tokens": ("7", lambda parts: parts.rollout_params.sampling.max_new_tokens),
-    "policy.generation.temperature": ("0.5", lambda parts: parts.rollout_params.sampling.temperature),
-    "policy.generation.stop_token_ids": ("[7]", lambda parts: parts.rollout_params.sampling.stop_token_ids),
-    "policy.generation.stop_strings": ("['x']", lambda parts: parts.rollout_params.sampling.stop_strings),
-    "policy.generation.val_temperature": ("0.3", lambda parts: parts.validation_params.sampling.temperature),
-    "policy.generation.val_top_p": ("0.5", lambda parts: parts.validation_params.sampling.top_p),
-    "policy.generation.val_top_k": ("5", lambda parts: parts.validation_params.sampling.top_k),
-    "policy.max_total_sequence_length": ("100", lambda parts: parts.rollout_params.max_sequence_length),
-    "grpo.num_generations_per_prompt": ("8", lambda parts: parts.rollout_params.num_completions),
-    "grpo.val_num_generations_per_prompt": ("3", lambda parts: parts.validation_params.num_completions),
-    "grpo.seed": ("7", lambda parts: parts.rollout_params.seed),
-    "grpo.max_num_steps": ("3", lambda parts: parts.num_steps),
-    "policy.optimizer.kwargs.lr": ("0.5", lambda parts: parts.policy._optimizer.param_groups[0]["lr"]),
-    "policy.optimizer.kwargs.weight_decay": ("0.5", lambda parts: parts.policy._optimizer.defaults["weight_decay"]),
-    "policy.optimizer.kwargs.betas": ("[0.5, 0.6]", lambda parts: parts.policy._optimizer.defaults["betas"]),
-    "policy.optimizer.kwargs.eps": ("0.5", lambda parts: parts.policy._optimizer.defaults["eps"]),
-    "policy.optimizer.kwargs.foreach": ("true", lambda parts: parts.policy._optimizer.defaults["foreach"]),
-    "policy.hf_config_overrides": ("{rms_norm_eps: 0.5}", lambda parts: parts.policy.base_model().config.rms_norm_eps),
-    "policy.precision": ("bfloat16", lambda parts: parts.policy.base_model().dtype),
+RUN_CHANGES = {
+    "policy.generation.max_new_tokens": ("7", lambda run: run.work.parts.rollout_params.sampling.max_new_tokens),
+    "policy.generation.temperature": ("0.5", lambda run: run.work.parts.rollout_params.sampling.temperature),
+    "policy.generation.stop_token_ids": ("[7]", lambda run: run.work.parts.rollout_params.sampling.stop_token_ids),
+    "policy.generation.stop_strings": ("['x']", lambda run: run.work.parts.rollout_params.sampling.stop_strings),
+    "policy.generation.val_temperature": ("0.3", lambda run: run.work.parts.validation_params.sampling.temperature),
+    "policy.generation.val_top_p": ("0.5", lambda run: run.work.parts.validation_params.sampling.top_p),
+    "policy.generation.val_top_k": ("5", lambda run: run.work.parts.validation_params.sampling.top_k),
+    "policy.max_total_sequence_length": ("100", lambda run: run.work.parts.rollout_params.max_sequence_length),
+    "grpo.num_generations_per_prompt": ("8", lambda run: run.work.parts.rollout_params.num_completions),
+    "grpo.val_num_generations_per_prompt": ("3", lambda run: run.work.parts.validation_params.num_completions),
+    "grpo.seed": ("7", lambda run: run.work.parts.rollout_params.seed),
+    "grpo.max_num_steps": ("3", lambda run: run.loop._parts.num_steps),
+    "policy.optimizer.kwargs.lr": ("0.5", lambda run: run.policy._optimizer.param_groups[0]["lr"]),
+    "policy.optimizer.kwargs.weight_decay": ("0.5", lambda run: run.policy._optimizer.defaults["weight_decay"]),
+    "policy.optimizer.kwargs.betas": ("[0.5, 0.6]", lambda run: run.policy._optimizer.defaults["betas"]),
+    "policy.optimizer.kwargs.eps": ("0.5", lambda run: run.policy._optimizer.defaults["eps"]),
+    "policy.optimizer.kwargs.foreach": ("true", lambda run: run.policy._optimizer.defaults["foreach"]),
+    "policy.hf_config_overrides": ("{rms_norm_eps: 0.5}", lambda run: run.policy.base_model().config.rms_norm_eps),
+    "policy.precision": ("bfloat16", lambda run: run.policy.base_model().dtype),
 }
 
 
 @pytest.fixture(scope="module")
-def parts_before_and_after(common):
-    """What build.py puts together, with none and with all of the changes above."""
-    from nemo_rl_lora.build import build_grpo, check_start
+def runs_before_and_after(common):
+    """What build/ puts together, with none and with all of the changes above."""
+    from nemo_rl_lora.build.start import build_run, check_start
 
     built = []
-    for changes in ([], [f"{key}={value}" for key, (value, _) in PARTS_CHANGES.items()]):
+    for changes in ([], [f"{key}={value}" for key, (value, _) in RUN_CHANGES.items()]):
         overrides = [*common, LORA, "checkpointing.enabled=false", *changes]
         start = check_start(load_config(None, overrides, "grpo"))
-        built.append(build_grpo(start, log=types.SimpleNamespace()))  # type: ignore[arg-type]
+        run = build_run(start, types.SimpleNamespace(), contextlib.ExitStack())  # type: ignore[arg-type]
+        built.append(run)
     return built
 
 
-@pytest.mark.parametrize("key", PARTS_CHANGES)
-def test_key_changes_its_part_of_a_run(key, parts_before_and_after) -> None:
-    of = PARTS_CHANGES[key][1]
-    before, after = (of(parts) for parts in parts_before_and_after)
+@pytest.mark.parametrize("key", RUN_CHANGES)
+def test_key_changes_its_part_of_a_run(key, runs_before_and_after) -> None:
+    of = RUN_CHANGES[key][1]
+    before, after = (of(run) for run in runs_before_and_after)
     assert before != after

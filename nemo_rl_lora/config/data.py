@@ -1,4 +1,4 @@
-"""The `data` block: which rows are trained and validated on, and how they become prompts.
+"""The `data` block: which rows are trained and validated on, and how they become prompts, conversations or pairs.
 
 Names, shapes and limits only; nothing here opens a file.
 """
@@ -8,34 +8,55 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from nemo_rl_lora.config.base import Fixed, Section
+
+_SOURCE = frozenset({"data_path", "split", "subset"})
 
 PROMPT_DATASETS: dict[str, frozenset[str]] = {
     "generated_sums": frozenset({"low", "high", "num_rows"}),
     "reasoning_gym": frozenset({"task", "size", "task_config"}),
-    "jsonl": frozenset({"data_path", "split", "input_key", "output_key"}),
-    "ResponseDataset": frozenset({"data_path", "split", "input_key", "output_key"}),
-    "OpenMathInstruct-2": frozenset({"data_path", "split", "output_key"}),
-    "gsm8k": frozenset({"data_path", "split"}),
-    "GSM8K": frozenset({"data_path", "split"}),
+    "jsonl": _SOURCE | {"input_key", "output_key"},
+    "ResponseDataset": _SOURCE | {"input_key", "output_key"},
+    "OpenMathInstruct-2": _SOURCE | {"output_key"},
+    "gsm8k": _SOURCE,
+    "GSM8K": _SOURCE,
 }
 """Datasets of prompts for GRPO, and which of the keys below each has a use for."""
 
-OTHER_DATASETS = (
-    "squad",
-    "tulu3_sft_mixture",
-    "open_assistant",
+CONVERSATION_DATASETS: dict[str, frozenset[str]] = {
+    "openai_format": _SOURCE | {"chat_key"},
+    "squad": _SOURCE,
+    "tulu3_sft_mixture": _SOURCE,
+    **{name: PROMPT_DATASETS[name] for name in ("jsonl", "ResponseDataset", "OpenMathInstruct-2", "gsm8k", "GSM8K")},
+}
+"""Datasets of conversations for SFT."""
+
+PREFERENCE_DATASETS: dict[str, frozenset[str]] = {
+    "PreferenceDataset": _SOURCE,
+    "BinaryPreferenceDataset": _SOURCE | {"prompt_key", "chosen_key", "rejected_key"},
+    "HelpSteer3": _SOURCE,
+    "Tulu3Preference": _SOURCE,
+    "gsm8k_solutions": frozenset({"data_path", "split", "pairs"}),
+}
+"""Datasets of preference pairs for DPO."""
+
+_OWN_KEYS = PROMPT_DATASETS | CONVERSATION_DATASETS | PREFERENCE_DATASETS
+_KEYS_OF_SOME = frozenset().union(*_OWN_KEYS.values())
+_WITHOUT_HUB = (
+    "jsonl",
+    "ResponseDataset",
     "openai_format",
-    "HelpSteer3",
-    "Tulu3Preference",
     "PreferenceDataset",
     "BinaryPreferenceDataset",
+    "gsm8k_solutions",
 )
-"""Datasets of conversations and preferences: part of the schema, refused by a driver that has no use for them."""
-
-_KEYS_OF_SOME = frozenset().union(*PROMPT_DATASETS.values())
+_KINDS = {
+    "grpo": ("prompts", PROMPT_DATASETS),
+    "sft": ("conversations", CONVERSATION_DATASETS),
+    "dpo": ("preference pairs", PREFERENCE_DATASETS),
+}
 
 
 class DatasetDefaults(Section):
@@ -45,26 +66,32 @@ class DatasetDefaults(Section):
     """Text file with one `{}`, where the row's input goes (braces are doubled, as in Python's format)."""
 
     system_prompt_file: str | None = None
-    """Text file whose content is sent as the system message."""
+    """Text file whose content is sent as the system message of rows that have none."""
 
     processor: str | None = None
-    """How a row becomes a prompt, by NeMo RL's name; GRPO has `math_hf_data_processor`."""
+    """How a row is made ready, by NeMo RL's name: `math_hf_data_processor` in GRPO, `sft_processor` in SFT, or null."""
 
     env_name: str | None = None
-    """The environment, a key of `env`, that scores completions."""
+    """GRPO: the environment, a key of `env`, that scores completions."""
 
 
 class DatasetConfig(DatasetDefaults):
     """One dataset. A key that the dataset named has no use for is refused unless it has its default value."""
 
     dataset_name: str
-    """A dataset's name; docs/environments.md lists those for GRPO."""
+    """A dataset's name; docs/data.md lists them by algorithm."""
+
+    rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    """In a list of training datasets: how often a row is drawn from this one, relative to the others' rates."""
 
     split: str | None = None
     """Which part of a dataset that has several."""
 
+    subset: str | None = None
+    """Which configuration of a hub dataset that has several."""
+
     split_validation_size: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of the rows that is held out for validation."""
+    """Share of the rows that is held out for validation; of preference pairs, the share of the questions."""
 
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of the held-out choice and of generated rows."""
@@ -73,13 +100,31 @@ class DatasetConfig(DatasetDefaults):
     """Use only the first rows."""
 
     data_path: str | None = None
-    """A .jsonl or .parquet file, or a directory with a file of the split's name. Null: the hub."""
+    """A .jsonl or .parquet file, a directory with a file of the split's name, or the name of a hub dataset. Null: the
+    hub dataset that the name stands for."""
 
     input_key: str = "input"
     """The row's key that holds the prompt."""
 
     output_key: str | None = None
-    """The row's key that holds the expected answer; environments see it as `answer`."""
+    """The row's key that holds the answer: in GRPO what is expected, which environments see as `answer`; in SFT what is
+    learned (null: `output`, or OpenMathInstruct-2's `generated_solution`)."""
+
+    chat_key: str = "messages"
+    """openai_format: the row's key that holds the messages."""
+
+    prompt_key: str = "prompt"
+    """BinaryPreferenceDataset: the row's key that holds the prompt, a text or messages."""
+
+    chosen_key: str = "chosen"
+    """BinaryPreferenceDataset: the row's key that holds the better answer, a text or messages."""
+
+    rejected_key: str = "rejected"
+    """BinaryPreferenceDataset: the row's key that holds the worse answer, a text or messages."""
+
+    pairs: Literal["all", "same_model", "one"] = "all"
+    """gsm8k_solutions: every correct with every incorrect solution of a question, only those of two solutions from one
+    model, or the first of each."""
 
     low: int = 0
     """generated_sums: the smallest summand."""
@@ -99,31 +144,28 @@ class DatasetConfig(DatasetDefaults):
     task_config: dict[str, Any] = {}
     """reasoning_gym: the task's own settings, for example `{max_terms: 3}`."""
 
-    repeat: Annotated[int, Fixed(1, remedy="Use grpo.max_num_epochs for more passes.")] = 1
+    repeat: Annotated[int, Fixed(1, remedy="Use the algorithm's max_num_epochs for more passes.")] = 1
     """How often the rows are repeated within an epoch."""
 
     @field_validator("dataset_name")
     @classmethod
     def _name_is_known(cls, name: str) -> str:
-        names = (*PROMPT_DATASETS, *OTHER_DATASETS)
-        if name not in names:
-            close = get_close_matches(name, names, n=1, cutoff=0.5)
+        if name not in _OWN_KEYS:
+            close = get_close_matches(name, _OWN_KEYS, n=1, cutoff=0.5)
             hint = f"Did you mean {close[0]!r}? " if close else ""
             raise ValueError(
-                f"there is no such dataset. {hint}Known: {', '.join(names)}. For rows of your own use 'jsonl' "
-                f"with data_path."
+                f"there is no such dataset. {hint}Known: {', '.join(_OWN_KEYS)}. For rows of your own use 'jsonl', "
+                f"'openai_format', 'PreferenceDataset' or 'BinaryPreferenceDataset' with data_path."
             )
         return name
 
     @model_validator(mode="after")
     def _every_key_has_a_use(self) -> DatasetConfig:
-        if self.dataset_name not in PROMPT_DATASETS:
-            return self
         fields = type(self).model_fields
-        for key in sorted(_KEYS_OF_SOME - PROMPT_DATASETS[self.dataset_name]):
+        for key in sorted(_KEYS_OF_SOME - _OWN_KEYS[self.dataset_name]):
             value = getattr(self, key)
             if value != fields[key].get_default(call_default_factory=True):
-                useful = ", ".join(sorted(PROMPT_DATASETS[self.dataset_name]))
+                useful = ", ".join(sorted(_OWN_KEYS[self.dataset_name]))
                 raise ValueError(
                     f"{key}={value!r}: has no meaning with dataset_name={self.dataset_name!r}, whose own keys are "
                     f"{useful}. Remove it."
@@ -132,7 +174,7 @@ class DatasetConfig(DatasetDefaults):
 
     @model_validator(mode="after")
     def _needed_keys_are_given(self) -> DatasetConfig:
-        if self.dataset_name in ("jsonl", "ResponseDataset") and self.data_path is None:
+        if self.dataset_name in _WITHOUT_HUB and self.data_path is None:
             raise ValueError(f"data_path=None: dataset_name={self.dataset_name!r} needs a file. Give its path.")
         if self.dataset_name == "reasoning_gym" and self.task is None:
             raise ValueError("task=None: dataset_name='reasoning_gym' needs a task. Give one, such as 'chain_sum'.")
@@ -141,14 +183,36 @@ class DatasetConfig(DatasetDefaults):
         return self
 
 
+def require_rows_for(algorithm: Literal["sft", "dpo", "grpo"], section: DatasetConfig, key: str) -> None:
+    """ValueError where the dataset at `key` has no rows of the algorithm's kind."""
+    kind, names = _KINDS[algorithm]
+    if section.dataset_name not in names:
+        raise ValueError(
+            f"{key}.dataset_name={section.dataset_name!r}: holds no {kind} for {algorithm.upper()}. Use one of "
+            f"{', '.join(names)}."
+        )
+
+
+def _one_or_list(value: Any) -> str:
+    return "list" if isinstance(value, list | tuple) else "one"
+
+
+Datasets = Annotated[
+    Annotated[DatasetConfig, Tag("one")] | Annotated[tuple[DatasetConfig, ...], Field(min_length=1), Tag("list")],
+    Discriminator(_one_or_list),  # so that an error is one of the form that was written
+]
+
+
 class DataConfig(Section):
     """Training and validation data. Every key of `default` that a dataset does not set itself is merged into it."""
 
     max_input_seq_length: Annotated[int, Field(ge=1)] | None = None
-    """Longest prompt in tokens. Null: only policy.max_total_sequence_length limits it."""
+    """Longest input in tokens: in GRPO of a prompt, in SFT and DPO of a whole row. Null: only
+    policy.max_total_sequence_length limits it."""
 
     on_long_prompt: Literal["error", "drop"] = "error"
-    """What to do with a longer prompt: refuse the dataset, or leave the row out and say how many."""
+    """GRPO: what to do with a longer prompt: refuse the dataset, or leave the row out and say how many. SFT always cuts
+    the end of a longer row and DPO always leaves a longer pair out; both refuse `drop`."""
 
     shuffle: bool = True
     """Draw a new order of the training rows for each epoch, from the seed and the epoch."""
@@ -158,26 +222,40 @@ class DataConfig(Section):
     ] = 1
     """Processes that load data."""
 
-    use_multiple_dataloader: Annotated[bool, Fixed(False, remedy="Give one training dataset.")] = False
+    use_multiple_dataloader: Annotated[
+        bool, Fixed(False, remedy="In SFT and DPO, give data.train a list of datasets, each with a rate.")
+    ] = False
     """Draw each batch from several datasets."""
 
     add_bos: bool | None = None
-    """SFT: put a beginning-of-sequence token first. GRPO leaves it to the chat template and refuses the key."""
+    """SFT: true puts the tokenizer's beginning-of-sequence token first unless it is there; otherwise the chat template
+    decides. DPO and GRPO always leave it to the template and refuse the key."""
 
     add_eos: bool | None = None
-    """SFT: put an end-of-sequence token last. GRPO completions end by themselves, so it refuses the key."""
+    """SFT: true puts the tokenizer's end-of-sequence token last, and learns it, unless the last answer ends with it;
+    otherwise the chat template decides. DPO and GRPO refuse the key."""
 
     add_generation_prompt: bool | None = None
-    """End the prompt with the header of the assistant's turn. GRPO always does and refuses false."""
+    """Whether the header of an assistant's turn is part of the prompt. SFT: false learns it like the answer; true or
+    null does not. DPO and GRPO always end the prompt with it and refuse false."""
 
-    train: DatasetConfig | None = None
-    """The rows to train on."""
+    train: Datasets | None = None
+    """The rows to train on: a dataset or, in SFT and DPO, a list of datasets that are mixed by their rates."""
 
-    validation: DatasetConfig | None = None
-    """The rows to validate on, besides those held out by `train.split_validation_size`."""
+    validation: Datasets | None = None
+    """The rows to validate on, besides those held out by `split_validation_size`: a dataset or a list of them."""
 
     default: DatasetDefaults = DatasetDefaults()
-    """Keys for both datasets."""
+    """Keys for every dataset."""
+
+    def sections(self, part: Literal["train", "validation"]) -> list[tuple[str, DatasetConfig]]:
+        """The datasets of `train` or `validation`, each with the key at which it stands."""
+        datasets = self.train if part == "train" else self.validation
+        if datasets is None:
+            return []
+        if isinstance(datasets, DatasetConfig):
+            return [(f"data.{part}", datasets)]
+        return [(f"data.{part}.{number}", section) for number, section in enumerate(datasets)]
 
     @model_validator(mode="before")
     @classmethod
@@ -188,10 +266,23 @@ class DataConfig(Section):
         merged = dict(values)
         if values.get("default", ...) is None:
             del merged["default"]
+        if not isinstance(default, dict):
+            return merged
         for key in ("train", "validation"):
             section = values.get(key)
-            if isinstance(section, list):
-                raise ValueError(f"data.{key}: a list of datasets is not supported. Give one dataset.")
-            if isinstance(section, dict) and isinstance(default, dict):
+            if isinstance(section, dict):
                 merged[key] = {**default, **section}
+            elif isinstance(section, list | tuple):
+                merged[key] = [{**default, **item} if isinstance(item, dict) else item for item in section]
         return merged
+
+    @model_validator(mode="after")
+    def _rates_have_a_use(self) -> DataConfig:
+        mixed = self.sections("train") if isinstance(self.train, tuple) else []
+        for key, section in [*self.sections("train"), *self.sections("validation")]:
+            if section.rate != 1.0 and (key, section) not in mixed:
+                raise ValueError(
+                    f"{key}.rate={section.rate}: has no meaning here, since rates mix a list of training datasets. "
+                    f"Remove it."
+                )
+        return self

@@ -106,36 +106,41 @@ class ColocatedConfig(Section):
     """NeMo RL: the devices of an engine that does not share."""
 
 
-class GenerationConfig(Section):
-    """How completions are sampled. The `val_` keys hold for validation, the others for training rollouts."""
+class EngineConfig(Section):
+    """An engine, and how it samples where nothing is trained on its completions: in validation and evaluation."""
 
-    backend: Literal["auto", "in_process", "vllm", "replay"] = "auto"
-    """auto: in_process on a CPU, vllm on CUDA; replay serves the rollouts of replay_path. NeMo RL has only vllm."""
     lora_sync: Literal["merged", "adapter"] = "merged"
     """What a sync moves: weights with the adapter merged in, or A and B alone. No NeMo RL key."""
-    replay_path: str | None = None
-    """JSONL file of rollouts for backend=replay. No NeMo RL key."""
     max_concurrent_sequences: int = Field(default=128, ge=1)
     """Completions that the in-process engine decodes at once; a group is never split, so a larger one runs alone.
     Each holds 2 x layers x key-value heads x head size values of cache per token. No NeMo RL key."""
     max_new_tokens: int = Field(default=512, ge=1)
     """Longest completion."""
+    val_temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Temperature in validation and evaluation; 0 takes the likeliest token."""
+    val_top_p: float = Field(default=1.0, gt=0, le=1)
+    """Likewise, draw from the likeliest tokens that together hold this probability."""
+    val_top_k: int | None = Field(default=None, ge=1)
+    """Likewise, draw from this many likeliest tokens; null for all."""
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Tokens that end a completion, besides the tokenizer's and the model's end of sequence."""
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] | None = None
+    """Texts that end a completion. The reward sees the text before them; the tokens are trained as sampled."""
+
+
+class GenerationConfig(EngineConfig):
+    """How completions are sampled. The `val_` keys hold for validation, the others for training rollouts."""
+
+    backend: Literal["auto", "in_process", "vllm", "replay"] = "auto"
+    """auto: in_process on a CPU, vllm on CUDA; replay serves the rollouts of replay_path. NeMo RL has only vllm."""
+    replay_path: str | None = None
+    """JSONL file of rollouts for backend=replay. No NeMo RL key."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Logits are divided by it, in the engine and in the trainer alike."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Must be 1.0: the trainer's logprobs are those of the full distribution. Truncate in validation (val_top_p)."""
     top_k: int | None = Field(default=None, ge=1)
     """Must be null, for the same reason (val_top_k)."""
-    val_temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """Temperature in validation; 0 takes the likeliest token."""
-    val_top_p: float = Field(default=1.0, gt=0, le=1)
-    """In validation, draw from the likeliest tokens that together hold this probability."""
-    val_top_k: int | None = Field(default=None, ge=1)
-    """In validation, draw from this many likeliest tokens; null for all."""
-    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Tokens that end a completion, besides the tokenizer's and the model's end of sequence."""
-    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] | None = None
-    """Texts that end a completion. The reward sees the text before them; the tokens are trained as sampled."""
     port_range_low: Annotated[int, Fixed(3000, remedy=_NO_PORTS)] = 3000
     """NeMo RL: first port of its engines."""
     port_range_high: Annotated[int, Fixed(4999, remedy=_NO_PORTS)] = 4999

@@ -18,13 +18,27 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from nemo_rl_lora.config.errors import ConfigError, not_mappings, show, validation_paragraphs
-from nemo_rl_lora.config.master import MASTERS, Algorithm, DpoMaster, GrpoMaster, MasterConfig, SftMaster
+from nemo_rl_lora.config.master import (
+    MASTERS,
+    Algorithm,
+    DpoMaster,
+    Driver,
+    EvalMaster,
+    GrpoMaster,
+    MasterConfig,
+    SftMaster,
+)
 from nemo_rl_lora.config.overrides import apply_overrides, merged, stripped
 from nemo_rl_lora.config.schema import section_at
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "examples" / "configs"
 
-_BASE_FILES: dict[Algorithm, str] = {"sft": "sft.yaml", "dpo": "dpo.yaml", "grpo": "grpo_math_1B.yaml"}
+_BASE_FILES: dict[Driver, str] = {
+    "sft": "sft.yaml",
+    "dpo": "dpo.yaml",
+    "grpo": "grpo_math_1B.yaml",
+    "eval": "quickstart/eval.yaml",
+}
 
 
 def register_resolvers() -> None:
@@ -48,15 +62,19 @@ def load_config(path: Path | None, overrides: Sequence[str], algorithm: Literal[
 @overload
 def load_config(path: Path | None, overrides: Sequence[str], algorithm: Literal["grpo"]) -> GrpoMaster: ...
 @overload
+def load_config(path: Path | None, overrides: Sequence[str], algorithm: Literal["eval"]) -> EvalMaster: ...
+@overload
 def load_config(path: Path | None, overrides: Sequence[str], algorithm: Algorithm) -> MasterConfig: ...
+@overload
+def load_config(path: Path | None, overrides: Sequence[str], algorithm: Driver) -> MasterConfig | EvalMaster: ...
 
 
-def load_config(path: Path | None, overrides: Sequence[str], algorithm: Algorithm) -> MasterConfig:
-    """The configuration of a run; `path` None is the quick-start file of the algorithm. Raises ConfigError."""
+def load_config(path: Path | None, overrides: Sequence[str], algorithm: Driver) -> MasterConfig | EvalMaster:
+    """The configuration of a run; `path` None is the quick-start file of the driver. Raises ConfigError."""
     root = MASTERS[algorithm]
     file = path if path is not None else CONFIG_DIR / "quickstart" / f"{algorithm}.yaml"
     tree = read_tree(file)
-    _check_algorithm(file, tree, algorithm)
+    _check_driver(file, tree, algorithm)
     unresolved = apply_overrides(tree, overrides, root)
     try:
         resolved = _resolved(unresolved)
@@ -68,10 +86,10 @@ def load_config(path: Path | None, overrides: Sequence[str], algorithm: Algorith
         raise ConfigError("\n".join(validation_paragraphs(error, root, resolved, unresolved))) from error
 
 
-def algorithm_of(path: Path) -> Algorithm:
-    """The algorithm that a file is for, by its sections. Raises ConfigError."""
+def algorithm_of(path: Path) -> Driver:
+    """The driver that a file is for, by its sections. Raises ConfigError."""
     tree = read_tree(path)
-    found: list[Algorithm] = [algorithm for algorithm in MASTERS if algorithm in tree]
+    found: list[Driver] = [algorithm for algorithm in MASTERS if algorithm in tree]
     if len(found) != 1:
         raise ConfigError(
             f"{path}: a configuration has one section out of {', '.join(MASTERS)}, and this one has "
@@ -85,7 +103,7 @@ def read_tree(path: Path) -> dict[str, Any]:
     return stripped(_read_tree(path, ()))
 
 
-def resolved_yaml(config: MasterConfig) -> str:
+def resolved_yaml(config: BaseModel) -> str:
     """The configuration as YAML that loads again to an equal configuration."""
     return OmegaConf.to_yaml(OmegaConf.create(_plain(config.model_dump(by_alias=True))))
 
@@ -156,8 +174,8 @@ def _read_file(path: Path, inherited_by: Path | None) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def _check_algorithm(path: Path, tree: Mapping[str, Any], algorithm: Algorithm) -> None:
-    """A file of another algorithm is named as such, before its sections are called unknown."""
+def _check_driver(path: Path, tree: Mapping[str, Any], algorithm: Driver) -> None:
+    """A file of another driver is named as such, before its sections are called unknown."""
     others = [other for other in MASTERS if other in tree and other != algorithm]
     if others:
         raise ConfigError(

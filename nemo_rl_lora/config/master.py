@@ -1,4 +1,4 @@
-"""The whole configuration of a run, one class per algorithm, and the rules that cross its sections."""
+"""The whole configuration of a run, one class per driver, and the rules that cross its sections."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pydantic import model_validator
 from nemo_rl_lora.config.base import Section
 from nemo_rl_lora.config.checkpointing import CheckpointingConfig
 from nemo_rl_lora.config.cluster import ClusterConfig
-from nemo_rl_lora.config.data import DataConfig
+from nemo_rl_lora.config.data import DataConfig, DatasetConfig
 from nemo_rl_lora.config.dpo import DpoConfig
 from nemo_rl_lora.config.env import EnvConfig
 from nemo_rl_lora.config.errors import suggestion
+from nemo_rl_lora.config.evaluation import EvalConfig, EvalPolicy, check_evaluation_data, check_evaluation_sampling
 from nemo_rl_lora.config.grpo import GrpoConfig, check_rollout_against_loss
 from nemo_rl_lora.config.logger import LoggerConfig
 from nemo_rl_lora.config.loss_fn import LossFnConfig
@@ -20,6 +21,7 @@ from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.config.sft import SftConfig
 
 Algorithm = Literal["sft", "dpo", "grpo"]
+Driver = Literal[Algorithm, "eval"]
 
 
 class MasterConfig(Section):
@@ -99,21 +101,47 @@ class GrpoMaster(MasterConfig):
 
     @model_validator(mode="after")
     def _environments_exist(self) -> GrpoMaster:
-        for split, dataset in (("train", self.data.train), ("validation", self.data.validation)):
-            if dataset is None or dataset.env_name in self.env.names:
-                continue
-            similar = suggestion(dataset.env_name or "", self.env.names)
-            question = f"Did you mean {similar!r}? " if similar else ""
-            raise ValueError(
-                f"data.{split}.env_name={dataset.env_name!r}: no environment scores these completions. {question}"
-                f"Choose one of {', '.join(self.env.names)}, or add your own: "
-                "env.NAME.reward_function=FILE.py:FUNCTION."
-            )
+        for key, dataset in [*self.data.sections("train"), *self.data.sections("validation")]:
+            _check_environment(key, dataset, self.env)
         return self
 
 
-MASTERS: dict[Algorithm, type[SftMaster] | type[DpoMaster] | type[GrpoMaster]] = {
+class EvalMaster(Section):
+    """Evaluation of a model, or of adapters on it. Nothing is trained."""
+
+    policy: EvalPolicy
+    """The base model, and the engine that samples from it."""
+    data: DataConfig
+    """The prompts: `validation`."""
+    env: EnvConfig = EnvConfig()
+    """The environments that score completions."""
+    eval: EvalConfig = EvalConfig()
+    """Which models are asked, how often, and what is computed."""
+
+    @model_validator(mode="after")
+    def _can_be_asked_and_scored(self) -> EvalMaster:
+        check_evaluation_data(self.data)
+        check_evaluation_sampling(self.eval, self.policy.generation)
+        for key, dataset in self.data.sections("validation"):
+            _check_environment(key, dataset, self.env)
+        return self
+
+
+def _check_environment(key: str, dataset: DatasetConfig, env: EnvConfig) -> None:
+    """The dataset at this key names an environment that exists."""
+    if dataset.env_name in env.names:
+        return
+    similar = suggestion(dataset.env_name or "", env.names)
+    question = f"Did you mean {similar!r}? " if similar else ""
+    raise ValueError(
+        f"{key}.env_name={dataset.env_name!r}: no environment scores these completions. {question}"
+        f"Choose one of {', '.join(env.names)}, or add your own: env.NAME.reward_function=FILE.py:FUNCTION."
+    )
+
+
+MASTERS: dict[Driver, type[SftMaster] | type[DpoMaster] | type[GrpoMaster] | type[EvalMaster]] = {
     "sft": SftMaster,
     "dpo": DpoMaster,
     "grpo": GrpoMaster,
+    "eval": EvalMaster,
 }

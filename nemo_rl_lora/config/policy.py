@@ -77,13 +77,29 @@ class SharedPrefixConfig(Section):
     """Tokens of a prompt and the completions that share it, above which the prompt is repeated. It bounds memory."""
 
 
-class PolicyConfig(Section):
-    """The model that is trained."""
+class ModelConfig(Section):
+    """The model: what training and evaluation have in common."""
 
     model_name: str = Field(min_length=1)
     """A local directory or a Hugging Face name."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer."""
+    max_total_sequence_length: int = Field(default=1024, ge=2)
+    """Longest sequence: prompt and completion."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """dtype of the base weights and of computation; adapters are fp32 masters."""
+    hf_config_overrides: dict[str, Any] = {}
+    """Fields of the model's config.json to replace."""
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The model whose tokenizer is used."""
+        return self.tokenizer.name or self.model_name
+
+
+class PolicyConfig(ModelConfig):
+    """The model that is trained."""
+
     backend: BackendName | None = None
     """Where to train. null: the one of dtensor_cfg.enabled and megatron_cfg.enabled that is true. No NeMo RL key."""
     lora: UnifiedLora | None = None
@@ -100,10 +116,6 @@ class PolicyConfig(Section):
     """Rows of a pass without gradient; null is train_micro_batch_size."""
     logprob_chunk_size: int | None = Field(default=None, ge=1)
     """Tokens whose logits exist at a time; null is 256."""
-    max_total_sequence_length: int = Field(default=1024, ge=2)
-    """Longest sequence: prompt and completion."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """dtype of the base weights and of computation; adapters are fp32 masters."""
     offload_optimizer_for_logprob: Annotated[
         bool, Fixed(False, remedy="Optimizer state stays on its device: remove the key.")
     ] = False
@@ -112,8 +124,6 @@ class PolicyConfig(Section):
     """Padded lengths are a multiple of this."""
     max_grad_norm: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Limit of the gradient's global L2 norm; null for none."""
-    hf_config_overrides: dict[str, Any] = {}
-    """Fields of the model's config.json to replace."""
     dtensor_cfg: DTensorConfig = DTensorConfig()
     """The DTensor backend."""
     megatron_cfg: MegatronConfig = MegatronConfig()
@@ -136,19 +146,12 @@ class PolicyConfig(Section):
         """The backend that trains."""
         return self.backend or ("megatron" if self.megatron_cfg.enabled else "dtensor")
 
-    @property
-    def tokenizer_name(self) -> str:
-        """The model whose tokenizer is used."""
-        return self.tokenizer.name or self.model_name
-
-    def microbatch_tokens(self, kind: Literal["train", "logprob"]) -> int:
-        """The token budget of a microbatch, where dynamic batching or packing is on."""
+    def microbatch_tokens(self, kind: Literal["train", "logprob"], num_rows: int) -> int:
+        """The token budget of a microbatch, where dynamic batching or packing is on; `num_rows` longest rows if none
+        was given."""
         section = self.dynamic_batching if self.dynamic_batching.enabled else self.sequence_packing
         tokens = section.train_mb_tokens if kind == "train" else section.logprob_mb_tokens
-        if tokens is not None:
-            return tokens
-        rows = self.train_micro_batch_size if kind == "train" else self.logprob_rows
-        return rows * self.max_total_sequence_length
+        return num_rows * self.max_total_sequence_length if tokens is None else tokens
 
     @property
     def logprob_rows(self) -> int:

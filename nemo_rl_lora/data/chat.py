@@ -1,21 +1,23 @@
-"""From a question to token ids: prompt file, system prompt, chat template, tokenizer.
+"""From messages to text: prompt file, system prompt, chat template; and from a question to a prompt's token ids.
 
-The text ends with the header of the assistant's turn, and gets no special token that the template does not write.
+A rendered text gets no special token that the template does not write.
 """
 
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from nemo_rl_lora.config.data import DatasetDefaults
+from nemo_rl_lora.config.errors import show
+from nemo_rl_lora.data.sources import local_places, value_of
 
-_REPOSITORY = Path(__file__).resolve().parents[2]
+Message = Mapping[str, Any]  # role, content, and what else the template reads
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,16 @@ class PromptFormat:
 
     def user_text(self, question: str) -> str:
         return self.pattern.format(question)
+
+    def asked(self, question: str) -> list[Message]:
+        """The messages of a question."""
+        return self.with_system([{"role": "user", "content": self.user_text(question)}])
+
+    def with_system(self, messages: list[Message]) -> list[Message]:
+        """The messages with the system prompt first, where they have none of their own."""
+        if self.system is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]
 
 
 def load_format(section: DatasetDefaults, key: str) -> PromptFormat:
@@ -44,28 +56,48 @@ def load_format(section: DatasetDefaults, key: str) -> PromptFormat:
 
 def encode(tokenizer: Any, format_: PromptFormat, questions: Sequence[str]) -> list[tuple[int, ...]]:
     """Token ids of each question. Raises ValueError where the chat template refuses the messages."""
-    texts = [_render(tokenizer, format_, question) for question in questions]
+    texts = [
+        render(tokenizer, format_.asked(question), add_generation_prompt=True, place=format_.key)
+        for question in questions
+    ]
     return [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
-def _render(tokenizer: Any, format_: PromptFormat, question: str) -> str:
-    messages = [{"role": "user", "content": format_.user_text(question)}]
-    if format_.system is not None:
-        messages.insert(0, {"role": "system", "content": format_.system})
+def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool, place: str) -> str:
+    """The text of the messages. Raises ValueError where the chat template refuses them; `place` is whose they are."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     except jinja2.TemplateError as error:
         roles = " and ".join(message["role"] for message in messages)
         raise ValueError(
-            f"policy.tokenizer.chat_template: cannot render the roles {roles} of {format_.key} ({error}). "
+            f"policy.tokenizer.chat_template: cannot render the roles {roles} of {place} ({error}). "
             f"Change the template, or set system_prompt_file to null if it takes no system message."
         ) from error
 
 
+def chat_messages(raw: Mapping[str, Any], name: str, place: str, key: str) -> list[Message]:
+    """The messages that a row has under `name`. ValueError where their form is wrong."""
+    value = value_of(raw, name, place, key)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{key}: {place} has {name}={show(value)}, and a list of messages is needed. Correct the row.")
+    for number, message in enumerate(value):
+        shown = f"{key}: message {number} of {place}"
+        if not isinstance(message, dict):
+            raise ValueError(
+                f"{shown} is {show(message)}, and an object with role and content is needed. Correct the row."
+            )
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ValueError(f"{shown} has role={show(role)}, and there are {', '.join(ROLES)}. Correct the row.")
+        if not isinstance(content, str) or (role == "assistant" and not content.strip()):
+            raise ValueError(f"{shown} ({role}) has content={show(content)}, and a text is needed. Correct the row.")
+    return value
+
+
 def _read(name: str, shown: str) -> str:
-    """A path is relative to the working directory, then to the repository: recipes name files of the repository."""
-    path = Path(name).expanduser()
-    places = [path] if path.is_absolute() else [Path.cwd() / path, _REPOSITORY / path]
+    places = local_places(name)
     for place in places:
         if place.is_file():
             return place.read_text(encoding="utf-8").rstrip("\n")

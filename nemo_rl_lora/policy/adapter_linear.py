@@ -3,13 +3,12 @@
 The vendor's layer owns the parameters' names and the memory-efficient and Triton products. What it lacks is here:
 a switch that turns the branch off (the reference policy is the same model without it), fp32 masters cast to the
 dtype of the computation, a scale that need not be alpha / dim, and dropout and initialisation that are functions of a
-seed and the module's name.
+seed and the module's name (adapter.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -17,19 +16,9 @@ import torch.nn.functional as F
 from nemo_automodel.components._peft.lora import LinearLoRA, apply_memory_efficient_lora, patch_linear_module
 from torch import Tensor, nn
 
-from nemo_rl_lora.lora.spec import LoraSpec, init_distribution
+from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
-from nemo_rl_lora.randomness import derive_seed
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(slots=True)
-class AdapterSwitch:
-    """State that all adapters of a model share. `dropout_seed` None means dropout is off."""
-
-    on: bool = True
-    dropout_seed: int | None = None
+from nemo_rl_lora.policy.adapter import DTYPES, AdapterSwitch, draw_a, keep_mask
 
 
 class AdapterLinear(LinearLoRA):
@@ -66,13 +55,14 @@ class AdapterLinear(LinearLoRA):
         return base + update.to(base.dtype)
 
     def _keep_mask(self, like: Tensor) -> Tensor:
-        """Inverted dropout: 0 with probability p, else 1 / (1 - p); a function of (seed, module)."""
         assert self.switch.dropout_seed is not None
-        generator = torch.Generator(device=like.device)
-        generator.manual_seed(derive_seed(self.switch.dropout_seed, "dropout", self.adapter_name))
-        keep = 1.0 - self.dropout_p
-        mask = torch.rand(like.shape, generator=generator, device=like.device) < keep
-        return mask.to(like.dtype) / keep
+        return keep_mask(
+            like.shape,
+            probability=self.dropout_p,
+            seed=self.switch.dropout_seed,
+            name=self.adapter_name,
+            like=like,
+        )
 
 
 def install_adapters(
@@ -99,19 +89,8 @@ def install_adapters(
         linear.scale = module.scale
         linear.switch = switch
         linear.use_kernels = use_kernels
-        initialise(linear, module, spec, seed)
+        drawn = draw_a(spec, name=module.name, in_features=module.in_features, dim=module.dim, seed=seed)
+        with torch.no_grad():
+            linear.lora_A.weight.copy_(drawn)
+            linear.lora_B.weight.zero_()
     return switch
-
-
-@torch.no_grad()
-def initialise(linear: AdapterLinear, module: AdaptedModule, spec: LoraSpec, seed: int) -> None:
-    """Draw A from the spec's distribution as a function of (seed, module name), in fp32; B is zero."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "lora_A", module.name))
-    kind, width = init_distribution(spec.A_init, module.in_features, module.dim)
-    drawn = torch.empty(module.dim, module.in_features, dtype=torch.float32)
-    if kind == "normal":
-        drawn.normal_(0.0, width, generator=generator)
-    else:
-        drawn.uniform_(-width, width, generator=generator)
-    linear.lora_A.weight.copy_(drawn)
-    linear.lora_B.weight.zero_()

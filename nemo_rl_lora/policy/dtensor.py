@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nemo_rl_lora.config.lora import kernels_off_because, lora_block_key
-from nemo_rl_lora.config.optimizer import lr_factor
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.lora.dialects import spec_to_peft_config
 from nemo_rl_lora.lora.files import (
@@ -33,30 +30,20 @@ from nemo_rl_lora.lora.files import (
 from nemo_rl_lora.lora.merge import merged_weight
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule, resolve_targets
-from nemo_rl_lora.policy.adapter_linear import DTYPES, AdapterLinear, AdapterSwitch, install_adapters
-from nemo_rl_lora.policy.forward import ForwardPass
-from nemo_rl_lora.policy.microbatches import Microbatch, MicrobatchPlan, plan_microbatches
+from nemo_rl_lora.policy.adapter import DTYPES, AdapterSwitch
+from nemo_rl_lora.policy.adapter_linear import AdapterLinear, install_adapters
+from nemo_rl_lora.policy.forward import DEFAULT_CHUNK_TOKENS, ForwardPass
+from nemo_rl_lora.policy.masters import MasterAdam
+from nemo_rl_lora.policy.microbatches import Microbatch, MicrobatchPlan, plan_from_config, plan_microbatches
 from nemo_rl_lora.policy.model import linear_modules, load_model, share_structure
+from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.policy.segment_attention import layout_problems, supports_segments
-from nemo_rl_lora.policy.weights import LazyTensor, digest_of, make_ref
+from nemo_rl_lora.policy.shares import add_metrics, loss_share
+from nemo_rl_lora.policy.weights import LazyTensor, cast_entry, digest_of, make_ref
 from nemo_rl_lora.randomness import derive_seed
-from nemo_rl_lora.types import Batch, LossFn, LossInputs, StepOutput, SyncMode, TensorInfo, WeightsRef
+from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, TensorInfo, WeightsRef
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_CHUNK_TOKENS = 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicySetup:
-    """What a policy is built from, beside its config."""
-
-    model_path: Path
-    base_model_name: str  # written into adapter_config.json
-    spec: LoraSpec | None  # None: full fine-tuning
-    seed: int
-    temperature: float
-    keep_reference: bool  # reference_logprobs will be asked for
 
 
 class DTensorPolicy:
@@ -82,8 +69,7 @@ class DTensorPolicy:
             self._install(setup.spec)
         self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         self._reference = self._copy_of_base() if setup.spec is None and setup.keep_reference else None
-        self._optimizer = self._make_optimizer()
-        self._num_steps = 0
+        self._optimizer = MasterAdam(list(self._trained.values()), setup.adam)
         self._flat = supports_segments(self._model.config, config.max_total_sequence_length)
         if problems := layout_problems(config, self._model.config):
             raise ValueError("\n".join(problems))
@@ -123,13 +109,8 @@ class DTensorPolicy:
                 loss, shares = self._loss(batch, micro, loss_fn)
                 loss.backward()
             total_loss += loss.item()
-            _add_metrics(metrics, shares)
-        grad_norm = self._clip_gradients(total_loss)
-        lr = self._peak_lr * lr_factor(self._config.scheduler, self._num_steps, lr=self._peak_lr)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
-        self._num_steps += 1
+            add_metrics(metrics, shares)
+        grad_norm, lr = self._optimizer.move(total_loss, torch.nn.utils.get_total_norm)
         return StepOutput(
             loss=total_loss,
             grad_norm=grad_norm,
@@ -150,11 +131,11 @@ class DTensorPolicy:
                     "policy.generation.lora_sync='adapter': there is no adapter to send. "
                     "Enable LoRA, or set policy.generation.lora_sync=merged."
                 )
-            entries = {name: self._cast_entry(name, p) for name, p in self._trained.items()}
+            entries = {name: cast_entry(name, p, self._compute_dtype) for name, p in self._trained.items()}
             return make_ref(version, mode, entries, digest_of(self._trained))
         tensors = self._adapter_tensors()
         if mode == "adapter":
-            entries = {name: _entry(name, tensor, torch.float32) for name, tensor in tensors.items()}
+            entries = {name: cast_entry(name, tensor, torch.float32) for name, tensor in tensors.items()}
         else:
             entries = {f"{m.name}.weight": self._merged_entry(m) for m in self.adapted}
         return make_ref(version, mode, entries, digest_of(tensors))
@@ -167,8 +148,8 @@ class DTensorPolicy:
         else:
             peft = spec_to_peft_config(self._setup.spec, self._setup.base_model_name, self.adapted)
             write_adapter(path / "adapter", self._adapter_tensors(), peft)
-        moments = {name: self._moments_of(p) for name, p in self._named_masters().items()}
-        write_moments(path / "optimizer", moments, self._num_steps)
+        moments = {name: self._optimizer.moments_of(p) for name, p in self._named_masters().items()}
+        write_moments(path / "optimizer", moments, self._optimizer.num_steps)
 
     def load(self, path: Path) -> None:
         """Strictly what `save` wrote. Moments are optional: a checkpoint without them starts the optimizer anew."""
@@ -188,9 +169,9 @@ class DTensorPolicy:
                     )
                 parameter.copy_(saved[name])
         if (path / "optimizer").is_dir():
-            moments, self._num_steps = read_moments(path / "optimizer", expected=masters.keys())
+            moments, self._optimizer.num_steps = read_moments(path / "optimizer", expected=masters.keys())
             for name, parameter in masters.items():
-                self._set_moments(parameter, *moments[name])
+                self._optimizer.set_moments(parameter, *moments[name])
 
     def close(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
@@ -232,76 +213,19 @@ class DTensorPolicy:
         )
 
     def _microbatch_plan(self, kind: Literal["train", "logprob"]) -> MicrobatchPlan:
-        config = self._config
-        round_to = config.make_sequence_length_divisible_by
-        fill: Literal["rows", "sorted", "packed"] = "rows"
-        if config.dynamic_batching.enabled:
-            fill, round_to = "sorted", math.lcm(round_to, config.dynamic_batching.sequence_length_round)
-        elif config.sequence_packing.enabled:
-            fill, round_to = "packed", math.lcm(round_to, config.sequence_packing.sequence_length_round)
-        return MicrobatchPlan(
-            fill=fill,
-            max_rows=config.train_micro_batch_size if kind == "train" else config.logprob_rows,
-            max_tokens=config.microbatch_tokens(kind),
-            share_prefix=self._flat and config.shared_prefix.enabled is not False,
-            max_shared_tokens=config.shared_prefix.max_row_tokens,
-            round_to=round_to if self._flat else 1,
-        )
+        max_rows = self._config.train_micro_batch_size if kind == "train" else self._setup.logprob_rows
+        return plan_from_config(self._config, kind, max_rows=max_rows, flat=self._flat)
 
     def _loss(self, batch: Batch, micro: Microbatch, loss_fn: LossFn) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs = self._forward.logprobs(micro, batch.token_ids.shape[1])
-        device, rows = logprobs.device, micro.rows
-
-        def of_rows(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[rows].to(device)
-
-        old = of_rows(batch.old_logprobs)
-        inputs = LossInputs(
-            logprobs=logprobs,
-            old_logprobs=logprobs.detach() if old is None else old,
-            reference_logprobs=of_rows(batch.reference_logprobs),
-            generation_logprobs=of_rows(batch.generation_logprobs),
-            advantages=of_rows(batch.advantages),
-            loss_mask=batch.loss_mask[rows].to(device),
-            sequence_length=batch.sequence_length[rows].to(device),
-            group_index=batch.group_index[rows].to(device),
-            denominators=batch.denominators,
-        )
-        return loss_fn(inputs)
-
-    def _clip_gradients(self, total_loss: float) -> float:
-        limit = self._config.max_grad_norm
-        parameters = [p for p in self._trained.values() if p.grad is not None]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit))
-        if not (math.isfinite(total_loss) and math.isfinite(norm)):
-            raise FloatingPointError(
-                f"policy.train_step: loss {total_loss} and gradient norm {norm} of optimizer step {self._num_steps} "
-                "are not finite. The optimizer has not moved: lower policy.optimizer.kwargs.lr, or look at the batch."
-            )
-        return norm
-
-    @property
-    def _peak_lr(self) -> float:
-        return self._config.optimizer.learning_rate(lora=self._setup.spec is not None)
-
-    def _make_optimizer(self) -> torch.optim.AdamW:
-        kwargs = self._config.optimizer.kwargs
-        return torch.optim.AdamW(
-            list(self._trained.values()),
-            lr=self._peak_lr,
-            betas=kwargs.betas,
-            eps=kwargs.eps,
-            weight_decay=kwargs.weight_decay,
-            foreach=kwargs.foreach,
-            fused=kwargs.fused,
-        )
+        return loss_share(batch, micro, logprobs, loss_fn)
 
     @contextlib.contextmanager
     def _dropout(self, microbatch: int) -> Iterator[None]:
         if self._switch is None:
             yield
             return
-        self._switch.dropout_seed = derive_seed(self._setup.seed, "dropout", self._num_steps, microbatch)
+        self._switch.dropout_seed = derive_seed(self._setup.seed, "dropout", self._optimizer.num_steps, microbatch)
         try:
             yield
         finally:
@@ -349,19 +273,6 @@ class DTensorPolicy:
                 masters[adapter_tensor_name(name, side)] = factor.weight
         return masters
 
-    def _moments_of(self, parameter: torch.nn.Parameter) -> tuple[Tensor, Tensor]:
-        state = self._optimizer.state.get(parameter)
-        if not state:
-            return torch.zeros_like(parameter, dtype=torch.float32), torch.zeros_like(parameter, dtype=torch.float32)
-        return state["exp_avg"], state["exp_avg_sq"]
-
-    def _set_moments(self, parameter: torch.nn.Parameter, first: Tensor, second: Tensor) -> None:
-        self._optimizer.state[parameter] = {
-            "step": torch.tensor(float(self._num_steps)),
-            "exp_avg": first.to(parameter.device, parameter.dtype, copy=True),
-            "exp_avg_sq": second.to(parameter.device, parameter.dtype, copy=True),
-        }
-
     def _merged_entry(self, module: AdaptedModule) -> LazyTensor:
         linear = self._adapter(module.name)
         info = TensorInfo(name=f"{module.name}.weight", shape=tuple(linear.weight.shape), dtype=self._compute_dtype)
@@ -370,25 +281,3 @@ class DTensorPolicy:
             return merged_weight(linear.weight.detach(), linear.lora_A.weight, linear.lora_B.weight, module.scale)
 
         return LazyTensor(info, merge)
-
-    def _cast_entry(self, name: str, parameter: Tensor) -> LazyTensor:
-        return _entry(name, parameter, self._compute_dtype)
-
-
-def _entry(name: str, tensor: Tensor, dtype: torch.dtype) -> LazyTensor:
-    info = TensorInfo(name=name, shape=tuple(tensor.shape), dtype=dtype)
-    return LazyTensor(info, lambda: tensor.detach().to(dtype))
-
-
-def _add_metrics(totals: dict[str, float], shares: Mapping[str, Any]) -> None:
-    """Add a microbatch's shares; names ending in _min or _max are reduced by min or max."""
-    for name, share in shares.items():
-        value = float(share)
-        if name not in totals:
-            totals[name] = value
-        elif name.endswith("_min"):
-            totals[name] = min(totals[name], value)
-        elif name.endswith("_max"):
-            totals[name] = max(totals[name], value)
-        else:
-            totals[name] += value

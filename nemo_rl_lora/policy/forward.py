@@ -16,6 +16,7 @@ from nemo_rl_lora.policy import segment_attention
 from nemo_rl_lora.policy.head import target_logprobs
 from nemo_rl_lora.policy.microbatches import Microbatch, Segment
 
+DEFAULT_CHUNK_TOKENS = 256
 _NUM_PROBE_TOKENS = 24
 _FP32_BOUND = 1e-3  # rounding is 1e-5
 _BF16_BOUND = 0.25  # rounding is a few hundredths, a wrong head or mask of the order of 1

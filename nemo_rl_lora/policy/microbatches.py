@@ -9,6 +9,7 @@ attention is causal. This module does not run a model and knows nothing of atten
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.types import Batch
 
 
@@ -56,11 +58,31 @@ class MicrobatchPlan:
     """How to cut: by rows, or by a budget of tokens (filled in order of length, or packed first-fit-decreasing)."""
 
     fill: Literal["rows", "sorted", "packed"]
-    max_rows: int  # used by "rows"
+    max_rows: int  # used by "rows"; groups, where they stay whole
     max_tokens: int  # used by "sorted" and "packed"
     share_prefix: bool
     max_shared_tokens: int  # a shared run longer than this repeats its prompt
     round_to: int = 1  # the flat length becomes a multiple of this, by padding that nothing attends to
+
+
+def plan_from_config(
+    config: PolicyConfig, kind: Literal["train", "logprob"], *, max_rows: int, flat: bool
+) -> MicrobatchPlan:
+    """What the configuration says. `flat`: the model's attention serves the flat layout, so prompts can be shared."""
+    round_to = config.make_sequence_length_divisible_by
+    fill: Literal["rows", "sorted", "packed"] = "rows"
+    if config.dynamic_batching.enabled:
+        fill, round_to = "sorted", math.lcm(round_to, config.dynamic_batching.sequence_length_round)
+    elif config.sequence_packing.enabled:
+        fill, round_to = "packed", math.lcm(round_to, config.sequence_packing.sequence_length_round)
+    return MicrobatchPlan(
+        fill=fill,
+        max_rows=max_rows,
+        max_tokens=config.microbatch_tokens(kind, max_rows),
+        share_prefix=flat and config.shared_prefix.enabled is not False,
+        max_shared_tokens=config.shared_prefix.max_row_tokens,
+        round_to=round_to if flat else 1,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,30 +91,33 @@ class _Unit:
 
     rows: tuple[int, ...]
     num_tokens: int
+    shared: bool = False  # one prompt for all rows
 
 
 def plan_microbatches(batch: Batch, plan: MicrobatchPlan) -> list[Microbatch]:
     """Cut a batch. Every row is in exactly one microbatch, and the rows of a unit share their prompt."""
     lengths = batch.sequence_length.tolist()
     prompts = batch.prompt_length.tolist()
-    units = _units(batch.group_index.tolist(), lengths, prompts, plan)
+    units = _units(batch, lengths, prompts, plan)
     if plan.fill == "packed":
         bins = _first_fit_decreasing(units, plan.max_tokens)
     elif plan.fill == "sorted":
         bins = _fill(sorted(units, key=lambda unit: -unit.num_tokens), plan.max_tokens, by_rows=False)
     else:
-        bins = _fill(units, plan.max_rows, by_rows=True)
-    return [_layout(batch, lengths, prompts, units_of_bin, plan) for units_of_bin in bins]
+        bins = _fill(units, plan.max_rows, by_rows=True, whole_groups=batch.whole_groups)
+    return [_layout(batch, lengths, prompts, units_of_bin, plan.round_to) for units_of_bin in bins]
 
 
-def _units(groups: list[int], lengths: list[int], prompts: list[int], plan: MicrobatchPlan) -> list[_Unit]:
-    if not plan.share_prefix:
+def _units(batch: Batch, lengths: list[int], prompts: list[int], plan: MicrobatchPlan) -> list[_Unit]:
+    if not (plan.share_prefix or batch.whole_groups):
         return [_Unit((row,), lengths[row]) for row in range(len(lengths))]
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(batch.group_index.tolist()):
+        members.setdefault(group, []).append(row)
+    if batch.whole_groups:
+        return [_whole(rows, lengths, prompts, plan) for rows in members.values()]
     budget = plan.max_shared_tokens if plan.fill == "rows" else min(plan.max_shared_tokens, plan.max_tokens)
     units: list[_Unit] = []
-    members: dict[int, list[int]] = {}
-    for row, group in enumerate(groups):
-        members.setdefault(group, []).append(row)
     for rows in members.values():
         taken: list[int] = []
         tokens = 0
@@ -100,19 +125,28 @@ def _units(groups: list[int], lengths: list[int], prompts: list[int], plan: Micr
             own = lengths[row] - prompts[row]
             full = len(taken) >= plan.max_rows if plan.fill == "rows" else False
             if taken and (full or tokens + own > budget):
-                units.append(_Unit(tuple(taken), tokens))
+                units.append(_Unit(tuple(taken), tokens, shared=True))
                 taken, tokens = [], 0
             tokens += own if taken else lengths[row]
             taken.append(row)
-        units.append(_Unit(tuple(taken), tokens))
+        units.append(_Unit(tuple(taken), tokens, shared=True))
     return units
 
 
-def _fill(units: Sequence[_Unit], limit: int, *, by_rows: bool) -> list[list[_Unit]]:
+def _whole(rows: list[int], lengths: list[int], prompts: list[int], plan: MicrobatchPlan) -> _Unit:
+    """All rows of a group. Over the token budget they still share their prompt: repeating it would only add tokens."""
+    repeated = sum(lengths[row] for row in rows)
+    shared = repeated - (len(rows) - 1) * prompts[rows[0]]
+    if plan.share_prefix and shared <= plan.max_shared_tokens:
+        return _Unit(tuple(rows), shared, shared=True)
+    return _Unit(tuple(rows), repeated)
+
+
+def _fill(units: Sequence[_Unit], limit: int, *, by_rows: bool, whole_groups: bool = False) -> list[list[_Unit]]:
     bins: list[list[_Unit]] = []
     used = 0
     for unit in units:
-        size = len(unit.rows) if by_rows else unit.num_tokens
+        size = unit.num_tokens if not by_rows else 1 if whole_groups else len(unit.rows)
         if not bins or used + size > limit:
             bins.append([])
             used = 0
@@ -135,9 +169,7 @@ def _first_fit_decreasing(units: Sequence[_Unit], limit: int) -> list[list[_Unit
     return bins
 
 
-def _layout(
-    batch: Batch, lengths: list[int], prompts: list[int], units: Sequence[_Unit], plan: MicrobatchPlan
-) -> Microbatch:
+def _layout(batch: Batch, lengths: list[int], prompts: list[int], units: Sequence[_Unit], round_to: int) -> Microbatch:
     segments: list[Segment] = []
     tokens: list[Tensor] = []
     positions: list[Tensor] = []
@@ -156,7 +188,7 @@ def _layout(
 
     for unit in units:
         first = unit.rows[0]
-        shared = plan.share_prefix and len(unit.rows) > 1 and prompts[first] > 0
+        shared = unit.shared and len(unit.rows) > 1 and prompts[first] > 0
         prompt_at = add(first, 0, prompts[first], None) if shared else None
         parent = len(segments) - 1
         for row in unit.rows:
@@ -167,7 +199,7 @@ def _layout(
                 flat_of_row.append(prompt_at)
             else:
                 flat_of_row.append(torch.cat([prompt_at, add(row, prompts[row], lengths[row], parent)]))
-    num_padding = -size % plan.round_to
+    num_padding = -size % round_to
     if num_padding:
         segments.append(Segment(start=size, length=num_padding, parent=None))
         tokens.append(torch.zeros(num_padding, dtype=torch.int64))

@@ -1,14 +1,34 @@
-"""The verbs of a policy: the model that is trained. A driver knows nothing else about it."""
+"""The verbs of a policy: the model that is trained. A driver knows nothing else about it.
+
+`PolicySetup` is what either backend is built from, beside its config.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from nemo_rl_lora.config.adam import AdamSettings
+from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySetup:
+    """What a policy is built from, beside its config."""
+
+    model_path: Path
+    base_model_name: str  # written into adapter_config.json
+    spec: LoraSpec | None  # None: full fine-tuning
+    seed: int
+    temperature: float
+    keep_reference: bool  # reference_logprobs will be asked for
+    logprob_rows: int  # rows (or pairs) of a pass without gradient, where microbatches are filled by rows
+    adam: AdamSettings
 
 
 class Policy(Protocol):

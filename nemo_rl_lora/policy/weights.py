@@ -22,6 +22,12 @@ class LazyTensor:
     compute: Callable[[], Tensor]
 
 
+def cast_entry(name: str, tensor: Tensor, dtype: torch.dtype) -> LazyTensor:
+    """A tensor that exists, cast when it is read."""
+    info = TensorInfo(name=name, shape=tuple(tensor.shape), dtype=dtype)
+    return LazyTensor(info, lambda: tensor.detach().to(dtype))
+
+
 class LazyTensors(Mapping[str, Tensor]):
     """Names to tensors, each computed at every read; nothing is kept."""
 

@@ -112,9 +112,9 @@ def test_unset_token_budgets_follow_from_the_rows() -> None:
     overrides = ["policy.dynamic_batching.train_mb_tokens=null", "policy.dynamic_batching.logprob_mb_tokens=null"]
     overrides += ["policy.train_micro_batch_size=3", "policy.logprob_batch_size=5"]
     policy = load_config(QUICK, overrides, "grpo").policy
-    assert policy.microbatch_tokens("train") == 3 * 128
-    assert policy.microbatch_tokens("logprob") == 5 * 128
-    assert load_config(QUICK, [], "grpo").policy.microbatch_tokens("train") == 4096
+    assert policy.microbatch_tokens("train", 3) == 3 * 128
+    assert policy.microbatch_tokens("logprob", 5) == 5 * 128
+    assert load_config(QUICK, [], "grpo").policy.microbatch_tokens("train", 4) == 4096
 
 
 def test_other_algorithms_load_their_own_classes() -> None:

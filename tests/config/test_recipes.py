@@ -82,7 +82,40 @@ MEGATRON = {
     "policy.megatron_cfg.peft.enabled": True,
 }
 
+DPO_LLAMA_8B = {
+    "policy.model_name": "meta-llama/Llama-3.1-8B-Instruct",
+    "policy.tokenizer.name": "meta-llama/Llama-3.1-8B-Instruct",
+    "policy.train_micro_batch_size": 1,
+    "policy.max_total_sequence_length": 4096,
+    "data.max_input_seq_length": 4096,
+    "cluster.gpus_per_node": 8,
+}
+
 RECIPES = {
+    "dpo-llama3.1-8b-instruct-1n8g-fsdp2-lora": DPO_LLAMA_8B
+    | {
+        "checkpointing.checkpoint_dir": "results/dpo-llama3.1-8b-instruct-1n8g-fsdp2-lora",
+        "policy.dtensor_cfg.activation_checkpointing": True,
+        "policy.dtensor_cfg.lora_cfg.enabled": True,
+        "policy.dtensor_cfg.lora_cfg.dim": 128,
+        "policy.dtensor_cfg.lora_cfg.alpha": 128,
+        "policy.optimizer.kwargs.lr": 2e-5,
+    },
+    "dpo-llama3.1-8b-instruct-1n8g-megatron-lora": DPO_LLAMA_8B
+    | MEGATRON
+    | {
+        "checkpointing.checkpoint_dir": "results/dpo-llama3.1-8b-instruct-1n8g-megatron-lora",
+        "policy.scheduler": None,
+        "policy.megatron_cfg.activation_checkpointing": True,
+        "policy.megatron_cfg.tensor_model_parallel_size": 1,
+        "policy.megatron_cfg.sequence_parallel": False,
+        "policy.megatron_cfg.peft.dim": 128,
+        "policy.megatron_cfg.peft.alpha": 128,
+        "policy.megatron_cfg.optimizer.lr": 2e-5,
+        "policy.megatron_cfg.optimizer.min_lr": 2e-5,
+        "policy.megatron_cfg.scheduler.lr_warmup_iters": 20,
+        "policy.megatron_cfg.scheduler.lr_warmup_init": 2e-6,
+    },
     "sft-llama3.1-8b-1n8g-fsdp2tp1-lora": LLAMA_8B
     | {
         "checkpointing.checkpoint_dir": "results/sft-tmblog-llama3.1-8b",
@@ -188,6 +221,9 @@ cluster: {{gpus_per_node: 4}}
 """
 
 
+BASES = {"sft": "sft.yaml", "dpo": "dpo.yaml", "grpo": "grpo_math_1B.yaml"}
+
+
 def test_the_table_lists_every_recipe() -> None:
     shipped = {file.stem for file in (CONFIG_DIR / "recipes" / "llm").glob("*.yaml")}
     assert shipped == set(RECIPES)
@@ -197,7 +233,7 @@ def test_the_table_lists_every_recipe() -> None:
 def test_recipe_differs_from_its_base_in_exactly_these_values(name: str) -> None:
     file = CONFIG_DIR / "recipes" / "llm" / f"{name}.yaml"
     algorithm = algorithm_of(file)
-    base = CONFIG_DIR / {"sft": "sft.yaml", "grpo": "grpo_math_1B.yaml"}[algorithm]
+    base = CONFIG_DIR / BASES[algorithm]
     before, after = (load_config(path, [], algorithm).model_dump(by_alias=True) for path in (base, file))
     assert {key: value for key, (_, value) in differences(before, after).items()} == RECIPES[name]
 
@@ -205,7 +241,7 @@ def test_recipe_differs_from_its_base_in_exactly_these_values(name: str) -> None
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_inherits_on_one_level(name: str) -> None:
     text = (CONFIG_DIR / "recipes" / "llm" / f"{name}.yaml").read_text()
-    assert f"defaults: ../../{'sft' if name.startswith('sft') else 'grpo_math_1B'}.yaml" in text.splitlines()
+    assert f"defaults: ../../{BASES[name.split('-')[0]]}" in text.splitlines()
 
 
 def test_users_recipe_that_inherits_a_base_file_loads(tmp_path: Path) -> None:

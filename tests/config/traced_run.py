@@ -106,7 +106,7 @@ def traced_run(reads: Reads, overrides: list[str], *, plan: bool = False) -> int
     with pytest.MonkeyPatch.context() as patch, reads.recording():
         patch.setattr(command_line, "load_config", load_and_watch)
         patch.setattr("nemo_rl_lora.console.setup_logging", lambda *_: None)  # pytest has its own handlers
-        return command_line.grpo_main(arguments)
+        return command_line.train_main("grpo", arguments)
 
 
 def _is_comparison(caller: FrameType) -> bool:

@@ -1,18 +1,12 @@
 import json
 import logging
 
-import numpy as np
 import pytest
 
-from nemo_rl_lora.data.prompts import PromptLoader, epoch_order, load_prompt_sets, load_prompts
+from nemo_rl_lora.data.order import RowLoader
+from nemo_rl_lora.data.prompts import load_prompt_sets, load_prompts
 
 SUMS = {"dataset_name": "generated_sums", "low": 0, "high": 9, "num_rows": 20, "seed": 5}
-
-
-@pytest.fixture
-def loader_of(tokenizer, make_config):
-    prompts, _ = load_prompt_sets(make_config(SUMS), tokenizer)
-    return lambda n=6, **options: PromptLoader(prompts, n, **{"seed": 3, "shuffle": True, **options})
 
 
 def test_prompt_is_the_rendered_template_and_the_row(tokenizer, make_config, tmp_path):
@@ -127,47 +121,17 @@ def test_template_that_refuses_a_role_is_named(tokenizer, make_config, tmp_path,
         load_prompt_sets(config, tokenizer)
 
 
-def test_epoch_order_is_a_permutation_that_depends_on_seed_and_epoch_alone():
-    order = epoch_order(3, 1, 50, True)
-    assert sorted(order.tolist()) == list(range(50))
-    np.random.seed(0)
-    assert epoch_order(3, 1, 50, True).tolist() == order.tolist()
-    assert epoch_order(3, 2, 50, True).tolist() != order.tolist()
-    assert epoch_order(4, 1, 50, True).tolist() != order.tolist()
-    assert epoch_order(3, 1, 5, False).tolist() == [0, 1, 2, 3, 4]
+def test_list_of_datasets_is_refused_in_grpo(tokenizer, make_config):
+    with pytest.raises(
+        ValueError, match=r"^data.train=\[generated_sums, generated_sums\]: GRPO draws its prompts from"
+    ):
+        load_prompt_sets(make_config([SUMS, SUMS]), tokenizer)
+    with pytest.raises(ValueError, match=r"^data.validation=\[generated_sums\]: GRPO draws its prompts from one"):
+        load_prompt_sets(make_config(SUMS, validation=[SUMS]), tokenizer)
 
 
-def test_loader_asks_no_row_twice_in_an_epoch_and_stops_after_the_epochs(loader_of):
-    batches = [[p.index for p in batch] for batch in loader_of(num_epochs=2)]
-    assert [len(batch) for batch in batches] == [6] * 6
-    first, second = sum(batches[:3], []), sum(batches[3:], [])
-    assert len(set(first)) == len(set(second)) == 18
-    assert first != second
-    assert loader_of().num_batches_per_epoch == 3
-    unshuffled = next(loader_of(shuffle=False))
-    assert [p.index for p in unshuffled] == [0, 1, 2, 3, 4, 5]
-
-
-@pytest.mark.parametrize("num_taken", [0, 2, 3, 4])
-def test_restored_loader_continues_where_the_saved_one_was(loader_of, num_taken):
-    saved = loader_of()
-    for _ in range(num_taken):
-        next(saved)
-    state = json.loads(json.dumps(saved.state()))
-    restored = loader_of()
-    restored.from_state(state)
-    for _ in range(5):
-        assert [p.index for p in next(restored)] == [p.index for p in next(saved)]
-
-
-def test_position_in_other_data_is_refused(loader_of):
-    state = loader_of().state()
-    with pytest.raises(ValueError, match="num_rows=21, and now num_rows=20"):
-        loader_of().from_state({**state, "num_rows": 21})
-    with pytest.raises(ValueError, match="seed=3, and now seed=4"):
-        loader_of(seed=4).from_state(state)
-
-
-def test_more_prompts_a_step_than_rows_are_refused(loader_of):
-    with pytest.raises(ValueError, match=r"grpo.num_prompts_per_step=21: the training data has 20 rows"):
-        loader_of(21)
+def test_prompts_are_drawn_by_the_loader_in_the_order_of_their_indices(tokenizer, make_config):
+    prompts, _ = load_prompt_sets(make_config(SUMS), tokenizer)
+    loader = RowLoader([prompts], 6, key="grpo.num_prompts_per_step", seed=3, shuffle=False)
+    assert [prompt.index for prompt in next(loader)] == [0, 1, 2, 3, 4, 5]
+    assert next(loader)[0].token_ids == prompts[6].token_ids

@@ -8,12 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_rl_lora.algorithms.losses import make_policy_loss
+from nemo_rl_lora.config.adam import adam_settings
 from nemo_rl_lora.config.loss_fn import LossFnConfig
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.lora.files import adapter_tensor_name
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.policy.adapter_linear import AdapterLinear
-from nemo_rl_lora.policy.dtensor import DTensorPolicy, PolicySetup
+from nemo_rl_lora.policy.dtensor import DTensorPolicy
+from nemo_rl_lora.policy.protocol import PolicySetup
 
 LR = 1e-2
 
@@ -38,6 +40,8 @@ def make_policy(path, *, spec: LoraSpec | None = None, temperature=1.0, keep_ref
         seed=7,
         temperature=temperature,
         keep_reference=keep_reference,
+        logprob_rows=config.logprob_rows,
+        adam=adam_settings(config, lora=spec is not None),
     )
     return DTensorPolicy(config, setup)
 

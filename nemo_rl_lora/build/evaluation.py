@@ -1,0 +1,270 @@
+"""An evaluation, put together: adapters fitted to a base, the prompts, and engines on the one base in memory.
+
+Contract: `check_evaluation` refuses everything that can be refused before a weight is loaded, every adapter included.
+The base's weights are never written; `LoadedBase.require_unwritten` proves it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nemo_rl_lora.algorithms.rollout import RolloutParams
+from nemo_rl_lora.build.start import tokenizer_of
+from nemo_rl_lora.config.data import DatasetConfig
+from nemo_rl_lora.config.evaluation import EvalPolicy
+from nemo_rl_lora.config.master import EvalMaster
+from nemo_rl_lora.data.prompts import load_prompts
+from nemo_rl_lora.environments.registry import check_prompts, make_environments
+from nemo_rl_lora.evaluation import Task
+from nemo_rl_lora.evaluation_report import refuse_existing_results
+from nemo_rl_lora.generation.in_process import InProcessGeneration
+from nemo_rl_lora.generation.protocol import Generation
+from nemo_rl_lora.lora.files import adapter_tensor_name, read_adapter
+from nemo_rl_lora.lora.fit import adapter_directory, fit_adapter
+from nemo_rl_lora.lora.merge import merged_weight
+from nemo_rl_lora.lora.spec import LoraSpec
+from nemo_rl_lora.lora.targets import AdaptedModule
+from nemo_rl_lora.model_source import ModelSource, resolve_model
+from nemo_rl_lora.plan.model_shapes import ModelShapes, read_model_shapes
+from nemo_rl_lora.policy.model import load_model
+from nemo_rl_lora.policy.weights import LazyTensor, digest_of, make_ref
+from nemo_rl_lora.step_files import probe_directory
+from nemo_rl_lora.types import SamplingParams, TensorInfo, WeightsRef
+
+logger = logging.getLogger(__name__)
+
+BASE_NAME = "(base)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A model to evaluate: the base with an adapter, or the base itself, as an adapter that adds nothing."""
+
+    name: str  # as written in eval.adapters
+    directory: Path | None  # None: the base itself
+    spec: LoraSpec
+    adapted: tuple[AdaptedModule, ...]
+    digest: str | None  # of A and B
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedEvaluation:
+    """An evaluation that has been checked, before any weight is loaded."""
+
+    config: EvalMaster
+    source: ModelSource
+    architecture: str
+    tokenizer: Any
+    task: Task
+    candidates: tuple[Candidate, ...]
+    notes: tuple[str, ...]  # what is worth a warning
+
+
+def check_evaluation(config: EvalMaster, *, weights: bool) -> CheckedEvaluation:
+    """Everything that can be known without weights. ValueError names what is wrong.
+
+    `weights`: the base's files have to be there as well.
+    """
+    policy, settings = config.policy, config.eval
+    if settings.save_path is not None:
+        refuse_existing_results(Path(settings.save_path), "eval.save_path")
+        probe_directory(Path(settings.save_path), "eval.save_path")
+    source = resolve_model(policy.model_name, weights=False)
+    shapes = read_model_shapes(source.path, dict(policy.hf_config_overrides))
+    _refuse_more_than_the_model_sees(policy, shapes)
+    tokenizer = tokenizer_of(policy, source)
+    candidates, notes = _candidates(config, shapes, tokenizer)
+    task = _task(config, tokenizer)
+    if weights:
+        source = resolve_model(policy.model_name)
+    return CheckedEvaluation(
+        config=config,
+        source=source,
+        architecture=str((getattr(shapes.config, "architectures", None) or [shapes.config.model_type])[0]),
+        tokenizer=tokenizer,
+        task=task,
+        candidates=candidates,
+        notes=notes,
+    )
+
+
+def _refuse_more_than_the_model_sees(policy: EvalPolicy, shapes: ModelShapes) -> None:
+    positions = int(shapes.config.get_text_config().max_position_embeddings)
+    if policy.max_total_sequence_length > positions:
+        raise ValueError(
+            f"policy.max_total_sequence_length={policy.max_total_sequence_length}: {policy.model_name} has {positions} "
+            f"positions. Set it to {positions} or less."
+        )
+
+
+def _task(config: EvalMaster, tokenizer: Any) -> Task:
+    settings, engine, section = config.eval, config.policy.generation, config.data.validation
+    assert isinstance(section, DatasetConfig), "checked by EvalMaster"
+    prompts = load_prompts(section, tokenizer, config=config, key="data.validation")
+    environments = make_environments(prompts.environment_names, config.env)
+    check_prompts(environments, prompts.unencoded())
+    sampling = SamplingParams(
+        max_new_tokens=engine.max_new_tokens,
+        temperature=engine.val_temperature,
+        top_p=engine.val_top_p,
+        top_k=engine.val_top_k,
+        stop_token_ids=tuple(engine.stop_token_ids or ()),
+        stop_strings=tuple(engine.stop_strings or ()),
+    )
+    params = RolloutParams(
+        num_completions=settings.num_tests_per_prompt,
+        sampling=sampling,
+        max_sequence_length=config.policy.max_total_sequence_length,
+        seed=settings.seed,
+        purpose="evaluation",
+    )
+    return Task(
+        prompts=prompts[: settings.max_num_prompts],
+        environments=environments,
+        params=params,
+        # twice what is decoded at once: rows that end early make room for others
+        num_prompts_at_once=max(1, 2 * engine.max_concurrent_sequences // settings.num_tests_per_prompt),
+    )
+
+
+def _candidates(
+    config: EvalMaster, shapes: ModelShapes, tokenizer: Any
+) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
+    """The base where it is asked for, then the adapters; and warnings. ValueError names each adapter that is wrong."""
+    candidates = [_base(config.policy, shapes)] if config.eval.include_base else []
+    problems: list[str] = []
+    notes: list[str] = []
+    for name in config.eval.adapters:
+        try:
+            candidate, more = _candidate(name, config.policy, shapes, tokenizer)
+        except ValueError as error:
+            problems.append(f"eval.adapters={name!r}: {error}")
+        else:
+            candidates.append(candidate)
+            notes += [f"eval.adapters={name!r}: {note}" for note in more]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return tuple(candidates), tuple(notes)
+
+
+def _base(policy: EvalPolicy, shapes: ModelShapes) -> Candidate:
+    """The base as an adapter of zeros on every linear module: y + 0 is y, in either way of serving an adapter."""
+    adapted = tuple(
+        AdaptedModule(
+            name=linear.name,
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+            dim=1,
+            alpha=1.0,
+            scale=1.0,
+        )
+        for linear in shapes.linears
+        if not linear.is_head
+    )
+    if not adapted:
+        raise ValueError(f"policy.model_name={policy.model_name!r}: has no linear modules. Use another model.")
+    return Candidate(name=BASE_NAME, directory=None, spec=LoraSpec(dim=1, alpha=1), adapted=adapted, digest=None)
+
+
+def _candidate(name: str, policy: EvalPolicy, shapes: ModelShapes, tokenizer: Any) -> tuple[Candidate, list[str]]:
+    directory = adapter_directory(Path(name).expanduser())
+    tensors, peft_config = read_adapter(directory)
+    spec, adapted = fit_adapter(
+        tensors, peft_config, shapes.linears, tied_head=shapes.has_tied_head, model_name=policy.model_name
+    )
+    notes = []
+    made_for = peft_config.get("base_model_name_or_path")
+    if made_for and not _same_model(made_for, policy.model_name):
+        notes.append(f"was made for {made_for}, and is evaluated on policy.model_name={policy.model_name!r}.")
+    if not any(bool(tensors[adapter_tensor_name(module.name, "B")].any()) for module in adapted):
+        notes.append("every B is zero, so this adapter is the base.")
+    template = directory.parent / "tokenizer" / "chat_template.jinja"
+    if template.is_file() and template.read_text(encoding="utf-8") != tokenizer.chat_template:
+        notes.append(
+            "was trained with another chat template than policy.tokenizer has, so prompts look different to it. "
+            f"policy.tokenizer.name={template.parent} has its own."
+        )
+    candidate = Candidate(name=name, directory=directory, spec=spec, adapted=adapted, digest=digest_of(tensors))
+    return candidate, notes
+
+
+def _same_model(made_for: str, name: str) -> bool:
+    return made_for == name or (Path(name).is_dir() and Path(made_for).resolve() == Path(name).resolve())
+
+
+class LoadedBase:
+    """The base model, once in memory, and an engine on it for one adapter at a time."""
+
+    def __init__(self, checked: CheckedEvaluation) -> None:
+        self._policy, self._tokenizer = checked.config.policy, checked.tokenizer
+        self._dtype: torch.dtype = getattr(torch, self._policy.precision)
+        self.model: PreTrainedModel = load_model(
+            checked.source.path, dtype=self._dtype, config_overrides=dict(self._policy.hf_config_overrides)
+        )
+        torch.nn.Module.to(self.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self._num_served = 0
+        self.digest = self._digest()
+
+    @contextmanager
+    def serve(self, candidate: Candidate) -> Iterator[Generation]:
+        """An engine that samples from this candidate."""
+        engine = InProcessGeneration(
+            self.model,
+            tokenizer=self._tokenizer,
+            spec=candidate.spec,
+            adapted=candidate.adapted,
+            compute_dtype=self._dtype,
+            max_concurrent_sequences=self._policy.generation.max_concurrent_sequences,
+        )
+        try:
+            receipt = engine.sync_weights(self._weights(candidate))
+            if candidate.digest is not None and receipt.digest != candidate.digest:
+                raise RuntimeError(f"{candidate.directory}: the adapter's file has changed since the start.")
+            yield engine
+        finally:
+            engine.close()
+
+    def require_unwritten(self) -> None:
+        """RuntimeError where the base is not what was loaded."""
+        if self._digest() != self.digest:
+            raise RuntimeError("the base's weights have changed during the evaluation. Its results cannot be used.")
+
+    def _digest(self) -> str:
+        return digest_of(dict(self.model.named_parameters()))
+
+    def _weights(self, candidate: Candidate) -> WeightsRef:
+        self._num_served += 1
+        tensors = _zeros(candidate) if candidate.directory is None else read_adapter(candidate.directory)[0]
+        if self._policy.generation.lora_sync == "adapter":
+            entries = {name: _entry(name, tensor) for name, tensor in tensors.items()}
+        else:
+            entries = {f"{module.name}.weight": self._merged(module, tensors) for module in candidate.adapted}
+        return make_ref(self._num_served, self._policy.generation.lora_sync, entries, digest_of(tensors))
+
+    def _merged(self, module: AdaptedModule, tensors: Mapping[str, Tensor]) -> LazyTensor:
+        weight = self.model.get_parameter(f"{module.name}.weight").detach()
+        a, b = (tensors[adapter_tensor_name(module.name, side)].to(weight.device) for side in "AB")
+        info = TensorInfo(name=f"{module.name}.weight", shape=tuple(weight.shape), dtype=weight.dtype)
+        return LazyTensor(info, partial(merged_weight, weight, a, b, module.scale))
+
+
+def _zeros(candidate: Candidate) -> dict[str, Tensor]:
+    tensors = {}
+    for module in candidate.adapted:
+        tensors[adapter_tensor_name(module.name, "A")] = torch.zeros(module.dim, module.in_features)
+        tensors[adapter_tensor_name(module.name, "B")] = torch.zeros(module.out_features, module.dim)
+    return tensors
+
+
+def _entry(name: str, tensor: Tensor) -> LazyTensor:
+    return LazyTensor(TensorInfo(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype), lambda: tensor)

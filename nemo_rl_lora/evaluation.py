@@ -1,0 +1,181 @@
+"""Scores of several models on the same prompts: the loop, and what is computed from the rewards.
+
+Every model is asked the same prompts with the same seeds, so a difference between two of them is compared prompt by
+prompt. Knows no engine and no file.
+
+Axes: P prompts, G completions of each (`eval.num_tests_per_prompt`).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from nemo_rl_lora.algorithms.rollout import RolloutParams, group_requests, score
+from nemo_rl_lora.environments.protocol import Environment
+from nemo_rl_lora.generation.protocol import Generation, generate
+from nemo_rl_lora.metrics import Stopwatch
+from nemo_rl_lora.types import GroupRequest, Prompt, RolloutGroup
+
+Z_95 = 1.96  # half a 95 % interval of a normal distribution, in standard deviations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What every model is asked."""
+
+    prompts: Sequence[Prompt]  # [P]
+    environments: Mapping[str, Environment]
+    params: RolloutParams
+    num_prompts_at_once: int
+
+    @property
+    def num_completions(self) -> int:
+        """Of each prompt: G."""
+        return self.params.num_completions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredCompletion:
+    """One completion with what it was drawn from."""
+
+    model: str
+    prompt_index: int
+    completion_index: int  # of its prompt's
+    seed: int
+    prompt: str
+    completion: str
+    reward: float
+    num_tokens: int
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What one model made of the task."""
+
+    completions: tuple[ScoredCompletion, ...]  # [P x G], a prompt's together
+    environment_metrics: Mapping[str, float]  # counts
+    generation_seconds: float
+    reward_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A mean over prompts. `half_width` is half its 95 % interval; None where one prompt gives none."""
+
+    mean: float
+    half_width: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What is reported of one model. The last two compare it with the base, where that was asked too."""
+
+    accuracy: Estimate  # mean reward
+    pass_at: Mapping[int, Estimate]  # by k
+    mean_num_tokens: float  # of a completion
+    truncated_share: float  # of the completions
+    environment_metrics: Mapping[str, float]
+    generation_seconds: float
+    reward_seconds: float
+    gain: Estimate | None  # of accuracy over the base's, prompt by prompt
+    num_changed: int | None  # completions whose text is not the base's
+
+
+def ask(
+    model: str,
+    generation: Generation,
+    task: Task,
+    *,
+    tell: Callable[[Sequence[ScoredCompletion]], None],
+    stopped: Callable[[], bool],
+) -> Outcome | None:
+    """Sample and score every prompt, telling what came of each batch. None where `stopped` said so before the end."""
+    completions: list[ScoredCompletion] = []
+    metrics: dict[str, float] = {}
+    watch = Stopwatch()
+    for begin in range(0, len(task.prompts), task.num_prompts_at_once):
+        if stopped():
+            return None
+        prompts = task.prompts[begin : begin + task.num_prompts_at_once]
+        # One call for each prompt: its seeds then do not depend on how many are asked at once.
+        requests = [request for prompt in prompts for request in group_requests([prompt], task.params, "")]
+        with watch.measure("generation"):
+            groups = generate(generation, requests)
+        with watch.measure("rewards"):
+            scored, counts = score(groups, task.environments)
+        metrics = {name: metrics.get(name, 0.0) + counts.get(name, 0.0) for name in metrics | counts}
+        batch = [line for pair in zip(requests, scored, strict=True) for line in _scored(model, *pair)]
+        completions += batch
+        tell(batch)
+    return Outcome(
+        completions=tuple(completions),
+        environment_metrics=metrics,
+        generation_seconds=watch.seconds("generation"),
+        reward_seconds=watch.seconds("rewards"),
+    )
+
+
+def _scored(model: str, request: GroupRequest, group: RolloutGroup) -> list[ScoredCompletion]:
+    assert request.prompt.index == group.prompt.index, (request.prompt.index, group.prompt.index)
+    return [
+        ScoredCompletion(
+            model=model,
+            prompt_index=group.prompt.index,
+            completion_index=g,
+            seed=request.seeds[g],
+            prompt=group.prompt.text,
+            completion=completion.text,
+            reward=reward,
+            num_tokens=len(completion.token_ids),
+            finish_reason=completion.finish_reason,
+        )
+        for g, (completion, reward) in enumerate(zip(group.completions, group.rewards, strict=True))
+    ]
+
+
+def summarise(
+    outcome: Outcome, *, num_completions: int, k_values: Sequence[int], solved_at: float, base: Outcome | None
+) -> Result:
+    """The figures of a model; `base` is the base's outcome on the same task."""
+    completions = outcome.completions
+    rewards = _by_prompt(outcome, num_completions)
+    gain, num_changed = None, None
+    if base is not None:
+        pairs = zip(rewards, _by_prompt(base, num_completions), strict=True)
+        gain = estimate([statistics.fmean(own) - statistics.fmean(others) for own, others in pairs])
+        texts = zip(completions, base.completions, strict=True)
+        num_changed = sum(own.completion != other.completion for own, other in texts)
+    num_solved = [sum(reward >= solved_at for reward in row) for row in rewards]
+    return Result(
+        accuracy=estimate([statistics.fmean(row) for row in rewards]),
+        pass_at={k: estimate([pass_at_k(num_completions, c, k) for c in num_solved]) for k in k_values},
+        mean_num_tokens=statistics.fmean(completion.num_tokens for completion in completions),
+        truncated_share=statistics.fmean(completion.finish_reason == "length" for completion in completions),
+        environment_metrics=outcome.environment_metrics,
+        generation_seconds=outcome.generation_seconds,
+        reward_seconds=outcome.reward_seconds,
+        gain=gain,
+        num_changed=num_changed,
+    )
+
+
+def _by_prompt(outcome: Outcome, num_completions: int) -> list[list[float]]:
+    """[P][G]"""
+    rewards = [completion.reward for completion in outcome.completions]
+    return [rewards[begin : begin + num_completions] for begin in range(0, len(rewards), num_completions)]
+
+
+def pass_at_k(num_completions: int, num_solved: int, k: int) -> float:
+    """The unbiased estimate, from so many completions of a prompt, that at least one of k solves it: the share of the
+    sets of k completions with a solved one (Chen et al. 2021, arXiv 2107.03374, eq. 1)."""
+    return 1.0 - math.comb(num_completions - num_solved, k) / math.comb(num_completions, k)
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of one value a prompt, with its 95 % interval by the normal approximation: 1.96 standard errors."""
+    half_width = Z_95 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Estimate(mean=statistics.fmean(values), half_width=half_width)

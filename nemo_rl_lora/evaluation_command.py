@@ -1,0 +1,160 @@
+"""The evaluation driver: check, or show the plan; then ask every model and print the table."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_rl_lora.command_line import DriverArguments, prepare_process, silence_vendors
+from nemo_rl_lora.config.loader import load_config, resolved_yaml
+from nemo_rl_lora.run_control import EXIT_OK, StopRequest, running
+
+if TYPE_CHECKING:
+    from nemo_rl_lora.build.evaluation import CheckedEvaluation, LoadedBase
+    from nemo_rl_lora.evaluation import Outcome, Result, ScoredCompletion
+    from nemo_rl_lora.evaluation_report import EvaluationConsole, ResultFiles
+
+logger = logging.getLogger(__name__)
+
+
+def eval_main(arguments: DriverArguments) -> int:
+    """Plan or evaluate; the exit code."""
+    config = load_config(arguments.config, arguments.overrides, "eval")
+    if not arguments.plan:
+        prepare_process()
+    silence_vendors()
+    from nemo_rl_lora.build.evaluation import LoadedBase, check_evaluation
+    from nemo_rl_lora.console import setup_logging
+    from nemo_rl_lora.evaluation_report import EvaluationConsole, ResultFiles, print_results
+
+    setup_logging()
+    checked = check_evaluation(config, weights=not arguments.plan)
+    task = checked.task
+    console = EvaluationConsole(len(task.prompts), task.num_completions)
+    if arguments.plan:
+        print_plan(checked, console)
+        return EXIT_OK
+    for note in checked.notes:
+        logger.warning(note)
+    directory = None if config.eval.save_path is None else Path(config.eval.save_path)
+    with running(directory) as stop, contextlib.ExitStack() as cleanup:
+        for environment in task.environments.values():
+            cleanup.callback(environment.close)
+        files = ResultFiles(directory, resolved_yaml(config)) if directory is not None else None
+        if files is not None:
+            cleanup.callback(files.close)
+        base = LoadedBase(checked)
+        setup_logging(console.console)
+        with console:
+            results = evaluate_all(checked, base, console, files, stop)
+    if results:
+        print_results(console.console, results, num_prompts=len(task.prompts), num_completions=task.num_completions)
+    if stop.requested:
+        console.say(
+            f"Stopped by {stop.signal_name}: {len(results)} of {len(checked.candidates)} models were evaluated."
+        )
+    if directory is not None:
+        console.say(f"Results: {directory}")
+    return stop.exit_code
+
+
+def evaluate_all(
+    checked: CheckedEvaluation,
+    base: LoadedBase,
+    console: EvaluationConsole,
+    files: ResultFiles | None,
+    stop: StopRequest,
+) -> dict[str, Result]:
+    """Every model's result, or those of the models before a request to stop."""
+    from nemo_rl_lora.evaluation import ask, summarise
+
+    settings = checked.config.eval
+    results: dict[str, Result] = {}
+    outcome_of_base: Outcome | None = None
+
+    def tell(completions: Sequence[ScoredCompletion]) -> None:
+        console.batch(completions)
+        if files is not None:
+            files.batch(completions)
+
+    for candidate in checked.candidates:
+        console.model(candidate.name)
+        with base.serve(candidate) as generation:
+            outcome = ask(candidate.name, generation, checked.task, tell=tell, stopped=lambda: stop.requested)
+        if outcome is None:
+            break
+        results[candidate.name] = summarise(
+            outcome,
+            num_completions=settings.num_tests_per_prompt,
+            k_values=settings.k_values,
+            solved_at=settings.solved_at,
+            base=None if candidate.directory is None else outcome_of_base,
+        )
+        if candidate.directory is None:
+            outcome_of_base = outcome
+        if files is not None:
+            files.results(document(checked, base.digest, results))
+    base.require_unwritten()
+    return results
+
+
+def document(checked: CheckedEvaluation, base_digest: str, results: Mapping[str, Result]) -> dict[str, Any]:
+    """What results.json holds. `complete` is false as long as a model is missing."""
+    from nemo_rl_lora.evaluation_report import result_document
+
+    config, task = checked.config, checked.task
+    models = {}
+    for candidate in checked.candidates:
+        if candidate.name in results:
+            models[candidate.name] = {
+                "directory": None if candidate.directory is None else str(candidate.directory),
+                "adapter_digest": candidate.digest,
+                **result_document(results[candidate.name]),
+            }
+    return {
+        "model_name": config.policy.model_name,
+        "model_source": checked.source.description,
+        "base_digest": base_digest,
+        "num_prompts": len(task.prompts),
+        "num_tests_per_prompt": task.num_completions,
+        "complete": len(models) == len(checked.candidates),
+        "models": models,
+    }
+
+
+def print_plan(checked: CheckedEvaluation, console: EvaluationConsole) -> None:
+    """What would be evaluated."""
+    from rich.table import Table
+    from rich.text import Text
+
+    policy, task = checked.config.policy, checked.task
+    sampling = task.params.sampling
+    how = "greedy" if sampling.temperature == 0 else f"at temperature {sampling.temperature:g}"
+    console.say(f"Evaluation on {policy.model_name} ({checked.architecture}), {policy.precision}")
+    console.say(f"Model: {checked.source.description}")
+    console.say(
+        f"Asked: {len(task.prompts)} prompts, {task.num_completions} completion(s) each, {how}, of at most "
+        f"{sampling.max_new_tokens} tokens; scored by {', '.join(task.environments)}"
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("model", overflow="fold")
+    for title in ("dim", "alpha", "modules", "parameters"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for candidate in checked.candidates:
+        figures = ("-", "-", "-", "-")
+        if candidate.directory is not None:
+            num_params = sum(module.num_params for module in candidate.adapted)
+            spec = candidate.spec
+            figures = (f"{spec.dim}", f"{spec.alpha:g}", f"{len(candidate.adapted)}", f"{num_params:,}")
+        table.add_row(Text(candidate.name), *figures)
+    console.console.print(table)
+    for note in checked.notes:
+        console.say(f"Warning: {note}")
+    console.say(f"Adapters are served {_WAYS[policy.generation.lora_sync]}.")
+    console.say("Not checked: the base's weights: none was read.")
+
+
+_WAYS = {"merged": "merged into copies of the weights they change", "adapter": "as A and B beside the shared weights"}

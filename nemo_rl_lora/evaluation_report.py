@@ -1,0 +1,154 @@
+"""What a person sees of an evaluation, and the files that it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as TimeLeftColumn
+from rich.table import Table
+from rich.text import Text
+
+from nemo_rl_lora.console import format_seconds
+from nemo_rl_lora.evaluation import Estimate, Result, ScoredCompletion
+
+RESULTS_FILE = "results.json"
+COMPLETIONS_FILE = "completions.jsonl"
+CONFIG_FILE = "config.yaml"
+
+
+class EvaluationConsole:
+    """Live progress, prompt by prompt: a bar on a terminal, otherwise a line a batch."""
+
+    def __init__(self, num_prompts: int, num_completions: int) -> None:
+        self.console = Console(highlight=False)
+        self._num_prompts, self._num_completions = num_prompts, num_completions
+        self._rewards: list[float] = []
+        self._model = ""
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("accuracy {task.fields[accuracy]}"),
+            TimeElapsedColumn(),
+            TimeLeftColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def model(self, name: str) -> None:
+        """This model is asked from now on."""
+        self._model, self._rewards = name, []
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(name, total=self._num_prompts, accuracy="-")
+
+    def batch(self, completions: Sequence[ScoredCompletion]) -> None:
+        """These completions of the model have been scored."""
+        assert self._task is not None, "no model yet"
+        self._rewards += [completion.reward for completion in completions]
+        done = len(self._rewards) // self._num_completions
+        accuracy = f"{statistics.fmean(self._rewards):.3f}"
+        self._bar.update(self._task, completed=done, accuracy=accuracy)
+        if not self.console.is_terminal:
+            self.say(f"{self._model}: {done} of {self._num_prompts} prompts, accuracy so far {accuracy}")
+
+    def say(self, text: str) -> None:
+        """A line of its own, never broken."""
+        self.console.print(Text(text), soft_wrap=True)
+
+
+def print_results(console: Console, results: Mapping[str, Result], *, num_prompts: int, num_completions: int) -> None:
+    """The table of all models, and what it does not say."""
+    has_gain = any(result.gain is not None for result in results.values())
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("model", overflow="fold")
+    k_values = [k for result in results.values() for k in result.pass_at]
+    titles = ["accuracy", *(["over base"] if has_gain else []), *(f"pass@{k}" for k in dict.fromkeys(k_values))]
+    for title in (*titles, "tokens", "cut", "time"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, result in results.items():
+        cells = [
+            _interval(result.accuracy),
+            *([_interval(result.gain, signed=True)] if has_gain else []),
+            *(f"{result.pass_at[k].mean:.3f}" for k in result.pass_at),
+            f"{result.mean_num_tokens:.1f}",
+            f"{result.truncated_share:.0%}",
+            format_seconds(result.generation_seconds + result.reward_seconds),
+        ]
+        table.add_row(Text(name), *cells)
+    console.print(table)
+    lines = [
+        f"{num_prompts} prompts, {num_completions} completion(s) each; ±: 95 % interval over prompts (normal "
+        f"approximation), of the difference prompt by prompt where it is over the base."
+    ]
+    for name, result in results.items():
+        if result.num_changed is not None:
+            total = num_prompts * num_completions
+            lines.append(f"{name}: {result.num_changed} of {total} completions are not the base's.")
+        lines += [f"{name}: {metric} {count:g}" for metric, count in result.environment_metrics.items() if count]
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def _interval(value: Estimate | None, *, signed: bool = False) -> str:
+    if value is None:
+        return ""
+    sign = "+" if signed else ""
+    return f"{value.mean:{sign}.3f}" + ("" if value.half_width is None else f" ± {value.half_width:.3f}")
+
+
+class ResultFiles:
+    """results.json, completions.jsonl and config.yaml in one directory."""
+
+    def __init__(self, directory: Path, resolved_yaml: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        (directory / CONFIG_FILE).write_text(resolved_yaml, encoding="utf-8")
+        self._completions = (directory / COMPLETIONS_FILE).open("w", encoding="utf-8")
+
+    def batch(self, completions: Sequence[ScoredCompletion]) -> None:
+        for completion in completions:
+            self._completions.write(json.dumps(asdict(completion), ensure_ascii=False) + "\n")
+        self._completions.flush()
+
+    def results(self, document: Mapping[str, Any]) -> None:
+        """Write results.json anew: a reader sees all of it or what was there before."""
+        temporary = self.directory / f"tmp_{RESULTS_FILE}"
+        temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, self.directory / RESULTS_FILE)
+
+    def close(self) -> None:
+        self._completions.close()
+
+
+def refuse_existing_results(directory: Path, key: str) -> None:
+    """ValueError where an earlier evaluation left its files."""
+    for name in (RESULTS_FILE, COMPLETIONS_FILE):
+        if (directory / name).exists():
+            raise ValueError(
+                f"{key}={str(directory)!r}: holds {name} of an earlier evaluation. Name another directory, "
+                f"or remove the file."
+            )
+
+
+def result_document(result: Result) -> dict[str, Any]:
+    """A model's figures as they stand in results.json."""
+    figures = asdict(result)
+    return {f"pass@{k}": value for k, value in figures.pop("pass_at").items()} | figures

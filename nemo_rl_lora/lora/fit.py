@@ -1,0 +1,78 @@
+"""An adapter from disk, on a base that may not be the one that it was made for.
+
+Contract: finds the files below the directory that a person names, and says which modules of a given base the adapter
+changes, or why it does not fit. Raises ValueError without the configuration's key: the caller knows it. Loads no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nemo_rl_lora.lora.dialects import spec_from_peft_config
+from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, NUM_NAMES_SHOWN, adapter_tensor_name, module_of
+from nemo_rl_lora.lora.spec import LoraSpec
+from nemo_rl_lora.lora.targets import AdaptedModule, LinearModule, resolve_targets
+
+
+def adapter_directory(path: Path) -> Path:
+    """The directory with adapter_config.json: this one, or the one in this step's directory."""
+    for directory in (path, path / "policy" / "adapter"):
+        if (directory / ADAPTER_CONFIG_FILE).is_file():
+            return directory
+    if not path.is_dir():
+        raise ValueError(f"there is no such directory (looked for {path.absolute()}). Correct the path.")
+    if (path / "policy" / "weights").is_dir():
+        raise ValueError(
+            f"holds all weights of a model and no adapter. Evaluate it by itself: "
+            f"policy.model_name={path}/policy/weights policy.tokenizer.name={path}/policy/tokenizer."
+        )
+    if steps := sorted((step.name for step in path.glob("step_*")), key=lambda name: (len(name), name)):
+        raise ValueError(f"is the directory of a whole run. Name one of its steps: {', '.join(steps)}.")
+    names = ", ".join(sorted(file.name for file in path.iterdir())[:NUM_NAMES_SHOWN])
+    raise ValueError(
+        f"holds no {ADAPTER_CONFIG_FILE}, only {names or 'nothing'}. Give the directory of a step (step_N), or of an "
+        f"adapter that PEFT wrote."
+    )
+
+
+def fit_adapter(
+    tensors: Mapping[str, Tensor],
+    peft_config: Mapping[str, Any],
+    linears: Sequence[LinearModule],
+    *,
+    tied_head: bool,
+    model_name: str,
+) -> tuple[LoraSpec, tuple[AdaptedModule, ...]]:
+    """The adapter's spec and the modules that it changes. ValueError where names or shapes are not the base's."""
+    spec = spec_from_peft_config(peft_config)
+    adapted = resolve_targets(spec, linears, tied_head=tied_head, model_label=model_name, config_key="adapter_config")
+    mismatch = _mismatch(tensors, adapted)
+    if mismatch is not None:
+        made_for = peft_config.get("base_model_name_or_path")
+        remedy = f"It was made for {made_for}: evaluate it on that." if made_for else "Evaluate it on its own base."
+        raise ValueError(f"does not fit policy.model_name={model_name!r}: {mismatch}. {remedy}")
+    return spec, adapted
+
+
+def _mismatch(tensors: Mapping[str, Tensor], adapted: Sequence[AdaptedModule]) -> str | None:
+    """The first thing by which the tensors are not those of the adapted modules, or None."""
+    found = {module_of(name) for name in tensors}
+    expected = {module.name for module in adapted}
+    if unexpected := sorted(found - expected):
+        return f"the adapter changes {_some(unexpected)}, which it does not have or adapter_config.json does not target"
+    if missing := sorted(expected - found):
+        return f"the adapter's file has nothing for {_some(missing)}"
+    for module in adapted:
+        for side, shape in (("A", (module.dim, module.in_features)), ("B", (module.out_features, module.dim))):
+            present = tuple(tensors[adapter_tensor_name(module.name, side)].shape)
+            if present != shape:
+                return f"lora_{side} of {module.name} is {list(present)}, and {list(shape)} is needed there"
+    return None
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} other modules"
