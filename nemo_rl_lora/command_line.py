@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_rl_lora.config.loader import load_config, resolved_yaml
-from nemo_rl_lora.config.master import Algorithm, MasterConfig
+from nemo_rl_lora.config.master import Algorithm, Driver, MasterConfig
 from nemo_rl_lora.run_control import EXIT_CONFIG, EXIT_OK
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class DriverArguments:
     plan: bool
 
 
-def driver_arguments(algorithm: Algorithm, doc: str | None, argv: Sequence[str] | None = None) -> DriverArguments:
+def driver_arguments(algorithm: Driver, doc: str | None, argv: Sequence[str] | None = None) -> DriverArguments:
     """Parse a driver's command line; whatever is no flag is an override."""
     parser = argparse.ArgumentParser(
         description=doc,

@@ -64,7 +64,8 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A mean over prompts. `half_width` is half its 95 % interval; None where one prompt gives none."""
+    """A mean over prompts. `half_width` is half its 95 % interval; None where there is one prompt, or all are alike:
+    then the prompts say nothing of their spread."""
 
     mean: float
     half_width: float | None
@@ -177,5 +178,6 @@ def pass_at_k(num_completions: int, num_solved: int, k: int) -> float:
 
 def estimate(values: Sequence[float]) -> Estimate:
     """The mean of one value a prompt, with its 95 % interval by the normal approximation: 1.96 standard errors."""
-    half_width = Z_95 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    half_width = Z_95 * spread / math.sqrt(len(values)) if spread else None
     return Estimate(mean=statistics.fmean(values), half_width=half_width)

@@ -1,57 +1,29 @@
 """The evaluation driver on a tiny model with adapters that PEFT made, and its figures against enumeration."""
 
-import io
 import itertools
 import json
-import logging
 import statistics
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from nemo_rl_lora import evaluation_command
 from nemo_rl_lora.build.evaluation import LoadedBase, check_evaluation
-from nemo_rl_lora.command_line import driver_arguments
 from nemo_rl_lora.config.loader import load_config
 from nemo_rl_lora.evaluation import Outcome, ScoredCompletion, estimate, pass_at_k, summarise
-from nemo_rl_lora.run_control import main_guard
+from nemo_rl_lora.generation.in_process import InProcessGeneration
+from nemo_rl_lora.lora.files import ADAPTER_FILE
 from tests.config.schema_walk import flippable_leaves
 from tests.config.traced_run import Reads
 from tests.driver import REWARD, Ended
+from tests.evaluation_runs import run_eval, save_peft_adapter
 
 BASE = "(base)"
-
-
-def run_eval(*arguments: str) -> Ended:
-    """The evaluation driver in this process, from its arguments to its exit code."""
-    out, err = io.StringIO(), io.StringIO()
-    root = logging.getLogger()
-    before = list(root.handlers), root.level
-    try:
-        with redirect_stdout(out), redirect_stderr(err):
-            parsed = driver_arguments("eval", None, list(arguments))
-            code = main_guard(lambda: evaluation_command.eval_main(parsed))
-    finally:
-        root.handlers[:], root.level = before
-    return Ended(code=code, out=out.getvalue(), err=err.getvalue())
-
-
-def save_peft_adapter(base: Path, directory: Path, seed: int, scale: float = 0.3, **config) -> Path:
-    """An adapter with B of this standard deviation, as PEFT writes it."""
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config))
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0.0, scale) if scale else parameter.zero_()
-    wrapped.save_pretrained(str(directory))
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +142,29 @@ def test_the_base_in_memory_is_bit_for_bit_what_was_loaded(tiny_eval, adapters, 
         base.require_unwritten()
 
 
+def test_adapters_served_beside_the_base_need_no_copy_of_it(tiny_eval, adapters):
+    overrides = tiny_eval.arguments(named(*adapters), "policy.generation.lora_sync=adapter")
+    checked = check_evaluation(load_config(None, overrides, "eval"), weights=True)
+    base = LoadedBase(checked)
+    of_base = {parameter.data_ptr() for parameter in base.model.parameters()}
+    for candidate in checked.candidates:
+        with base.serve(candidate) as generation:
+            assert isinstance(generation, InProcessGeneration)
+            projections = generation._decoder.projections
+            adapted = {name for name, projection in projections.items() if projection.adapter is not None}
+            assert adapted == {module.name for module in candidate.adapted}
+            assert {projection.weight.data_ptr() for projection in projections.values()} <= of_base
+
+
+def test_without_the_base_an_adapter_stands_alone(tiny_eval, adapters):
+    ended = tiny_eval(named(adapters[0]), "eval.include_base=false")
+
+    assert ended.code == 0, ended.err
+    (figures,) = tiny_eval.results()["models"].values()
+    assert figures["gain"] is None
+    assert "over base" not in ended.out
+
+
 def test_an_adapter_that_changes_on_disk_after_the_check_is_not_evaluated(tiny_eval):
     few = save_peft_adapter(
         tiny_eval.model, tiny_eval.root / "few", 1, r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]
@@ -258,6 +253,7 @@ def test_the_interval_of_a_mean_is_1_96_standard_errors():
     assert estimate([1.0, 2.0, 3.0]).mean == 2.0
     assert estimate([1.0, 2.0, 3.0]).half_width == pytest.approx(1.96 / 3**0.5)
     assert estimate([5.0]).half_width is None
+    assert estimate([1.0, 1.0]).half_width is None
 
 
 def outcome(*rewards: float, texts: str = "") -> Outcome:
@@ -282,7 +278,7 @@ def outcome(*rewards: float, texts: str = "") -> Outcome:
 def test_figures_of_a_model_against_the_base_are_paired_by_prompt():
     base = outcome(0.0, 0.0, 0.5, 0.5, 1.0, 1.0, texts="abcdef")
     result = summarise(
-        outcome(0.5, 0.0, 0.5, 1.0, 1.0, 1.0, texts="abXXef"),
+        outcome(0.5, 0.0, 0.5, 1.0, 1.0, 1.0, texts="abXXeX"),
         num_completions=2,
         k_values=[1, 2],
         solved_at=1.0,
@@ -296,7 +292,7 @@ def test_figures_of_a_model_against_the_base_are_paired_by_prompt():
     assert result.gain.half_width == pytest.approx(1.96 * statistics.stdev([0.25, 0.25, 0.0]) / 3**0.5)
     assert result.pass_at[1].mean == pytest.approx((0 + 0.5 + 1) / 3)
     assert result.pass_at[2].mean == pytest.approx((0 + 1 + 1) / 3)
-    assert result.num_changed == 2
+    assert result.num_changed == 3
     assert (result.mean_num_tokens, result.truncated_share) == (3.5, pytest.approx(1 / 6))
 
 
@@ -446,6 +442,9 @@ def wrong(tiny_llama, tmp_path) -> Path:
     LlamaForCausalLM(config).save_pretrained(wide)
     save_peft_adapter(wide, tmp_path / "of_wide_2", 1, r=2, target_modules=["q_proj"])
     save_peft_adapter(tiny_llama, tmp_path / "dora", 1, r=2, target_modules=["q_proj"], use_dora=True)
+    adapter = save_peft_adapter(tiny_llama, tmp_path / "holes", 1, r=2, target_modules=["q_proj"]) / ADAPTER_FILE
+    tensors = {name: tensor for name, tensor in load_file(adapter).items() if "layers.1." not in name}
+    save_file(tensors, adapter)
     for name in ("run/step_5", "run/step_10", "full/policy/weights", "empty"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "earlier").mkdir()
@@ -473,6 +472,9 @@ WRONG = {
      "eval.adapters='{tmp}/of_wide_2': does not fit policy.model_name='{model}': lora_A of "
      "model.layers.0.self_attn.q_proj is [2, 64], and [2, 48] is needed there. "
      "It was made for {tmp}/wide: evaluate it on that."),
+    "an adapter without one of its modules": ("eval.adapters=[{tmp}/holes]",
+     "eval.adapters='{tmp}/holes': does not fit policy.model_name='{model}': the adapter has no tensors for "
+     "model.layers.1.self_attn.q_proj. It was made for {model}: evaluate it on that."),
     "a DoRA adapter": ("eval.adapters=[{tmp}/dora]",
      "eval.adapters='{tmp}/dora': adapter tensor 'base_model.model.model.layers.0.self_attn.q_proj"
      ".lora_magnitude_vector': is not of the form base_model.model.<module>.lora_A.weight or ...lora_B.weight. Only "

@@ -27,9 +27,11 @@ LAYERS = [
     ],
     ["policy.protocol", "generation.protocol", "checkpoint"],
     ["algorithms", "policy", "generation"],
-    ["plan"],
+    ["evaluation"],
+    ["plan", "evaluation_report"],
     ["build"],
     ["command_line"],
+    ["evaluation_command"],
 ]
 HEAVY = {"ray", "vllm", "nemo_automodel", "megatron"}
 

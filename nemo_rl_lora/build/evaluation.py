@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from nemo_rl_lora.algorithms.rollout import RolloutParams
 from nemo_rl_lora.build.start import tokenizer_of
 from nemo_rl_lora.config.data import DatasetConfig
-from nemo_rl_lora.config.evaluation import EvalPolicy
+from nemo_rl_lora.config.evaluation import EvalConfig, EvalPolicy
 from nemo_rl_lora.config.master import EvalMaster
 from nemo_rl_lora.data.prompts import load_prompts
 from nemo_rl_lora.environments.registry import check_prompts, make_environments
@@ -35,6 +35,7 @@ from nemo_rl_lora.lora.merge import merged_weight
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.model_source import ModelSource, resolve_model
+from nemo_rl_lora.plan.make import type_of
 from nemo_rl_lora.plan.model_shapes import ModelShapes, read_model_shapes
 from nemo_rl_lora.policy.model import load_model
 from nemo_rl_lora.policy.weights import LazyTensor, digest_of, make_ref
@@ -70,6 +71,20 @@ class CheckedEvaluation:
     notes: tuple[str, ...]  # what is worth a warning
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Base:
+    """What adapters have to fit."""
+
+    policy: EvalPolicy
+    source: ModelSource
+    shapes: ModelShapes
+    tokenizer: Any
+
+    def is_named(self, name: str) -> bool:
+        """Whether this name, which an adapter's config may have from another working directory, means this base."""
+        return name == self.policy.model_name or Path(name).resolve() == self.source.path.resolve()
+
+
 def check_evaluation(config: EvalMaster, *, weights: bool) -> CheckedEvaluation:
     """Everything that can be known without weights. ValueError names what is wrong.
 
@@ -83,14 +98,15 @@ def check_evaluation(config: EvalMaster, *, weights: bool) -> CheckedEvaluation:
     shapes = read_model_shapes(source.path, dict(policy.hf_config_overrides))
     _refuse_more_than_the_model_sees(policy, shapes)
     tokenizer = tokenizer_of(policy, source)
-    candidates, notes = _candidates(config, shapes, tokenizer)
+    base = _Base(policy=policy, source=source, shapes=shapes, tokenizer=tokenizer)
+    candidates, notes = _candidates(config.eval, base)
     task = _task(config, tokenizer)
     if weights:
         source = resolve_model(policy.model_name)
     return CheckedEvaluation(
         config=config,
         source=source,
-        architecture=str((getattr(shapes.config, "architectures", None) or [shapes.config.model_type])[0]),
+        architecture=type_of(shapes),
         tokenizer=tokenizer,
         task=task,
         candidates=candidates,
@@ -137,16 +153,14 @@ def _task(config: EvalMaster, tokenizer: Any) -> Task:
     )
 
 
-def _candidates(
-    config: EvalMaster, shapes: ModelShapes, tokenizer: Any
-) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
+def _candidates(settings: EvalConfig, base: _Base) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
     """The base where it is asked for, then the adapters; and warnings. ValueError names each adapter that is wrong."""
-    candidates = [_base(config.policy, shapes)] if config.eval.include_base else []
+    candidates = [_bare(base)] if settings.include_base else []
     problems: list[str] = []
     notes: list[str] = []
-    for name in config.eval.adapters:
+    for name in settings.adapters:
         try:
-            candidate, more = _candidate(name, config.policy, shapes, tokenizer)
+            candidate, more = _candidate(name, base)
         except ValueError as error:
             problems.append(f"eval.adapters={name!r}: {error}")
         else:
@@ -157,7 +171,7 @@ def _candidates(
     return tuple(candidates), tuple(notes)
 
 
-def _base(policy: EvalPolicy, shapes: ModelShapes) -> Candidate:
+def _bare(base: _Base) -> Candidate:
     """The base as an adapter of zeros on every linear module: y + 0 is y, in either way of serving an adapter."""
     adapted = tuple(
         AdaptedModule(
@@ -168,38 +182,34 @@ def _base(policy: EvalPolicy, shapes: ModelShapes) -> Candidate:
             alpha=1.0,
             scale=1.0,
         )
-        for linear in shapes.linears
+        for linear in base.shapes.linears
         if not linear.is_head
     )
     if not adapted:
-        raise ValueError(f"policy.model_name={policy.model_name!r}: has no linear modules. Use another model.")
+        raise ValueError(f"policy.model_name={base.policy.model_name!r}: has no linear modules. Use another model.")
     return Candidate(name=BASE_NAME, directory=None, spec=LoraSpec(dim=1, alpha=1), adapted=adapted, digest=None)
 
 
-def _candidate(name: str, policy: EvalPolicy, shapes: ModelShapes, tokenizer: Any) -> tuple[Candidate, list[str]]:
+def _candidate(name: str, base: _Base) -> tuple[Candidate, list[str]]:
     directory = adapter_directory(Path(name).expanduser())
     tensors, peft_config = read_adapter(directory)
-    spec, adapted = fit_adapter(
-        tensors, peft_config, shapes.linears, tied_head=shapes.has_tied_head, model_name=policy.model_name
-    )
+    model_name = base.policy.model_name
+    linears, tied_head = base.shapes.linears, base.shapes.has_tied_head
+    spec, adapted = fit_adapter(tensors, peft_config, linears, tied_head=tied_head, model_name=model_name)
     notes = []
     made_for = peft_config.get("base_model_name_or_path")
-    if made_for and not _same_model(made_for, policy.model_name):
-        notes.append(f"was made for {made_for}, and is evaluated on policy.model_name={policy.model_name!r}.")
+    if made_for and not base.is_named(made_for):
+        notes.append(f"was made for {made_for}, and is evaluated on policy.model_name={model_name!r}.")
     if not any(bool(tensors[adapter_tensor_name(module.name, "B")].any()) for module in adapted):
         notes.append("every B is zero, so this adapter is the base.")
     template = directory.parent / "tokenizer" / "chat_template.jinja"
-    if template.is_file() and template.read_text(encoding="utf-8") != tokenizer.chat_template:
+    if template.is_file() and template.read_text(encoding="utf-8") != base.tokenizer.chat_template:
         notes.append(
             "was trained with another chat template than policy.tokenizer has, so prompts look different to it. "
             f"policy.tokenizer.name={template.parent} has its own."
         )
     candidate = Candidate(name=name, directory=directory, spec=spec, adapted=adapted, digest=digest_of(tensors))
     return candidate, notes
-
-
-def _same_model(made_for: str, name: str) -> bool:
-    return made_for == name or (Path(name).is_dir() and Path(made_for).resolve() == Path(name).resolve())
 
 
 class LoadedBase:

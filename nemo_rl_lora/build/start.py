@@ -6,6 +6,7 @@ An algorithm is a `Recipe`: its data, its work, its headline metrics. The only p
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from nemo_rl_lora.algorithms.loop import LoopSettings, RunParts, TrainingLoop, W
 from nemo_rl_lora.checkpoint import Checkpointer, ResumePoint, is_finished, probe_directory
 from nemo_rl_lora.config.adam import adam_settings
 from nemo_rl_lora.config.master import DpoMaster, GrpoMaster, MasterConfig, SftMaster
-from nemo_rl_lora.config.policy import PolicyConfig
+from nemo_rl_lora.config.megatron_rules import megatron_adam_settings
+from nemo_rl_lora.config.policy import ModelConfig
 from nemo_rl_lora.console import KeyMetric, TrainingConsole
 from nemo_rl_lora.data.order import RowLoader
 from nemo_rl_lora.lora.spec import LoraSpec
@@ -27,6 +29,9 @@ from nemo_rl_lora.policy.protocol import PolicySetup
 
 if TYPE_CHECKING:
     from nemo_rl_lora.policy.dtensor import DTensorPolicy
+    from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
+
+    RunPolicy = DTensorPolicy | MegatronPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +53,7 @@ class DriverSettings(LoopSettings, Protocol):
 class RunContext:
     """What an algorithm's work is built from, once the weights are there."""
 
-    policy: DTensorPolicy
+    policy: RunPolicy
     loader: RowLoader[Any]
     log: RunLog
     console: TrainingConsole
@@ -169,7 +174,7 @@ class Run:
 
     loop: TrainingLoop
     work: Work
-    policy: DTensorPolicy
+    policy: RunPolicy
     console: TrainingConsole
 
 
@@ -229,7 +234,7 @@ def plan_checks(config: MasterConfig) -> list[tuple[str, Callable[[], str]]]:
     return [("tokenizer", tokenizer), ("data", data), ("directories", directories)]
 
 
-def tokenizer_of(config: PolicyConfig, source: ModelSource) -> Any:
+def tokenizer_of(config: ModelConfig, source: ModelSource) -> Any:
     """The tokenizer that the policy's config names."""
     section = config.tokenizer
     if config.tokenizer_name != config.model_name:
@@ -237,11 +242,9 @@ def tokenizer_of(config: PolicyConfig, source: ModelSource) -> Any:
     return load_tokenizer(source, section.chat_template, section.chat_template_kwargs)
 
 
-def _build_policy(start: CheckedStart) -> DTensorPolicy:
-    from nemo_rl_lora.policy.dtensor import DTensorPolicy
-
+def _build_policy(start: CheckedStart) -> RunPolicy:
     config, recipe = start.config.policy, start.recipe
-    assert config.active_backend == "dtensor", config.active_backend
+    lora, is_megatron = start.spec is not None, config.active_backend == "megatron"
     setup = PolicySetup(
         model_path=start.source.path,
         base_model_name=config.model_name,
@@ -250,6 +253,13 @@ def _build_policy(start: CheckedStart) -> DTensorPolicy:
         temperature=recipe.temperature,
         keep_reference=recipe.needs_reference,
         logprob_rows=recipe.logprob_rows,
-        adam=adam_settings(config, lora=start.spec is not None),
+        adam=megatron_adam_settings(start.config, lora=lora) if is_megatron else adam_settings(config, lora=lora),
     )
-    return DTensorPolicy(config, setup)
+    if not is_megatron:
+        from nemo_rl_lora.policy.dtensor import DTensorPolicy
+
+        return DTensorPolicy(config, setup)
+    with warnings.catch_warnings():  # megatron-core says of each optional package that it is not there
+        warnings.simplefilter("ignore")
+        from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
+    return MegatronPolicy(config, setup)

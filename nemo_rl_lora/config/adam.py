@@ -28,7 +28,7 @@ def adam_settings(policy: PolicyConfig, *, lora: bool) -> AdamSettings:
     kwargs = policy.optimizer.kwargs
     return AdamSettings(
         lr_at=partial(_scheduled_lr, policy, policy.optimizer.learning_rate(lora=lora)),
-        weight_decay_at=partial(_constant, kwargs.weight_decay),
+        weight_decay_at=partial(constant, kwargs.weight_decay),
         betas=kwargs.betas,
         eps=kwargs.eps,
         max_grad_norm=policy.max_grad_norm,
@@ -41,5 +41,6 @@ def _scheduled_lr(policy: PolicyConfig, peak: float, step: int) -> float:
     return peak * lr_factor(policy.scheduler, step, lr=peak)
 
 
-def _constant(value: float, step: int) -> float:
+def constant(value: float, _step: int) -> float:
+    """A schedule that stays where it is."""
     return value

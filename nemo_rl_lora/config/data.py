@@ -198,7 +198,7 @@ def _one_or_list(value: Any) -> str:
 
 
 Datasets = Annotated[
-    Annotated[DatasetConfig, Tag("one")] | Annotated[tuple[DatasetConfig, ...], Field(min_length=1), Tag("list")],
+    Annotated[DatasetConfig, Tag("one")] | Annotated[tuple[DatasetConfig, ...], Tag("list")],
     Discriminator(_one_or_list),  # so that an error is one of the form that was written
 ]
 
@@ -277,7 +277,10 @@ class DataConfig(Section):
         return merged
 
     @model_validator(mode="after")
-    def _rates_have_a_use(self) -> DataConfig:
+    def _lists_and_rates_have_a_use(self) -> DataConfig:
+        for part in ("train", "validation"):
+            if getattr(self, part) == ():
+                raise ValueError(f"data.{part}=[]: a list of datasets needs at least one. Add one, or give null.")
         mixed = self.sections("train") if isinstance(self.train, tuple) else []
         for key, section in [*self.sections("train"), *self.sections("validation")]:
             if section.rate != 1.0 and (key, section) not in mixed:

@@ -1,20 +1,20 @@
 """Keys of a backend or an engine that this run does not use.
 
 Contract: a value that was changed there is refused by name, so that nothing asked for is ignored silently. Changed is
-what differs from the algorithm's base file, or from the schema's defaults where that is less: so a recipe that says
-nothing about the other backend starts, whether it inherits the base file or not. Switches (`enabled`) choose what is
-used and are not judged here.
+what differs from the algorithm's base file, from its quick start or from the schema's defaults, whichever is least: so
+a recipe that says nothing about the other backend starts, whichever file it inherits. Switches (`enabled`) choose what
+is used and are not judged here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pydantic import BaseModel
 
 from nemo_rl_lora.config.errors import show
-from nemo_rl_lora.config.loader import base_section
+from nemo_rl_lora.config.loader import usual_sections
 from nemo_rl_lora.config.master import MasterConfig
 
 
@@ -29,6 +29,14 @@ def idle_problems(config: MasterConfig) -> list[str]:
             "policy.backend=dtensor trains. Remove the change: the DTensor backend has policy.dtensor_cfg, "
             "policy.optimizer and policy.scheduler.",
         )
+    else:
+        problems += _problem(
+            config,
+            policy.dtensor_cfg,
+            "policy.dtensor_cfg",
+            "policy.backend=megatron trains. Remove the change: the Megatron backend has policy.megatron_cfg.",
+            judged=lambda key: key != "lora_cfg",  # a block that is off
+        )
     if policy.generation is not None and policy.generation.backend != "vllm":
         problems += _problem(
             config,
@@ -36,21 +44,32 @@ def idle_problems(config: MasterConfig) -> list[str]:
             "policy.generation",
             f"completions do not come from vLLM (policy.generation.backend={policy.generation.backend}). Remove the "
             "change.",
-            only=("vllm_cfg", "vllm_kwargs"),
+            judged=lambda key: key in ("vllm_cfg", "vllm_kwargs"),
         )
     return problems
 
 
-def _problem(
-    config: MasterConfig, section: BaseModel, path: str, reason: str, only: tuple[str, ...] | None = None
-) -> list[str]:
-    """The paragraph about a section, or nothing where none of its values (`only` some of its keys) was changed."""
-    usual = [base for base in (type(section)(), base_section(config, path)) if base is not None]
+def changed_values(
+    config: MasterConfig, section: BaseModel, path: str, judged: Callable[[str], bool] = lambda _: True
+) -> list[tuple[str, Any]]:
+    """Keys of a section, relative to it, that were changed, with their values; `judged` says which of its own keys are
+    looked at."""
+    usual = [type(section)(), *usual_sections(config, path)]
     differing = [
-        [(key, value) for key, value in _changed(section, base) if only is None or key.split(".")[0] in only]
-        for base in usual
+        [(key, value) for key, value in _changed(section, base) if judged(key.split(".")[0])] for base in usual
     ]
-    changed = [(f"{path}.{key}", value) for key, value in min(differing, key=len)]
+    return min(differing, key=len)
+
+
+def _problem(
+    config: MasterConfig,
+    section: BaseModel,
+    path: str,
+    reason: str,
+    judged: Callable[[str], bool] = lambda _: True,
+) -> list[str]:
+    """The paragraph about a section, or nothing where none of its values was changed."""
+    changed = [(f"{path}.{key}", value) for key, value in changed_values(config, section, path, judged)]
     if not changed:
         return []
     (key, value), others = changed[0], [key for key, _ in changed[1:]]

@@ -108,13 +108,17 @@ def resolved_yaml(config: BaseModel) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_plain(config.model_dump(by_alias=True))))
 
 
-def base_section(config: MasterConfig, dotted: str) -> BaseModel | None:
-    """A section as the base file of the algorithm has it, its references resolved in this configuration.
+def usual_sections(config: MasterConfig, dotted: str) -> list[BaseModel]:
+    """A section as the base file and the quick start of the algorithm have it, references resolved in this
+    configuration; a file without such a section is left out."""
+    files = (_BASE_FILES[config.algorithm], f"quickstart/{config.algorithm}.yaml")
+    found = [_section_of(config, dotted, file) for file in files]
+    return [section for section in found if section is not None]
 
-    None where the base file has no such section.
-    """
+
+def _section_of(config: MasterConfig, dotted: str, file: str) -> BaseModel | None:
     path = dotted.split(".")
-    section = _raw(_base_tree(config.algorithm), dotted)
+    section = _raw(_tree_of(file), dotted)
     kind = section_at(type(config), path)
     if kind is None or not isinstance(section, Mapping):
         return None
@@ -124,8 +128,8 @@ def base_section(config: MasterConfig, dotted: str) -> BaseModel | None:
 
 
 @cache
-def _base_tree(algorithm: Algorithm) -> Mapping[str, Any]:
-    return read_tree(CONFIG_DIR / _BASE_FILES[algorithm])
+def _tree_of(file: str) -> Mapping[str, Any]:
+    return read_tree(CONFIG_DIR / file)
 
 
 def _read_tree(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:

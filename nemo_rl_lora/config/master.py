@@ -61,6 +61,11 @@ class MasterConfig(Section):
                 f"policy.generation.backend={self.policy.generation.backend!r}: {self.algorithm.upper()} samples "
                 "nothing. Remove the policy.generation section."
             )
+        if not generates and self.policy.logprob_batch_size is not None:
+            raise ValueError(
+                f"policy.logprob_batch_size={self.policy.logprob_batch_size}: {self.algorithm.upper()} cuts passes "
+                f"without gradient by {self.algorithm}.val_micro_batch_size. Set that, and remove this key."
+            )
         return self
 
 

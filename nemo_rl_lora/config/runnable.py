@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from nemo_rl_lora.config.idle import idle_problems
 from nemo_rl_lora.config.master import MasterConfig
+from nemo_rl_lora.config.megatron_rules import megatron_problems
 
 
 def check_runnable(config: MasterConfig) -> list[str]:
@@ -20,14 +21,7 @@ def check_runnable(config: MasterConfig) -> list[str]:
 
 
 def _backend_problems(config: MasterConfig) -> list[str]:
-    policy = config.policy
-    if policy.active_backend == "dtensor":
-        return []
-    key = f"policy.backend={policy.backend!r}" if policy.backend else "policy.megatron_cfg.enabled=True"
-    return [
-        f"{key}: this version trains on the DTensor backend only. Set policy.backend=dtensor and describe the adapter "
-        "in policy.lora or policy.dtensor_cfg.lora_cfg."
-    ]
+    return megatron_problems(config) if config.policy.active_backend == "megatron" else []
 
 
 def _world_problems(config: MasterConfig) -> list[str]:

@@ -13,6 +13,7 @@ import yaml
 from nemo_rl_lora.config.errors import ConfigError
 from nemo_rl_lora.config.loader import algorithm_of, load_config
 from nemo_rl_lora.config.lora import lora_block_key, lora_spec_from_policy
+from nemo_rl_lora.config.master import EvalMaster
 from nemo_rl_lora.lora.dialects import unified_from_spec
 from nemo_rl_lora.lora.foreign import Translation, translate
 
@@ -44,6 +45,8 @@ def read_adapter_description(file: Path) -> Translation:
 
 def _of_nemo_rl(file: Path) -> Translation:
     config = load_config(file, [], algorithm_of(file))
+    if isinstance(config, EvalMaster):
+        raise ConfigError(f"{file}: evaluates adapters and describes none. Give the adapter_config.json of one.")
     try:
         spec = lora_spec_from_policy(config.policy)
     except ValueError as error:

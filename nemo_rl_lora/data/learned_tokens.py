@@ -91,7 +91,9 @@ def _encode_as_proven(
     def span(turn: int) -> tuple[int, int] | None:
         """The characters of a turn, if they can be proven."""
         before = render(tokenizer, messages[:turn], add_generation_prompt=not rules.learn_header, place=place)
-        through = render(tokenizer, messages[: turn + 1], add_generation_prompt=False, place=place)
+        through = text
+        if turn < len(messages) - 1:
+            through = render(tokenizer, messages[: turn + 1], add_generation_prompt=False, place=place)
         is_proven = text.startswith(through) and through.startswith(before)
         return (len(before), len(through)) if is_proven else None
 

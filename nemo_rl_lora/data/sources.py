@@ -179,10 +179,11 @@ def _json_object(line: str, place: str) -> dict[str, Any]:
 def _read_hub(section: DatasetConfig, key: str) -> RowTable:
     named = _hub_dataset(section, key)
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         rows: Any = datasets.load_dataset(named.name, named.subset, split=named.split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         # unreachable hub, unknown dataset, subset or split
         asked = f"{key}.dataset_name: {named.name}"
         if section.data_path is not None:

@@ -104,27 +104,41 @@ def write_moments(
 
 
 def read_moments(
-    directory: Path, *, expected: Collection[str] | None = None
+    directory: Path, *, expected: Collection[str] | None = None, aliases: Mapping[str, str] | None = None
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
     """What `write_moments` wrote: name -> (exp_avg, exp_avg_sq), CPU and fp32, and the optimizer's step.
 
-    An alias is returned under its own name with the tensors of its owner. `expected` as in `read_adapter`.
+    An alias is returned under its own name with the tensors of its owner. `expected` as in `read_adapter`. `aliases`
+    are those of this run: others are refused, since moments of one shared A are not those of an A each.
     """
     path = directory / MOMENTS_FILE
     tensors, metadata = _read_tensors(path)
     try:
         step = int(metadata["step"])
-        aliases: dict[str, str] = json.loads(metadata.get("aliases", "{}"))
+        shared: dict[str, str] = json.loads(metadata.get("aliases", "{}"))
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: has no readable optimizer step. {_WAY_OUT}") from error
     names = [name.removesuffix(FIRST_MOMENT) for name in tensors if name.endswith(FIRST_MOMENT)]
     pairs = [name + suffix for name in names for suffix in (FIRST_MOMENT, SECOND_MOMENT)]
     check_names(str(path), expected=pairs, found=tensors)
     moments = {name: (tensors[name + FIRST_MOMENT], tensors[name + SECOND_MOMENT]) for name in names}
-    moments |= {alias: moments[owner] for alias, owner in aliases.items()}
+    moments |= {alias: moments[owner] for alias, owner in shared.items()}
+    if aliases is not None and dict(aliases) != shared:
+        _refuse_other_sharing(path, aliases, shared)
     if expected is not None:
         check_names(str(path), expected=expected, found=moments)
     return moments, step
+
+
+def _refuse_other_sharing(path: Path, aliases: Mapping[str, str], shared: Mapping[str, str]) -> None:
+    first = next(alias for alias in [*shared, *aliases] if shared.get(alias) != aliases.get(alias))
+    has, trains = ("one A shared", "an A each") if first in shared else ("an A each", "one A shared")
+    modules = f"{module_of({**aliases, **shared}[first])} and {module_of(first)}"
+    raise ValueError(
+        f"{path}: holds moments of {has} by {modules}, and this run trains {trains}, so they cannot be taken over. "
+        "Go on with the targets of that run (linear_qkv and linear_fc1 share one A), or start a new run from "
+        "its weights, which are in adapter/ in the same form either way."
+    )
 
 
 def check_names(where: str, *, expected: Collection[str], found: Collection[str]) -> None:
@@ -144,6 +158,16 @@ def check_names(where: str, *, expected: Collection[str], found: Collection[str]
         f"{where}: its tensors are not those of this run ({'; '.join(parts)}). "
         "Use the LoRA targets that it was written with, or another adapter."
     )
+
+
+def check_shapes(where: Path, *, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """ValueError naming the first tensor of `expected` whose shape in `found` is another."""
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise ValueError(
+                f"{where}: {name} has shape {tuple(found[name].shape)}, but this run trains {tuple(tensor.shape)}. "
+                "Use the dim of the checkpoint or start a new run."
+            )
 
 
 _WAY_OUT = "The file is damaged or not complete: use another checkpoint, or write it again."

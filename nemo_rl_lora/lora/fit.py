@@ -65,7 +65,7 @@ def _mismatch(tensors: Mapping[str, Tensor], adapted: Sequence[AdaptedModule]) -
     if unexpected := sorted(found - expected):
         return f"the adapter changes {_some(unexpected)}, which it does not have or adapter_config.json does not target"
     if missing := sorted(expected - found):
-        return f"the adapter's file has nothing for {_some(missing)}"
+        return f"the adapter has no tensors for {_some(missing)}"
     for module in adapted:
         for side, shape in (("A", (module.dim, module.in_features)), ("B", (module.out_features, module.dim))):
             present = tuple(tensors[adapter_tensor_name(module.name, side)].shape)

@@ -107,6 +107,18 @@ def resolve_targets(
     return tuple(_adapted(spec, module) for module in chosen)
 
 
+def refuse_head_adapter(spec: LoraSpec, adapted: Sequence[AdaptedModule], config_key: str) -> None:
+    """ValueError where an adapter of the output head would be trained: its logits exist in chunks alone, whose
+    gradient is known without it."""
+    head = next((module for module in adapted if last_component(module.name) in OUTPUT_HEAD_NAMES), None)
+    if head is not None:
+        raise ValueError(
+            f"{config_key}.target_modules={list(spec.targets)!r}: matches the output head {head.name!r}, where no "
+            f"adapter is trained in this version. Drop it from the targets, or add {head.name!r} to "
+            f"{config_key}.exclude_modules."
+        )
+
+
 def _adapted(spec: LoraSpec, module: LinearModule) -> AdaptedModule:
     return AdaptedModule(
         name=module.name,

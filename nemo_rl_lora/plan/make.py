@@ -16,10 +16,11 @@ import torch
 from nemo_rl_lora.config.lora import kernels_off_because, lora_block_key, lora_spec_from_policy
 from nemo_rl_lora.config.runnable import check_runnable
 from nemo_rl_lora.lora.spec import LoraSpec, require_adapter_dtype
-from nemo_rl_lora.lora.targets import AdaptedModule, resolve_targets
+from nemo_rl_lora.lora.targets import AdaptedModule, refuse_head_adapter, resolve_targets
 from nemo_rl_lora.model_source import resolve_model
 from nemo_rl_lora.plan.model_shapes import ModelShapes, adapted_types, left_out_types, read_model_shapes
 from nemo_rl_lora.plan.nouns import Check, Effect, Plan, Sizes
+from nemo_rl_lora.policy.megatron.families import parallel_problems, read_family, refuse_expert_targets
 from nemo_rl_lora.policy.segment_attention import layout_problems, supports_segments
 
 if TYPE_CHECKING:
@@ -60,7 +61,12 @@ def make_plan(config: MasterConfig, checks: Sequence[NamedCheck] = ()) -> Plan:
         sizes=sizes,
         effects=_effects(config, spec, shapes),
         checks=(_world_size(config), *passed),
-        problems=(*check_runnable(config), *layout_problems(policy, shapes.config), *problems),
+        problems=(
+            *check_runnable(config),
+            *layout_problems(policy, shapes.config),
+            *_megatron_problems(config, spec, shapes),
+            *problems,
+        ),
         unchecked=_unchecked(config, sizes, [name for name, _ in checks]),
     )
 
@@ -76,9 +82,11 @@ def _adapted(spec: LoraSpec | None, shapes: ModelShapes, policy: PolicyConfig) -
         return ()
     key = lora_block_key(policy)
     require_adapter_dtype(spec, shapes.quantization, key)
-    return resolve_targets(
+    adapted = resolve_targets(
         spec, shapes.linears, tied_head=shapes.has_tied_head, model_label=policy.model_name, config_key=key
     )
+    refuse_head_adapter(spec, adapted, key)
+    return adapted
 
 
 def _sizes(config: MasterConfig, shapes: ModelShapes, adapted: Sequence[AdaptedModule], num_trainable: int) -> Sizes:
@@ -158,6 +166,20 @@ def _generation(backend: str) -> Effect:
     return Effect(key="policy.generation.backend", requested=backend, effective=chosen, reason=reason)
 
 
+def _megatron_problems(config: MasterConfig, spec: LoraSpec | None, shapes: ModelShapes) -> list[str]:
+    """Why the Megatron backend cannot hold this model, or share it as asked."""
+    policy = config.policy
+    if policy.active_backend != "megatron":
+        return []
+    try:
+        family = read_family(shapes.config, policy.model_name, policy.max_total_sequence_length)
+        if spec is not None:
+            refuse_expert_targets(spec, family, lora_block_key(policy))
+    except ValueError as error:
+        return [str(error)]
+    return parallel_problems(family, policy.megatron_cfg, config.cluster.num_nodes * config.cluster.gpus_per_node)
+
+
 def _world_size(config: MasterConfig) -> Check:
     processes = config.cluster.num_nodes * config.cluster.gpus_per_node
     found = f"{processes} training {'process' if processes == 1 else 'processes'}"
@@ -184,8 +206,6 @@ def _unchecked(config: MasterConfig, sizes: Sizes, names: Sequence[str]) -> tupl
             f"whether the run fits: weights, gradients and optimizer take {needed / 2**30:,.1f} GiB, and this "
             f"machine has {available / 2**30:,.1f} GiB"
         )
-    if config.policy.active_backend == "megatron":
-        unchecked.append("what Megatron can hold of this model: no Megatron layer was built")
     return tuple(unchecked)
 
 

@@ -22,6 +22,7 @@ from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.lora.dialects import spec_to_peft_config
 from nemo_rl_lora.lora.files import (
     adapter_tensor_name,
+    check_shapes,
     read_adapter,
     read_moments,
     write_adapter,
@@ -29,7 +30,7 @@ from nemo_rl_lora.lora.files import (
 )
 from nemo_rl_lora.lora.merge import merged_weight
 from nemo_rl_lora.lora.spec import LoraSpec
-from nemo_rl_lora.lora.targets import AdaptedModule, resolve_targets
+from nemo_rl_lora.lora.targets import AdaptedModule, refuse_head_adapter, resolve_targets
 from nemo_rl_lora.policy.adapter import DTYPES, AdapterSwitch
 from nemo_rl_lora.policy.adapter_linear import AdapterLinear, install_adapters
 from nemo_rl_lora.policy.forward import DEFAULT_CHUNK_TOKENS, ForwardPass
@@ -160,16 +161,12 @@ class DTensorPolicy:
             assert not missing, missing
         else:
             saved, _ = read_adapter(path / "adapter", expected=masters.keys())
+        check_shapes(path, expected=masters, found=saved)
         with torch.no_grad():
             for name, parameter in masters.items():
-                if saved[name].shape != parameter.shape:
-                    raise ValueError(
-                        f"{path}: {name} has shape {tuple(saved[name].shape)}, but this run trains "
-                        f"{tuple(parameter.shape)}. Use the dim of the checkpoint or start a new run."
-                    )
                 parameter.copy_(saved[name])
         if (path / "optimizer").is_dir():
-            moments, self._optimizer.num_steps = read_moments(path / "optimizer", expected=masters.keys())
+            moments, self._optimizer.num_steps = read_moments(path / "optimizer", expected=masters.keys(), aliases={})
             for name, parameter in masters.items():
                 self._optimizer.set_moments(parameter, *moments[name])
 
@@ -205,6 +202,7 @@ class DTensorPolicy:
             model_label=self._setup.base_model_name,
             config_key=lora_block_key(self._config),
         )
+        refuse_head_adapter(spec, self.adapted, lora_block_key(self._config))
         why_off = kernels_off_because(self._config, spec, cuda=torch.cuda.is_available())
         if why_off is not None:
             logger.warning(why_off)

@@ -70,15 +70,9 @@ class ForwardPass:
             hidden = hidden.to(self.autocast_dtype)
         head = self.model.get_output_embeddings()
         assert isinstance(head, torch.nn.Linear), type(head)
-        values = target_logprobs(
-            hidden,
-            head.weight,
-            micro.target.to(device),
-            temperature=self.temperature,
-            chunk_tokens=self.chunk_tokens,
+        return logprob_rows(
+            hidden, head.weight, micro, width, temperature=self.temperature, chunk_tokens=self.chunk_tokens
         )
-        rows = torch.zeros(len(micro.rows), width, dtype=torch.float32, device=device)
-        return rows.index_put((micro.loss_row.to(device), micro.loss_column.to(device)), values)
 
     def _hidden(self, micro: Microbatch, device: torch.device) -> Tensor:
         """[N, H] in the order of the flat layout."""
@@ -95,6 +89,16 @@ class ForwardPass:
         token_ids, mask = _padded(micro)
         output = body(input_ids=token_ids.to(device), attention_mask=mask.to(device), use_cache=False)
         return output.last_hidden_state[mask.bool().to(device)]
+
+
+def logprob_rows(
+    hidden: Tensor, head: Tensor, micro: Microbatch, width: int, *, temperature: float, chunk_tokens: int
+) -> Tensor:
+    """[b, width] fp32 from the hidden states [M, H] that predict the loss tokens and the head's weight [V, H]."""
+    device = hidden.device
+    values = target_logprobs(hidden, head, micro.target.to(device), temperature=temperature, chunk_tokens=chunk_tokens)
+    rows = torch.zeros(len(micro.rows), width, dtype=torch.float32, device=device)
+    return rows.index_put((micro.loss_row.to(device), micro.loss_column.to(device)), values)
 
 
 def _probe(token_ids: Tensor) -> Microbatch:

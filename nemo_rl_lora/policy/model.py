@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from nemo_rl_lora.lora.targets import LinearModule
+from nemo_rl_lora.policy.without_cuda import TorchWithoutCuda
 
 
 def load_model(path: Path, *, dtype: torch.dtype, config_overrides: dict[str, Any]) -> PreTrainedModel:
@@ -43,6 +44,32 @@ def load_model(path: Path, *, dtype: torch.dtype, config_overrides: dict[str, An
 def load_model_config(path: Path, config_overrides: dict[str, Any]) -> Any:
     """The transformers config alone; reads no weight."""
     return AutoConfig.from_pretrained(path, **config_overrides)
+
+
+def empty_model(config: Any) -> PreTrainedModel:
+    """The model of a transformers config on the meta device: its modules and shapes, no weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def model_of_tensors(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The model of a Hugging Face directory over these tensors, by parameter name; a tied head needs none.
+
+    Nothing is copied, and no weight of the directory is read.
+    """
+    config = copy.deepcopy(config)
+    config.dtype = next(iter(tensors.values())).dtype
+    model = empty_model(config)
+    unexpected = model.load_state_dict(dict(tensors), strict=False, assign=True).unexpected_keys
+    model.tie_weights()
+    absent = [name for name, p in model.named_parameters() if p.is_meta]
+    assert not absent + unexpected, (absent, unexpected)
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # rotary frequencies, not in checkpoints
+            model.set_submodule(name, type(module)(config))
+    with contextlib.suppress(OSError):  # not every directory has a generation_config.json
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model.requires_grad_(False).eval()
 
 
 def linear_modules(model: nn.Module) -> list[LinearModule]:
@@ -73,28 +100,8 @@ def _without_cuda(auto_model: Any) -> Iterator[None]:
         yield
         return
     original = auto_model.torch
-    auto_model.torch = _TorchWithoutCuda()
+    auto_model.torch = TorchWithoutCuda()
     try:
         yield
     finally:
         auto_model.torch = original
-
-
-class _CudaOfCpu:
-    @staticmethod
-    def current_device() -> torch.device:
-        return torch.device("cpu")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.cuda, name)
-
-
-class _TorchWithoutCuda:
-    cuda = _CudaOfCpu()
-
-    @staticmethod
-    def device(*args: Any) -> torch.device:
-        return torch.device("cpu") if args and args[0] == "cuda" else torch.device(*args)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)

@@ -17,11 +17,10 @@ from torch import Tensor
 from nemo_rl_lora.algorithms.losses import count_denominators
 from nemo_rl_lora.algorithms.preference_loss import PreferenceLoss, row_logprobs
 from nemo_rl_lora.config.dpo import DpoConfig
-from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.lora.files import adapter_tensor_name
-from nemo_rl_lora.lora.spec import LoraSpec
-from nemo_rl_lora.policy.dtensor import DTensorPolicy, PolicySetup
+from nemo_rl_lora.policy.dtensor import DTensorPolicy
 from nemo_rl_lora.types import Batch, StepOutput
+from tests.policy.test_dtensor import make_policy, spec
 
 BETA = 0.5
 PAIRS = [
@@ -84,7 +83,7 @@ class Rig:
         self.trainer.model.zero_grad(set_to_none=True)
         return found
 
-    def our_adapter(self) -> dict[str, torch.nn.Parameter]:
+    def our_adapter(self) -> dict[str, Tensor]:
         """By canonical name."""
         return {
             adapter_tensor_name(name, side): factor.weight
@@ -114,29 +113,18 @@ def rig(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Rig:
         processing_class=AutoTokenizer.from_pretrained(tiny_llama),
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
     )
-    config = PolicyConfig.model_validate(
-        {
-            "model_name": "tiny",
-            "precision": "float32",
-            "max_total_sequence_length": 128,
-            "max_grad_norm": None,
-            "optimizer": {"kwargs": {"lr": 0.0, "weight_decay": 0.0}},
-            "sequence_packing": {"enabled": True},
-        }
+    policy = make_policy(
+        tiny_llama,
+        spec=spec(dim=4, alpha=8),
+        max_total_sequence_length=128,
+        max_grad_norm=None,
+        optimizer={"kwargs": {"lr": 0.0, "weight_decay": 0.0}},
+        sequence_packing={"enabled": True},
     )
-    setup = PolicySetup(
-        model_path=tiny_llama,
-        base_model_name="tiny",
-        spec=LoraSpec(dim=4, alpha=8),
-        seed=0,
-        temperature=1.0,
-        keep_reference=False,
-        logprob_rows=1,
-    )
-    rig = Rig(trainer=trainer, policy=DTensorPolicy(config, setup))
+    rig = Rig(trainer=trainer, policy=policy)
     ours, generator = rig.our_adapter(), torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in trainer.model.named_parameters():
+        for name, parameter in rig.trainer.model.named_parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
                 ours[name.replace(".default", "")].copy_(parameter)

@@ -42,13 +42,11 @@ def log_sigmoid(x: float) -> float:
 
 def log_ratios(*, average: bool) -> list[tuple[float, float]]:
     """(chosen, rejected) of each pair."""
-    return [
-        tuple(
-            (sum(row) - reference) / (len(row) if average else 1)
-            for row, reference in ((chosen, of_chosen), (rejected, of_rejected))
-        )
-        for chosen, of_chosen, rejected, of_rejected in PAIRS
-    ]
+
+    def log_ratio(row: list[float], reference: float) -> float:
+        return (sum(row) - reference) / (len(row) if average else 1)
+
+    return [(log_ratio(*pair[:2]), log_ratio(*pair[2:])) for pair in PAIRS]
 
 
 def pair_inputs() -> LossInputs:
@@ -83,7 +81,7 @@ def part(inputs: LossInputs, rows: slice) -> LossInputs:
 
 
 def make_loss(**settings) -> PreferenceLoss:
-    return PreferenceLoss(config=DpoConfig(**({"reference_policy_kl_penalty": BETA} | settings)))
+    return PreferenceLoss(config=DpoConfig.model_validate({"reference_policy_kl_penalty": BETA} | settings))
 
 
 @pytest.mark.parametrize("average", [False, True])

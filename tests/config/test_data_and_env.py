@@ -1,7 +1,16 @@
 import pytest
 
-from nemo_rl_lora.config.data import OTHER_DATASETS, DataConfig
+from nemo_rl_lora.config.data import (
+    CONVERSATION_DATASETS,
+    PREFERENCE_DATASETS,
+    PROMPT_DATASETS,
+    DataConfig,
+    DatasetConfig,
+    require_rows_for,
+)
 from nemo_rl_lora.config.env import EnvConfig
+from nemo_rl_lora.config.errors import ConfigError
+from nemo_rl_lora.config.loader import load_config
 
 
 def data(**values):
@@ -27,9 +36,78 @@ def test_resolved_configuration_loads_again():
     assert EnvConfig.model_validate(env.model_dump()) == env
 
 
-@pytest.mark.parametrize("name", OTHER_DATASETS)
-def test_datasets_of_other_drivers_load(name):
-    assert data(train={"dataset_name": name, "split": "train"}).train is not None
+@pytest.mark.parametrize(
+    ("algorithm", "names", "kind"),
+    [
+        ("grpo", PROMPT_DATASETS, "prompts for GRPO"),
+        ("sft", CONVERSATION_DATASETS, "conversations for SFT"),
+        ("dpo", PREFERENCE_DATASETS, "preference pairs for DPO"),
+    ],
+)
+def test_datasets_of_every_kind_load_and_serve_their_algorithms_alone(algorithm, names, kind):
+    for name in PROMPT_DATASETS | CONVERSATION_DATASETS | PREFERENCE_DATASETS:
+        section = {"dataset_name": name, "data_path": "a.jsonl", "task": "chain_sum"}
+        own = {key: value for key, value in section.items() if key in {"dataset_name", *_own_keys(name)}}
+        section = DatasetConfig.model_validate(own)
+        if name in names:
+            require_rows_for(algorithm, section, "data.train")
+            continue
+        with pytest.raises(ValueError) as error:
+            require_rows_for(algorithm, section, "data.train")
+        assert str(error.value) == (
+            f"data.train.dataset_name={name!r}: holds no {kind}. Use one of {', '.join(names)}."
+        )
+
+
+def _own_keys(name):
+    return (PROMPT_DATASETS | CONVERSATION_DATASETS | PREFERENCE_DATASETS)[name]
+
+
+def test_list_of_datasets_takes_the_defaults_and_their_rates():
+    config = data(
+        default={"system_prompt_file": "s.txt"},
+        train=[{"dataset_name": "gsm8k", "rate": 2}, {"dataset_name": "squad", "system_prompt_file": None}],
+        validation=[{"dataset_name": "squad"}],
+    )
+    assert [(key, section.dataset_name, section.rate) for key, section in config.sections("train")] == [
+        ("data.train.0", "gsm8k", 2.0),
+        ("data.train.1", "squad", 1.0),
+    ]
+    assert [section.system_prompt_file for _, section in config.sections("train")] == ["s.txt", None]
+    assert [section.system_prompt_file for _, section in config.sections("validation")] == ["s.txt"]
+    assert DataConfig.model_validate(config.model_dump(mode="json")) == config
+    one = data(train={"dataset_name": "squad"})
+    assert [(key, section.dataset_name) for key, section in one.sections("train")] == [("data.train", "squad")]
+    assert one.sections("validation") == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "data.train=[{dataset_name: squad}, {dataset_name: squad, rate: 0}]",
+            "data.train.1.rate=0: must be greater than 0.0. Correct the value (the schema's default is 1.0).",
+        ),
+        (
+            "data.train=[{dataset_name: squad, low: 5}]",
+            "data.train.0.low=5: has no meaning with dataset_name='squad', whose own keys are data_path, split, subse",
+        ),
+        ("data.train=[]", "data.train=[]: a list of datasets needs at least one. Add one, or give null."),
+        ("data.train=[{dataset_name: squad, splt: a}]", "data.train.0.splt='a': unknown key. Did you mean 'split'?"),
+        ("data.train.rate=2", "data.train.rate=2.0: has no meaning here, since rates mix a list of training datasets."),
+        (
+            "data.validation=[{dataset_name: squad, rate: 2}]",
+            "data.validation.0.rate=2.0: has no meaning here, since rates mix a list of training datasets. Remove it.",
+        ),
+        ("data.train=squad", "data.train='squad': must be a mapping. Correct the value"),
+    ],
+)
+def test_wrong_list_is_named_by_its_element(override, message):
+    names = [f"logger.{sink}=x" for sink in ("wandb.name", "swanlab.name", "mlflow.run_name", "tensorboard.log_dir")]
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [override, *names], "sft")
+    assert str(error.value).startswith(message)
+    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -43,7 +121,11 @@ def test_datasets_of_other_drivers_load(name):
         ({"dataset_name": "reasoning_gym"}, "task=None"),
         ({"dataset_name": "gsm8k", "repeat": 2}, "only 1 is supported"),
         ({"dataset_name": "gsm8k", "splt": "train"}, "Extra inputs are not permitted"),
-        ([{"dataset_name": "gsm8k"}], "a list of datasets is not supported"),
+        ({"dataset_name": "gsm8k", "chosen_key": "better"}, "chosen_key='better': has no meaning"),
+        ({"dataset_name": "squad", "chat_key": "chat"}, "chat_key='chat': has no meaning"),
+        ({"dataset_name": "HelpSteer3", "pairs": "one"}, "pairs='one': has no meaning"),
+        ({"dataset_name": "gsm8k_solutions"}, "data_path=None"),
+        ({"dataset_name": "generated_sums", "subset": "main"}, "subset='main': has no meaning"),
     ],
 )
 def test_dataset_that_cannot_be_meant_is_refused(train, message):

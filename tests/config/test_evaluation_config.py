@@ -5,6 +5,7 @@ import pytest
 from nemo_rl_lora.config.data import DataConfig
 from nemo_rl_lora.config.errors import ConfigError
 from nemo_rl_lora.config.loader import CONFIG_DIR, algorithm_of, load_config, resolved_yaml
+from nemo_rl_lora.config.translate import translate_file
 
 QUICK = CONFIG_DIR / "quickstart" / "eval.yaml"
 GREEDY = "(policy.generation.val_temperature=0). Remove it, or raise the temperature."
@@ -107,6 +108,12 @@ WRONG = [
 @pytest.mark.parametrize(("overrides", "says"), WRONG, ids=[row[0][0] for row in WRONG])
 def test_what_cannot_be_evaluated_is_refused(overrides, says) -> None:
     assert refused(*overrides) == says
+
+
+def test_a_file_that_evaluates_describes_no_adapter() -> None:
+    with pytest.raises(ConfigError) as error:
+        translate_file(QUICK)
+    assert str(error.value) == f"{QUICK}: evaluates adapters and describes none. Give the adapter_config.json of one."
 
 
 def test_a_file_of_another_driver_is_named_as_such() -> None:

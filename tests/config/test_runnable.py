@@ -13,11 +13,6 @@ def test_quick_start_is_runnable() -> None:
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
-        (["policy.backend=megatron"], "policy.backend='megatron'"),
-        (
-            ["policy.dtensor_cfg.enabled=false", "policy.megatron_cfg.enabled=true"],
-            "policy.megatron_cfg.enabled=True",
-        ),
         (["policy.dtensor_cfg.tensor_parallel_size=2"], "policy.dtensor_cfg.tensor_parallel_size=2"),
         (["policy.dtensor_cfg.context_parallel_size=4"], "policy.dtensor_cfg.context_parallel_size=4"),
         (["policy.dtensor_cfg.dp_replicate_size=2"], "policy.dtensor_cfg.dp_replicate_size=2"),
@@ -36,7 +31,7 @@ def test_setting_that_cannot_run_is_named(overrides: list[str], key: str) -> Non
 def test_recipe_for_two_nodes_loads_and_names_all_that_is_missing() -> None:
     file = CONFIG_DIR / "recipes" / "llm" / "grpo-nanov3-30BA3B-2n8g-megatron-lora.yaml"
     keys = [problem.split("=")[0] for problem in check_runnable(load_config(file, [], "grpo"))]
-    assert keys == ["policy.megatron_cfg.enabled", "cluster.gpus_per_node", "policy.generation.backend"]
+    assert keys == ["cluster.gpus_per_node", "policy.generation.backend"]
 
 
 @pytest.mark.parametrize(

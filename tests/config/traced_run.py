@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from nemo_rl_lora import command_line
 from nemo_rl_lora.config import idle
 from nemo_rl_lora.config.base import Section
+from nemo_rl_lora.config.master import Algorithm
 from nemo_rl_lora.lora.spec import LoraSpec
 
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
@@ -93,7 +94,7 @@ class Reads:
             yield
 
 
-def traced_run(reads: Reads, overrides: list[str], *, plan: bool = False) -> int:
+def traced_run(reads: Reads, overrides: list[str], *, plan: bool = False, algorithm: Algorithm = "grpo") -> int:
     """The driver's own main with these overrides; reads are recorded from the end of loading on."""
     load = command_line.load_config
 
@@ -106,7 +107,7 @@ def traced_run(reads: Reads, overrides: list[str], *, plan: bool = False) -> int
     with pytest.MonkeyPatch.context() as patch, reads.recording():
         patch.setattr(command_line, "load_config", load_and_watch)
         patch.setattr("nemo_rl_lora.console.setup_logging", lambda *_: None)  # pytest has its own handlers
-        return command_line.train_main("grpo", arguments)
+        return command_line.train_main(algorithm, arguments)
 
 
 def _is_comparison(caller: FrameType) -> bool:

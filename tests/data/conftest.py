@@ -31,9 +31,13 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def smol_path():
     """The directory of SmolLM2-135M-Instruct's own tokenizer."""
+    from huggingface_hub import constants
+
     from nemo_rl_lora.model_source import resolve_model
 
-    return resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct", weights=False).path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        return resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct", weights=False).path
 
 
 @pytest.fixture(scope="session")

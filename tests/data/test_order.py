@@ -88,6 +88,13 @@ def test_mixture_draws_by_the_rates_and_by_the_seed():
     assert [row[0] for row in draws[:80]] != [row[0] for _ in range(10) for row in next(other)]
 
 
+def test_draws_do_not_repeat():
+    loader = mixed(512)
+    letters = [row[0] for _ in range(24) for row in next(loader)]
+    for length in (512, 4096):
+        assert letters[:length] != letters[length : 2 * length]
+
+
 def test_which_set_a_draw_is_from_does_not_depend_on_the_batch():
     by_eight, by_five = mixed(8), mixed(5)
     draws = sum((next(by_eight) for _ in range(50)), [])

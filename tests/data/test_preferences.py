@@ -138,11 +138,11 @@ def test_solutions_are_taken_in_the_order_of_the_file(load, smol, write):
 
 def test_no_question_is_on_both_sides(load):
     section = {"dataset_name": "gsm8k_solutions", "data_path": str(SOLUTIONS), "split_validation_size": 0.2}
-    (train,), (held_out,) = load(section)
+    (train,), (held_out,) = load(section, max_total=4096)
     questions, others = {pair.cluster for pair in train}, {pair.cluster for pair in held_out}
     assert (len(questions), len(others)) == (128, 32)
     assert not questions & others
-    (every,), _ = load({**section, "split_validation_size": 0.0})
+    (every,), _ = load({**section, "split_validation_size": 0.0}, max_total=4096)
     assert sorted(pair.index for pair in [*train, *held_out]) == list(range(len(every)))
     assert len(every) > 300
     assert held_out[3] == next(pair for pair in every if pair.index == held_out[3].index)

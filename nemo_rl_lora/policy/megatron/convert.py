@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +30,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.lora.names import FUSED_PARTS, hf_names
-from nemo_rl_lora.policy.megatron.families import Family
+from nemo_rl_lora.policy.megatron.families import Family, layer_ranges
 
 Shape = tuple[int, ...]
 Side = Literal["A", "B"]
@@ -73,6 +75,24 @@ class ParallelLayout:
     def split_of(self, name: str) -> tuple[int, int]:
         """Tensor-parallel size and rank of a parameter or module."""
         return (self.expert_tp, self.expert_tp_rank) if _EXPERT.search(name) else (self.tp, self.tp_rank)
+
+
+def layout_of(
+    family: Family, megatron: MegatronConfig, *, tp_rank: int, pp_rank: int, ep_rank: int = 0, expert_tp_rank: int = 0
+) -> ParallelLayout:
+    """The layout of the process at these ranks of megatron-core's groups. The sizes must have been judged."""
+    num_experts = 0 if family.experts is None else family.experts.num_experts
+    own_experts = num_experts // megatron.expert_model_parallel_size
+    return ParallelLayout(
+        tp=megatron.tensor_model_parallel_size,
+        tp_rank=tp_rank,
+        expert_tp=megatron.expert_tensor_parallel_size,
+        expert_tp_rank=expert_tp_rank,
+        pp=megatron.pipeline_model_parallel_size,
+        pp_rank=pp_rank,
+        layers=layer_ranges(family.num_layers, megatron)[pp_rank],
+        experts=range(ep_rank * own_experts, (ep_rank + 1) * own_experts),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +218,23 @@ def hf_tensors(
                 yield name, _join(piece, weight.split_dim)
 
 
+def stack_experts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face tensors as transformers holds them in memory, where files and Megatron have a tensor per expert.
+
+    The experts of a layer must follow each other, as they do from `hf_tensors`; they are copied, the rest passes.
+    """
+    for block, run in groupby(tensors, key=lambda named: _experts_of(named[0])):
+        if block is None:
+            yield from run
+            continue
+        parts: dict[str, list[Tensor]] = {"gate_proj": [], "up_proj": [], "down_proj": []}
+        for name, tensor in run:
+            parts[name.split(".")[-2]].append(tensor)
+        gate_up = zip(parts["gate_proj"], parts["up_proj"], strict=True)
+        yield f"{block}.gate_up_proj", torch.stack([torch.cat(pair) for pair in gate_up])
+        yield f"{block}.down_proj", torch.stack(parts["down_proj"])
+
+
 def owners(name: str, layouts: Sequence[ParallelLayout]) -> list[int]:
     """The ranks whose shards make up a parameter or module, in the order of the shards; of replicas the first."""
     by_shard: dict[int, int] = {}
@@ -289,35 +326,31 @@ def check_checkpoint(family: Family, found: Mapping[str, Shape], where: str) -> 
 
     Let through: the rotary frequencies of old Llama files, and a tied head that was written all the same.
     """
-    expected = {name: shape for weight in megatron_weights(family, 1) for name, shape in weight.sources.items()}
-    missing = [name for name in expected if name not in found]
-    unexpected = [
-        name
-        for name in found
-        if name not in expected
-        and not name.endswith(".rotary_emb.inv_freq")
-        and not (family.has_tied_head and name == "lm_head.weight")
-    ]
-    shapes = [
-        f"{name} {found[name]} in place of {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    ignored = {"lm_head.weight"} if family.has_tied_head else set[str]()
+    ignored |= {name for name in found if name.endswith(".rotary_emb.inv_freq")}
+    expected = {f"{name} {shape}" for weight in megatron_weights(family, 1) for name, shape in weight.sources.items()}
+    present = {f"{name} {shape}" for name, shape in found.items() if name not in ignored}
+    kinds = {"missing": sorted(expected - present), "unexpected": sorted(present - expected)}
     if parts := [
         f"{len(names)} {kind}: {', '.join(names[:_NUM_NAMES_SHOWN])}{', ...' * (len(names) > _NUM_NAMES_SHOWN)}"
         for kind, names in kinds.items()
         if names
     ]:
         raise ValueError(
-            f"policy.model_name={where!r}: its tensors are not those of {family.architecture} as its config.json "
-            f"describes it ({'; '.join(parts)}). Use files that belong together, saved by transformers."
+            f"policy.model_name={where!r}: its tensors are not those of the {family.architecture} that its config.json "
+            f"describes ({'; '.join(parts)}). Use files that belong together, as transformers' save_pretrained writes."
         )
 
 
 def _renumber(name: str, layers: int, experts: int) -> str:
     name = _LAYER.sub(lambda number: str(int(number[0]) + layers), name)
     return _EXPERT.sub(lambda number: str(int(number[0]) + experts), name)
+
+
+def _experts_of(hf_name: str) -> str | None:
+    """`model.layers.3.mlp.experts` of a tensor of one of its experts, None of any other."""
+    block, found, _ = hf_name.partition(".experts.")
+    return f"{block}.experts" if found else None
 
 
 def _has_part(name: str, parts: Collection[str]) -> bool:

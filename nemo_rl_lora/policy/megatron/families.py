@@ -158,21 +158,20 @@ def layer_ranges(num_layers: int, megatron: MegatronConfig) -> tuple[range, ...]
     first, last = megatron.num_layers_in_first_pipeline_stage, megatron.num_layers_in_last_pipeline_stage
     layers_left = num_layers - (first or 0) - (last or 0)
     stages_left = num_stages - (first is not None) - (last is not None)
-    if first is None and last is None and num_layers % num_stages:
-        raise ValueError(
-            f"{_KEY}.pipeline_model_parallel_size={num_stages}: must divide the model's {num_layers} layers. Choose "
-            f"{_divisors(num_layers)}, or set {_KEY}.num_layers_in_first_pipeline_stage or _last_pipeline_stage."
-        )
-    even = layers_left % stages_left == 0 if stages_left > 0 else layers_left == stages_left == 0
-    if layers_left < 0 or not even or bool(layers_left) != bool(stages_left):
+    between = [layers_left // stages_left] * stages_left if stages_left > 0 else []
+    sizes = [size for size in (first, *between, last) if size is not None]
+    if len(sizes) != num_stages or sum(sizes) != num_layers or min(sizes) < 1:
+        if first is None and last is None:
+            raise ValueError(
+                f"{_KEY}.pipeline_model_parallel_size={num_stages}: must divide the model's {num_layers} layers. "
+                f"Choose {_divisors(num_layers)}, or set {_KEY}.num_layers_in_first_pipeline_stage."
+            )
         key, value = ("first", first) if first is not None else ("last", last)
         raise ValueError(
             f"{_KEY}.num_layers_in_{key}_pipeline_stage={value}: leaves {layers_left} of {num_layers} layers to "
-            f"{stages_left} other stages, which must have as many each. Change it or "
+            f"{stages_left} other stages, which must have as many each, and one at least. Change it or "
             f"{_KEY}.pipeline_model_parallel_size={num_stages}."
         )
-    sizes = [layers_left // stages_left] * stages_left if stages_left else []
-    sizes = [*([first] if first is not None else []), *sizes, *([last] if last is not None else [])]
     starts = [sum(sizes[:stage]) for stage in range(num_stages)]
     return tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
 

@@ -1,0 +1,256 @@
+"""LoRA on megatron-core's parallel layers: canonical factors inside fused layers, or one shared A.
+
+Contract: a layer that holds several Hugging Face modules (`linear_qkv`, `linear_fc1`) has an A and a B for each of
+them, unless its spec is shared: then one A, and one B in the layer's row order. Factors are fp32 masters, a rank's
+shards of what one process would hold (convert.shard_adapter), cast to the adapter's dtype in the forward pass. Their
+split over tensor-parallel ranks is that of NVIDIA's Megatron Bridge: A of a column-parallel base by dim, and gathered;
+A of a row-parallel base by its inputs, and summed; B by its outputs. Not here: which modules are adapted, and files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    all_gather_last_dim_from_tensor_parallel_region,
+    all_to_all_hp2sp,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from torch import Tensor, nn
+
+from nemo_rl_lora.lora.files import adapter_tensor_name
+from nemo_rl_lora.lora.names import hf_names, megatron_name
+from nemo_rl_lora.lora.spec import LoraSpec
+from nemo_rl_lora.lora.targets import AdaptedModule
+from nemo_rl_lora.policy.adapter import DTYPES, AdapterSwitch, draw_a, keep_mask
+from nemo_rl_lora.policy.megatron.convert import ParallelLayout, Side, shard_adapter, share, unshare
+from nemo_rl_lora.policy.megatron.families import Family
+
+_ROW_PARALLEL = ("linear_proj", "linear_fc2")
+SIDES: tuple[Side, Side] = ("A", "B")
+
+
+class Factors(nn.Module):
+    """A [dim, in] and B [out, dim] of one update, or a rank's shards of them."""
+
+    def __init__(self, held: Sequence[AdaptedModule], name: str, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.held = tuple(held)  # the Hugging Face modules that it updates: several share their A
+        self.name = name  # what A and dropout are drawn for
+        self.scale = held[0].scale
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+
+    def factor(self, side: Side) -> nn.Parameter:
+        return self.a if side == "A" else self.b
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What all adapters of a model have in common."""
+
+    spec: LoraSpec
+    switch: AdapterSwitch
+    group: Any  # of the tensor-parallel ranks
+    sequence_parallel: bool
+
+
+class AdaptedLinear(nn.Module):
+    """A parallel linear layer whose output has an update added for each module that it holds."""
+
+    def __init__(
+        self, base: nn.Module, slots: Sequence[tuple[int, Factors | None]], setting: Setting, *, is_row: bool
+    ) -> None:
+        """`slots`: how many rows a module has in each repetition of the layer's pattern, and its factors if any."""
+        super().__init__()
+        self.base = base
+        self.factors = nn.ModuleList(factors for _, factors in slots if factors is not None)
+        self._slots = [(width, factors is not None) for width, factors in slots]
+        self._setting, self._is_row = setting, is_row
+
+    @property
+    def parts(self) -> list[Factors]:
+        return [part for part in self.factors if isinstance(part, Factors)]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As the base: the output, and a bias that the caller adds."""
+        out, bias = self.base(x, *args, **kwargs)
+        return (out + self._update(x).to(out.dtype) if self._setting.switch.on else out), bias
+
+    def _update(self, x: Tensor) -> Tensor:
+        x = x.to(x.dtype if self._setting.spec.dtype is None else DTYPES[self._setting.spec.dtype])
+        updates = self._row_updates(x) if self._is_row else self._column_updates(x)
+        if len(self._slots) == 1:
+            return updates[0]
+        present = iter(updates)
+        number = updates[0].shape[-1] // next(width for width, is_adapted in self._slots if is_adapted)
+        zeros = x.new_zeros(())
+        pattern = [
+            next(present).unflatten(-1, (number, width))
+            if is_adapted
+            else zeros.expand(*updates[0].shape[:-1], number, width)
+            for width, is_adapted in self._slots
+        ]
+        return torch.cat(pattern, dim=-1).flatten(-2)
+
+    def _column_updates(self, x: Tensor) -> list[Tensor]:
+        """This rank's outputs of every update; x [N, 1, in], or a rank's share of its N."""
+        if self._setting.sequence_parallel:
+            x = gather_from_sequence_parallel_region(x, group=self._setting.group)
+        elif self._setting.group.size() > 1:
+            x = copy_to_tensor_model_parallel_region(x, group=self._setting.group)
+        inner = [F.linear(self._dropped(x, part, "pre"), part.a.to(x.dtype)) for part in self.parts]
+        if (size := self._setting.group.size()) > 1:
+            gathered = all_gather_last_dim_from_tensor_parallel_region(
+                torch.cat(inner, dim=-1), group=self._setting.group
+            )
+            shards = gathered.unflatten(-1, (size, -1)).split([part.shape[-1] for part in inner], dim=-1)
+            inner = [shard.flatten(-2) for shard in shards]
+        return [
+            self._dropped(F.linear(h * part.scale, part.b.to(h.dtype)), part, "post", split_dim=-1)
+            for h, part in zip(inner, self.parts, strict=True)
+        ]
+
+    def _row_updates(self, x: Tensor) -> list[Tensor]:
+        """The whole output of the one update, or its share of N; x [N, 1, in], or a rank's share of its columns."""
+        (part,) = self.parts
+        inner = F.linear(self._dropped(x, part, "pre", split_dim=-1), part.a.to(x.dtype))
+        if self._setting.group.size() > 1:
+            inner = reduce_from_tensor_model_parallel_region(inner, group=self._setting.group)
+            inner = copy_to_tensor_model_parallel_region(inner, group=self._setting.group)
+        update = F.linear(inner * part.scale, part.b.to(inner.dtype))
+        if self._setting.sequence_parallel and self._setting.spec.a2a:
+            update = all_to_all_hp2sp(update, group=self._setting.group)
+            return [self._dropped(update, part, "post", split_dim=0)]
+        if self._setting.group.size() > 1:
+            update = gather_from_tensor_model_parallel_region(update, group=self._setting.group)
+        update = self._dropped(update, part, "post")
+        return [
+            scatter_to_sequence_parallel_region(update, group=self._setting.group)
+            if self._setting.sequence_parallel
+            else update
+        ]
+
+    def _dropped(self, x: Tensor, part: Factors, position: str, split_dim: int | None = None) -> Tensor:
+        """x after dropout, where it is on at this position. Of an x that ranks split, the whole mask is drawn."""
+        seed = self._setting.switch.dropout_seed
+        if self._setting.spec.dropout == 0.0 or seed is None or self._setting.spec.dropout_position != position:
+            return x
+        shape, size = list(x.shape), self._setting.group.size()
+        if split_dim is not None:
+            shape[split_dim] *= size
+        mask = keep_mask(torch.Size(shape), probability=self._setting.spec.dropout, seed=seed, name=part.name, like=x)
+        return x * (mask if split_dim is None else mask.chunk(size, dim=split_dim)[self._setting.group.rank()])
+
+
+class Adapters:
+    """Every adapter of a rank's part of the model, and the way between its factors and canonical tensors."""
+
+    def __init__(
+        self,
+        model: GPTModel,
+        adapted: Sequence[AdaptedModule],
+        spec: LoraSpec,
+        *,
+        family: Family,
+        layout: ParallelLayout,
+        seed: int,
+    ) -> None:
+        """Freeze the model and put adapters into it, with A drawn and B zero."""
+        self._family, self._layout, self._seed = family, layout, seed
+        self.switch = AdapterSwitch()
+        self._setting = Setting(
+            spec=spec,
+            switch=self.switch,
+            group=model.pg_collection.tp,
+            sequence_parallel=model.config.sequence_parallel,
+        )
+        model.requires_grad_(False)
+        by_layer: dict[str, dict[str, AdaptedModule]] = {}
+        for module in adapted:
+            layer = megatron_name(module.name)
+            assert layer is not None, module.name
+            by_layer.setdefault(layer, {})[module.name] = module
+        self._layers = {
+            layer: self._install(model, layer, modules) for layer, modules in by_layer.items() if layout.holds(layer)
+        }
+
+    def masters(self) -> list[nn.Parameter]:
+        """A and B of every layer, as they are trained."""
+        return [master for part, _ in self._parts() for master in (part.a, part.b)]
+
+    def canonical(self, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+        """`of` every master, under canonical names: a shared A as a copy for each of its modules."""
+        return {
+            adapter_tensor_name(module.name, side): tensor
+            for part, layer in self._parts()
+            for side in SIDES
+            for module, tensor in zip(part.held, self._separated(part, layer, side, of), strict=True)
+        }
+
+    def masters_from(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Every master with what canonical tensors say of it. ValueError where a shape or a shared A does not fit."""
+        for part, layer in self._parts():
+            for side in SIDES:
+                held = [tensors[adapter_tensor_name(module.name, side)] for module in part.held]
+                shards = [shard_adapter(layer, side, tensor, self._layout) for tensor in held]
+                yield part.factor(side), shards[0] if len(shards) == 1 else share(layer, side, shards, self._family)
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Of a shared A: each further canonical name -> the first."""
+        first = {part: adapter_tensor_name(part.held[0].name, "A") for part, _ in self._parts()}
+        return {
+            adapter_tensor_name(module.name, "A"): first[part] for part, _ in self._parts() for module in part.held[1:]
+        }
+
+    def apply(self) -> None:
+        """Nothing: masters are what the layers read."""
+
+    def _parts(self) -> Iterator[tuple[Factors, str]]:
+        return ((part, layer) for layer, linear in self._layers.items() for part in linear.parts)
+
+    def _separated(
+        self, part: Factors, layer: str, side: Side, of: Callable[[nn.Parameter], Tensor]
+    ) -> tuple[Tensor, ...]:
+        tensor = of(part.factor(side)).detach()
+        return (tensor,) if len(part.held) == 1 else unshare(layer, side, tensor, self._family)
+
+    def _install(self, model: nn.Module, layer: str, modules: Mapping[str, AdaptedModule]) -> AdaptedLinear:
+        parent, _, leaf = self._layout.local_name(layer).rpartition(".")
+        holder = model.get_submodule(parent)
+        base = holder.get_submodule(leaf)
+        device = next(base.parameters()).device
+        if self._setting.spec.fused == "shared":
+            slots = [(0, self._factors(layer, list(modules.values())))]
+        else:
+            slots = [
+                (width, self._factors(layer, [modules[name]]) if name in modules else None)
+                for name, width in zip(hf_names(layer), self._widths(leaf), strict=True)
+            ]
+        linear = AdaptedLinear(base, slots, self._setting, is_row=leaf in _ROW_PARALLEL)
+        linear.factors.to(device)
+        setattr(holder, leaf, linear)
+        return linear
+
+    def _factors(self, layer: str, held: Sequence[AdaptedModule]) -> Factors:
+        name = held[0].name if len(held) == 1 else layer
+        module = held[0]
+        a = draw_a(self._setting.spec, name=name, in_features=module.in_features, dim=module.dim, seed=self._seed)
+        b = torch.zeros(sum(m.out_features for m in held) // self._layout.split_of(layer)[0], module.dim)
+        return Factors(held, name, shard_adapter(layer, "A", a, self._layout).contiguous(), b)
+
+    def _widths(self, leaf: str) -> tuple[int, ...]:
+        """Rows of each module of a layer in one repetition of its pattern, on this rank."""
+        head = self._family.head_dim
+        if leaf == "linear_qkv":
+            return self._family.num_heads // self._family.num_kv_heads * head, head, head
+        return (self._family.ffn_size // self._layout.tp,) * 2 if leaf == "linear_fc1" else (0,)

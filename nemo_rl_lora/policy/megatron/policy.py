@@ -1,0 +1,268 @@
+"""The Megatron backend: megatron-core's model with adapters of our own, trained with AdamW. One process so far.
+
+The twin of policy/dtensor.py: the same verbs in the same order, and the same numbers. With an adapter, only A and B
+are trained, as fp32 masters; the base weights are never written, and the reference policy is the same model with the
+adapters switched off. Without one, all weights are trained: fp32 masters beside weights in `policy.precision`, and a
+reference, where it is needed, is a copy of the base in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nemo_rl_lora.config.lora import lora_block_key
+from nemo_rl_lora.config.policy import PolicyConfig
+from nemo_rl_lora.lora.dialects import spec_to_peft_config
+from nemo_rl_lora.lora.files import (
+    adapter_tensor_name,
+    check_shapes,
+    read_adapter,
+    read_moments,
+    write_adapter,
+    write_moments,
+)
+from nemo_rl_lora.lora.merge import merged_weight
+from nemo_rl_lora.lora.spec import LoraSpec
+from nemo_rl_lora.lora.targets import AdaptedModule, refuse_head_adapter, resolve_targets
+from nemo_rl_lora.policy.adapter import DTYPES
+from nemo_rl_lora.policy.forward import DEFAULT_CHUNK_TOKENS, logprob_rows
+from nemo_rl_lora.policy.masters import MasterAdam
+from nemo_rl_lora.policy.megatron.convert import check_checkpoint, open_checkpoint
+from nemo_rl_lora.policy.megatron.families import read_family, refuse_expert_targets
+from nemo_rl_lora.policy.megatron.layers import Layer, build_model, flat_run, transformer_config
+from nemo_rl_lora.policy.megatron.lora import Adapters
+from nemo_rl_lora.policy.megatron.processes import join_processes
+from nemo_rl_lora.policy.megatron.weights import AllWeights, StageWeights
+from nemo_rl_lora.policy.microbatches import Microbatch, MicrobatchPlan, plan_from_config, plan_microbatches
+from nemo_rl_lora.policy.model import empty_model, linear_modules, load_model_config, model_of_tensors
+from nemo_rl_lora.policy.protocol import PolicySetup
+from nemo_rl_lora.policy.shares import add_metrics, loss_share
+from nemo_rl_lora.policy.weights import LazyTensor, cast_entry, digest_of, make_ref
+from nemo_rl_lora.randomness import derive_seed
+from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, TensorInfo, WeightsRef
+
+
+class MegatronPolicy:
+    """A Policy (policy/protocol.py) on one device."""
+
+    def __init__(self, config: PolicyConfig, setup: PolicySetup) -> None:
+        self._config = config
+        self._setup = setup
+        self._hf_config = load_model_config(setup.model_path, dict(config.hf_config_overrides))
+        family = read_family(self._hf_config, config.model_name, config.max_total_sequence_length)
+        layout = join_processes(family, config.megatron_cfg)
+        self._family = family
+        self._compute_dtype = DTYPES[config.precision]
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        core = transformer_config(family, config.megatron_cfg, self._compute_dtype)
+        self._model = build_model(family, layout, core).to(self._device)
+        self._weights = StageWeights(self._model, family, layout)
+        with open_checkpoint(setup.model_path) as slices:
+            check_checkpoint(family, {name: tuple(s.get_shape()) for name, s in slices.items()}, str(config.model_name))
+            self._weights.load(slices.__getitem__)
+        for layer in self._model.modules():
+            if isinstance(layer, Layer):
+                layer.recompute = config.megatron_cfg.activation_checkpointing
+        self.adapted: tuple[AdaptedModule, ...] = ()
+        self._adapters: Adapters | None = None
+        if setup.spec is not None:
+            self.adapted = self._resolve(setup.spec)
+            self._adapters = Adapters(
+                self._model, self.adapted, setup.spec, family=family, layout=layout, seed=setup.seed
+            )
+        self._trained = self._adapters or AllWeights(self._weights, freeze_router=config.megatron_cfg.freeze_moe_router)
+        self._reference = self._copy_of_base() if setup.spec is None and setup.keep_reference else None
+        self._optimizer = MasterAdam(self._trained.masters(), setup.adam)
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """[B, T] fp32, dropout off; 0.0 outside the loss mask."""
+        width = batch.token_ids.shape[1]
+        out = torch.zeros(batch.token_ids.shape, dtype=torch.float32)
+        with torch.no_grad():
+            for micro in plan_microbatches(batch, self._microbatch_plan("logprob")):
+                out[micro.rows] = self._forward(micro, width).cpu()
+        return out
+
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        """The same with the adapter switched off; in full fine-tuning, with the base weights in place."""
+        with self._as_reference():
+            return self.logprobs(batch)
+
+    def train_step(self, batch: Batch, loss_fn: LossFn) -> StepOutput:
+        """All microbatches, then one optimizer step. FloatingPointError before the optimizer moves on bad numbers."""
+        self._optimizer.zero_grad(set_to_none=True)
+        total_loss = 0.0
+        metrics: dict[str, float] = {}
+        microbatches = plan_microbatches(batch, self._microbatch_plan("train"))
+        for index, micro in enumerate(microbatches):
+            with self._dropout(index):
+                logprobs = self._forward(micro, batch.token_ids.shape[1])
+                loss, shares = loss_share(batch, micro, logprobs, loss_fn)
+                loss.backward()
+            total_loss += loss.item()
+            add_metrics(metrics, shares)
+        grad_norm, lr = self._optimizer.move(total_loss, torch.nn.utils.get_total_norm)
+        self._trained.apply()
+        return StepOutput(
+            loss=total_loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            metrics=metrics,
+            num_forward_tokens=sum(micro.num_tokens for micro in microbatches),
+            num_padding_tokens=sum(micro.num_padding_tokens for micro in microbatches),
+        )
+
+    def publish(self, version: int, mode: SyncMode) -> WeightsRef:
+        """merged: `<module>.weight` in the compute dtype, merged when read; adapter: A and B in fp32.
+
+        Without an adapter every weight is published as merged.
+        """
+        tensors = self._trained.canonical(_itself)
+        if self._setup.spec is None:
+            if mode == "adapter":
+                raise ValueError(
+                    "policy.generation.lora_sync='adapter': there is no adapter to send. "
+                    "Enable LoRA, or set policy.generation.lora_sync=merged."
+                )
+            entries = {name: cast_entry(name, tensor, self._compute_dtype) for name, tensor in tensors.items()}
+        elif mode == "adapter":
+            entries = {name: cast_entry(name, tensor, torch.float32) for name, tensor in tensors.items()}
+        else:
+            entries = {f"{m.name}.weight": self._merged_entry(m, tensors) for m in self.adapted}
+        return make_ref(version, mode, entries, digest_of(tensors))
+
+    def save(self, path: Path) -> None:
+        """adapter/ (PEFT files) or weights/ (a Hugging Face model), and optimizer/."""
+        tensors = self._trained.canonical(_itself)
+        if self._setup.spec is None:
+            model_of_tensors(self._setup.model_path, self._hf_config, tensors).save_pretrained(path / "weights")
+        else:
+            peft = spec_to_peft_config(self._setup.spec, self._setup.base_model_name, self.adapted)
+            write_adapter(path / "adapter", tensors, peft)
+        first, second = (self._trained.canonical(partial(self._moment, index=index)) for index in (0, 1))
+        aliases = self._trained.aliases
+        moments = {name: (first[name], second[name]) for name in first if name not in aliases}
+        write_moments(path / "optimizer", moments, self._optimizer.num_steps, aliases=aliases)
+
+    def load(self, path: Path) -> None:
+        """Strictly what `save` of either backend wrote. Without moments the optimizer starts anew."""
+        present = self._trained.canonical(_itself)
+        if self._setup.spec is None:
+            with open_checkpoint(path / "weights") as slices:
+                saved = {name: slices[name][:].float() for name in present}
+        else:
+            saved, _ = read_adapter(path / "adapter", expected=present.keys())
+        check_shapes(path, expected=present, found=saved)
+        with torch.no_grad():
+            for master, tensor in self._trained.masters_from(saved):
+                master.copy_(tensor)
+        self._trained.apply()
+        if (path / "optimizer").is_dir():
+            moments, self._optimizer.num_steps = read_moments(
+                path / "optimizer", expected=present.keys(), aliases=self._trained.aliases
+            )
+            first, second = ({name: pair[index] for name, pair in moments.items()} for index in (0, 1))
+            pairs = zip(self._trained.masters_from(first), self._trained.masters_from(second), strict=True)
+            for (master, one), (_, two) in pairs:
+                self._optimizer.set_moments(master, one, two)
+
+    def close(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    # Beyond the protocol: what the composition root wires into an engine of the same process.
+
+    def base_model(self) -> PreTrainedModel:
+        """A Hugging Face model over the base parameters, which nobody may write; only its q, k and v are copies."""
+        tensors = dict(self._weights.hf_tensors(lambda name: self._weights.parameters[name].detach()))
+        return model_of_tensors(self._setup.model_path, self._hf_config, tensors)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self._compute_dtype
+
+    def _resolve(self, spec: LoraSpec) -> tuple[AdaptedModule, ...]:
+        key = lora_block_key(self._config)
+        refuse_expert_targets(spec, self._family, key)
+        adapted = resolve_targets(
+            spec,
+            linear_modules(empty_model(self._hf_config)),
+            tied_head=self._family.has_tied_head,
+            model_label=self._setup.base_model_name,
+            config_key=key,
+        )
+        refuse_head_adapter(spec, adapted, key)
+        return adapted
+
+    def _microbatch_plan(self, kind: Literal["train", "logprob"]) -> MicrobatchPlan:
+        max_rows = self._config.train_micro_batch_size if kind == "train" else self._setup.logprob_rows
+        return plan_from_config(self._config, kind, max_rows=max_rows, flat=True)
+
+    def _forward(self, micro: Microbatch, width: int) -> Tensor:
+        """[b, width] fp32, in the order of the microbatch's rows; 0.0 where there is no loss token."""
+        run = flat_run(micro, self._family, self._compute_dtype, self._device)
+        token_ids, positions = (ids[None].to(self._device) for ids in (micro.token_ids, micro.position_ids))
+        hidden = self._model(token_ids, positions, None, packed_seq_params=run)[:, 0]
+        return logprob_rows(
+            hidden.index_select(0, micro.predictor.to(self._device)),
+            self._model.head_weight,
+            micro,
+            width,
+            temperature=self._setup.temperature,
+            chunk_tokens=self._config.logprob_chunk_size or DEFAULT_CHUNK_TOKENS,
+        )
+
+    @contextlib.contextmanager
+    def _dropout(self, microbatch: int) -> Iterator[None]:
+        if self._adapters is None:
+            yield
+            return
+        switch = self._adapters.switch
+        switch.dropout_seed = derive_seed(self._setup.seed, "dropout", self._optimizer.num_steps, microbatch)
+        try:
+            yield
+        finally:
+            switch.dropout_seed = None
+
+    @contextlib.contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        if self._adapters is not None:
+            self._adapters.switch.on = False
+            try:
+                yield
+            finally:
+                self._adapters.switch.on = True
+            return
+        assert self._reference is not None, "a full fine-tuning policy was built without a reference"
+        current = {name: p.data for name, p in self._weights.parameters.items()}
+        for name, p in self._weights.parameters.items():
+            p.data = self._reference[name].to(p.device)
+        try:
+            yield
+        finally:
+            for name, p in self._weights.parameters.items():
+                p.data = current[name]
+
+    def _copy_of_base(self) -> dict[str, Tensor]:
+        return {name: p.detach().to("cpu", copy=True) for name, p in self._weights.parameters.items()}
+
+    def _moment(self, master: nn.Parameter, index: int) -> Tensor:
+        return self._optimizer.moments_of(master)[index]
+
+    def _merged_entry(self, module: AdaptedModule, tensors: Mapping[str, Tensor]) -> LazyTensor:
+        name = f"{module.name}.weight"
+        a, b = (tensors[adapter_tensor_name(module.name, side)] for side in "AB")
+        shape = (module.out_features, module.in_features)
+        info = TensorInfo(name=name, shape=shape, dtype=self._compute_dtype)
+        return LazyTensor(info, lambda: merged_weight(self._weights.hf_tensor(name), a, b, module.scale))
+
+
+def _itself(master: nn.Parameter) -> Tensor:
+    return master

@@ -1,0 +1,104 @@
+"""The weights of a rank's part of the model: loaded, read back under Hugging Face names, and trained as a whole.
+
+Contract: weights are the model's own parameters, in the dtype of the computation; nothing is copied but what a
+Hugging Face tensor cannot share with a fused one (q, k and v). Not here: adapters, files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemo_rl_lora.policy.megatron.convert import (
+    ParallelLayout,
+    hf_tensors,
+    megatron_tensors,
+    megatron_weights,
+    separate,
+)
+from nemo_rl_lora.policy.megatron.families import Family
+
+
+class StageWeights:
+    """The parameters of a model without adapters."""
+
+    def __init__(self, model: nn.Module, family: Family, layout: ParallelLayout) -> None:
+        self._family, self._layout = family, layout
+        self.parameters = dict(model.named_parameters())
+        self._holders = {name: weight for weight in megatron_weights(family, layout.pp) for name in weight.sources}
+
+    @torch.no_grad()
+    def load(self, read: Callable[[str], Any]) -> None:
+        """Every parameter from its Hugging Face tensors, given by name; a rank reads its own rows and columns."""
+        missing = set(self.parameters)
+        for name, tensor in megatron_tensors(self._family, self._layout, read):
+            self.parameters[name].copy_(tensor)
+            missing.remove(name)
+        assert not missing, missing
+
+    def hf_tensor(self, name: str) -> Tensor:
+        """The tensor of a Hugging Face name, where one rank holds it all."""
+        weight = self._holders[name]
+        fused = self.parameters[self._layout.local_name(weight.name)].detach()
+        return separate(weight.name, fused, self._family)[list(weight.sources).index(name)]
+
+    def hf_tensors(self, of: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Every Hugging Face tensor, where one rank holds them all, from what `of` says of each parameter's name."""
+        return hf_tensors(self._family, [self._layout], lambda _rank, name, _shape: of(name))
+
+    def from_hf(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter's name with what Hugging Face tensors say of it."""
+        return megatron_tensors(self._family, self._layout, tensors.__getitem__)
+
+
+class AllWeights:
+    """Every weight as something to train: fp32 masters, which are the parameters themselves where those are fp32.
+
+    Beside narrower parameters the gradients of all microbatches are added up in fp32.
+    """
+
+    aliases: Mapping[str, str] = {}
+
+    def __init__(self, weights: StageWeights, *, freeze_router: bool) -> None:
+        self._weights = weights
+        self._masters: dict[str, nn.Parameter] = {}
+        for name, parameter in weights.parameters.items():
+            parameter.requires_grad_(not (freeze_router and ".router." in name))
+            master = parameter
+            if parameter.dtype != torch.float32:
+                master = nn.Parameter(parameter.detach().float())
+            if parameter is not master and parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(partial(_pass_on, master))
+            self._masters[name] = master
+
+    def masters(self) -> list[nn.Parameter]:
+        return list(self._masters.values())
+
+    def canonical(self, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+        """`of` every master, under Hugging Face names."""
+        return dict(self._weights.hf_tensors(lambda name: of(self._masters[name]).detach()))
+
+    def masters_from(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Every master with what canonical tensors say of it."""
+        return ((self._masters[name], tensor) for name, tensor in self._weights.from_hf(tensors))
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Round the masters into the parameters, after they have moved."""
+        for name, parameter in self._weights.parameters.items():
+            if parameter is not self._masters[name]:
+                parameter.copy_(self._masters[name])
+
+
+def _pass_on(master: nn.Parameter, parameter: nn.Parameter) -> None:
+    """Move a gradient that has been accumulated to its master."""
+    assert parameter.grad is not None
+    if master.grad is None:
+        master.grad = parameter.grad.float()
+    else:
+        master.grad += parameter.grad
+    parameter.grad = None
