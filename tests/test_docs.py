@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from tests.driver import Ended, run_driver
+from tests.evaluation_runs import run_eval, save_peft_adapter
 from tools.config_cli import main as config_cli
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +109,8 @@ def test_command_of_the_docs_runs(command, tmp_path, tiny_llama, capsys):
 
 def test_the_pages_show_commands():
     shown = {command.page for command in ALL}
-    assert {"README.md", "configuration.md", "lora.md", "grpo.md", "environments.md"} <= shown
+    assert {"README.md", "configuration.md", "lora.md", "environments.md"} <= shown
+    assert {"sft.md", "dpo.md", "grpo.md", "eval.md", "data.md"} <= shown
 
 
 def test_readme_opens_with_two_commands():
@@ -243,7 +245,41 @@ def assert_peft_loads(place: Place, base: Path) -> None:
     assert AutoTokenizer.from_pretrained(policy / "tokenizer").chat_template
 
 
+def run_evaluation(command: Command, place: Place, capsys) -> None:
+    """The plan of the real model; otherwise the tiny one, with adapters made in place of those that the page names."""
+    if "--plan" in command.arguments:
+        ended = run_eval(*command.arguments)
+        assert ended.code == 0, ended.err
+        assert "Not checked: the base's weights: none was read." in ended.out
+        return
+    arguments, num_adapters = [], 0
+    for argument in command.arguments:
+        key, _, value = argument.partition("=")
+        if key == "eval.adapters":
+            names = [str(place.root / Path(name).name) for name in yaml.safe_load(value)]
+            for seed, name in enumerate(names):
+                save_peft_adapter(place.tiny_model, Path(name), seed, r=2, target_modules=["q_proj"])
+            argument, num_adapters = f"{key}=[{','.join(names)}]", len(names)
+        arguments.append(argument)
+    if any("gsm8k" in argument for argument in arguments):
+        arguments += [gsm8k_files(place)[1], "data.validation.split=null"]
+    ended = run_eval(
+        *arguments,
+        f"policy.model_name={place.tiny_model}",
+        "policy.max_total_sequence_length=256",
+        "policy.generation.max_new_tokens=4",
+        "eval.max_num_prompts=2",
+        f"eval.save_path={place.root}/evaluation",
+    )
+    assert ended.code == 0, ended.err
+    assert "pass@1" in ended.out
+    results = json.loads((place.root / "evaluation" / "results.json").read_text())
+    assert results["complete"]
+    assert (results["num_prompts"], len(results["models"])) == (2, 1 + num_adapters)
+
+
 RUNNERS: dict[str, Callable[..., None]] = {
+    "examples/run_eval.py": run_evaluation,
     "examples/run_grpo.py": run_training,
     "examples/run_sft.py": run_training,
     "examples/run_dpo.py": run_training,

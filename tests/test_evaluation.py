@@ -380,6 +380,14 @@ def test_an_adapter_of_another_base_or_template_is_warned_of(tiny_eval, adapters
     assert ended.out.count("Warning:") == 2
 
 
+def test_the_base_by_another_path_is_no_other_base(tiny_eval, adapters):
+    model = tiny_eval.model
+    ended = tiny_eval("--plan", named(*adapters), f"policy.model_name={model}/../{model.name}")
+
+    assert ended.code == 0, ended.err
+    assert "Warning" not in ended.out
+
+
 def test_the_plan_shows_every_model_and_loads_no_weight(tiny_eval, adapters, no_weights):
     ended = tiny_eval("--plan", named(*adapters))
 
@@ -467,14 +475,14 @@ WRONG = {
     "an adapter with more layers": ("eval.adapters=[{tmp}/of_wide]",
      "eval.adapters='{tmp}/of_wide': does not fit policy.model_name='{model}': the adapter changes "
      "model.layers.2.self_attn.q_proj, which it does not have or adapter_config.json does not target. "
-     "It was made for {tmp}/wide: evaluate it on that."),
+     "It was made for {tmp}/wide: use it on that."),
     "an adapter of another width": ("eval.adapters=[{tmp}/of_wide_2]",
      "eval.adapters='{tmp}/of_wide_2': does not fit policy.model_name='{model}': lora_A of "
      "model.layers.0.self_attn.q_proj is [2, 64], and [2, 48] is needed there. "
-     "It was made for {tmp}/wide: evaluate it on that."),
+     "It was made for {tmp}/wide: use it on that."),
     "an adapter without one of its modules": ("eval.adapters=[{tmp}/holes]",
      "eval.adapters='{tmp}/holes': does not fit policy.model_name='{model}': the adapter has no tensors for "
-     "model.layers.1.self_attn.q_proj. It was made for {model}: evaluate it on that."),
+     "model.layers.1.self_attn.q_proj. Use one whose two files belong together, made for this model."),
     "a DoRA adapter": ("eval.adapters=[{tmp}/dora]",
      "eval.adapters='{tmp}/dora': adapter tensor 'base_model.model.model.layers.0.self_attn.q_proj"
      ".lora_magnitude_vector': is not of the form base_model.model.<module>.lora_A.weight or ...lora_B.weight. Only "

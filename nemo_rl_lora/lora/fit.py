@@ -53,7 +53,9 @@ def fit_adapter(
     mismatch = _mismatch(tensors, adapted)
     if mismatch is not None:
         made_for = peft_config.get("base_model_name_or_path")
-        remedy = f"It was made for {made_for}: evaluate it on that." if made_for else "Evaluate it on its own base."
+        remedy = "Use one whose two files belong together, made for this model."
+        if made_for and made_for != model_name:
+            remedy = f"It was made for {made_for}: use it on that."
         raise ValueError(f"does not fit policy.model_name={model_name!r}: {mismatch}. {remedy}")
     return spec, adapted
 

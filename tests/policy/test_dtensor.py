@@ -20,7 +20,9 @@ from nemo_rl_lora.policy.protocol import PolicySetup
 LR = 1e-2
 
 
-def make_policy(path, *, spec: LoraSpec | None = None, temperature=1.0, keep_reference=False, **overrides):
+def make_policy(
+    path, *, spec: LoraSpec | None = None, temperature=1.0, keep_reference=False, backend=DTensorPolicy, **overrides
+):
     config = PolicyConfig.model_validate(
         {
             "model_name": "tiny",
@@ -43,7 +45,7 @@ def make_policy(path, *, spec: LoraSpec | None = None, temperature=1.0, keep_ref
         logprob_rows=config.logprob_rows,
         adam=adam_settings(config, lora=spec is not None),
     )
-    return DTensorPolicy(config, setup)
+    return backend(config, setup)
 
 
 def spec(**fields) -> LoraSpec:

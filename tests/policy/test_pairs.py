@@ -172,6 +172,7 @@ def test_budget_of_rows_counts_pairs(pairs):
     assert [len(micro.rows) for micro in microbatches] == [6, 2]
 
 
-def test_rows_of_a_group_that_need_not_meet_are_not_held_together(pairs):
-    loose = replace(pairs, whole_groups=False)
-    assert [len(micro.rows) for micro in plan_microbatches(loose, plan("rows", 3, 1, share=False))] == [3, 3, 2]
+@pytest.mark.parametrize(("share", "expected"), [(False, [3, 3, 2]), (True, [2, 2, 2, 2])])
+def test_budget_of_rows_counts_rows_where_groups_may_be_cut(pairs, share, expected):
+    microbatches = plan_microbatches(replace(pairs, whole_groups=False), plan("rows", 3, 1, share=share))
+    assert [len(micro.rows) for micro in microbatches] == expected

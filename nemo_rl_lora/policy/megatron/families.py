@@ -38,13 +38,12 @@ _KEY = "policy.megatron_cfg"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """The mixture of experts of a model. Its router scores with a softmax, in fp32."""
+    """The mixture of experts of a model. Its router scores with a softmax in fp32, and adds no loss of its own."""
 
     num_experts: int
     num_experts_per_token: int
     ffn_size: int
     softmax_before_top_k: bool  # false: the chosen experts' scores sum to 1 (norm_topk_prob)
-    aux_loss_coefficient: float  # router_aux_loss_coef; the DTensor backend adds no such loss
     layers: tuple[bool, ...]  # per layer: whether it has experts in place of a dense MLP (moe_layer_freq)
 
 
@@ -60,8 +59,7 @@ class Family:
     num_kv_heads: int
     head_dim: int
     norm_epsilon: float
-    rotary_base: float
-    inverse_frequencies: tuple[float, ...]  # fp32, scaling applied: GPTModel.rotary_pos_emb.inv_freq after building
+    inverse_frequencies: tuple[float, ...]  # of the rotary positions, fp32, scaling applied
     max_positions: int
     vocab_size: int
     has_tied_head: bool
@@ -77,7 +75,7 @@ class Family:
 def read_family(config: Any, model_name: str, max_length: int) -> Family:
     """The family of a transformers config, for sequences of up to `max_length` tokens.
 
-    Raises ValueError for a model that Megatron's layers would not compute as transformers does.
+    ValueError for a model that Megatron's layers would not compute as transformers does.
     """
     reason = _unknown_architecture(config) or next(_unsupported_settings(config, max_length), None)
     if reason is not None:
@@ -92,7 +90,6 @@ def read_family(config: Any, model_name: str, max_length: int) -> Family:
         num_kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         norm_epsilon=config.rms_norm_eps,
-        rotary_base=float(config.rope_parameters["rope_theta"]),
         inverse_frequencies=tuple(rotary.inv_freq.tolist()),
         max_positions=config.max_position_embeddings,
         vocab_size=config.vocab_size,
@@ -115,7 +112,6 @@ def _read_experts(config: Any) -> Experts | None:
         num_experts_per_token=config.num_experts_per_tok,
         ffn_size=config.moe_intermediate_size,
         softmax_before_top_k=not config.norm_topk_prob,
-        aux_loss_coefficient=float(config.router_aux_loss_coef),
         layers=layers,
     )
 
@@ -136,7 +132,7 @@ def _unsupported_settings(config: Any, max_length: int) -> Iterator[str]:
         if getattr(config, key, False):
             yield f"its {key} is True, and a bias on {layers} is not held"
     window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and window < max_length:
+    if window is not None and window < max_length:
         yield (
             f"its sliding_window of {window} tokens is shorter than policy.max_total_sequence_length={max_length}, "
             f"where only full attention is held"

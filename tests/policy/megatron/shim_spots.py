@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipeli
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -70,6 +71,8 @@ def receive_from_the_stage_before() -> None:
 
 
 class Doubling(MegatronModule):
+    model_type = ModelType.encoder_or_decoder
+
     def __init__(self) -> None:
         super().__init__(config())
         self.weight = torch.nn.Parameter(torch.ones(2))
@@ -102,6 +105,9 @@ SPOTS = {
 }
 
 
+missing = object()
+
+
 def outcome(run) -> str:
     parallel_state._GLOBAL_MEMORY_BUFFER.buffer.clear()  # it would keep what an earlier run allocated
     try:
@@ -114,20 +120,18 @@ def outcome(run) -> str:
 def main() -> None:
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2, create_gloo_process_groups=False)
+    modules = {name: vars(importlib.import_module(name)) for name in SPOTS}
+    before = {name: dict(module) for name, module in modules.items()}
+    shim.install()
     found = {}
     for name, run in SPOTS.items():
-        module = vars(importlib.import_module(name))
-        before = {key: module.get(key) for key in ("torch", "te_general_gemm")}
-        shim.install()
-        changed = [key for key in before if module.get(key, "missing") is not before[key]]
-        shimmed = {key: module[key] for key in changed}
-        for key in changed:
-            module[key] = before[key]
-            if key == "te_general_gemm":
-                del module[key]
+        module, changed = modules[name], dict(modules[name])
+        module.clear()
+        module.update(before[name])
         without = outcome(run)
-        module.update(shimmed)
-        found[name] = {"changed": changed, "without": without, "with": outcome(run)}
+        module.update(changed)
+        differing = [key for key, value in changed.items() if before[name].get(key, missing) is not value]
+        found[name] = {"changed": differing, "without": without, "with": outcome(run)}
     json.dump(found, sys.stdout)
 
 
