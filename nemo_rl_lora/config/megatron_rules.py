@@ -37,17 +37,19 @@ _READ = (
     *(f"scheduler.{key}" for key in (*_SCHEDULE_KEYS, *_WEIGHT_DECAY_KEYS)),
     "activation_checkpointing",
     "freeze_moe_router",
+    "fused_linear_logprobs_chunk_size",
     "moe_router_dtype",
     "moe_token_dispatcher_type",
 )
-_DONE_ANYWAY: dict[str, Any] = {
-    "use_fused_linear_logprobs": True,  # the head always runs in chunks, with its gradient
-    "force_reconvert_from_hf": True,  # weights are always read from the Hugging Face files
-    "apply_rope_fusion": False,
-    "bias_activation_fusion": False,
-    "moe_permute_fusion": False,
+_DONE_ANYWAY: dict[str, tuple[Any, ...]] = {
+    "use_fused_linear_logprobs": (True,),  # the head always runs in chunks, with its gradient
+    "force_reconvert_from_hf": (True,),  # weights are always read from the Hugging Face files
+    "apply_rope_fusion": (False,),
+    "bias_activation_fusion": (False,),
+    "moe_permute_fusion": (False,),
+    "optimizer.use_distributed_optimizer": (False, "auto"),
 }
-"""Keys whose other value is what this backend does anyway."""
+"""Other values of a key that are what this backend does anyway."""
 
 
 def megatron_adam_settings(config: MasterConfig, *, lora: bool) -> AdamSettings:
@@ -100,7 +102,7 @@ def megatron_problems(config: MasterConfig) -> list[str]:
     problems = [
         f"{_KEY}.{key}={show(value)}: the Megatron backend of this version has no such setting. Remove the change."
         for key, value in changed.items()
-        if not (key.startswith("peft.") or key in _READ or (key in _DONE_ANYWAY and _DONE_ANYWAY[key] == value))
+        if not (key.startswith("peft.") or key in _READ or (key in _DONE_ANYWAY and value in _DONE_ANYWAY[key]))
     ]
     return [*problems, *_sequence_problems(config), *_schedule_problems(config, changed), *_a2a_problems(config)]
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -57,8 +60,6 @@ def model_of_tensors(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> 
 
     Nothing is copied, and no weight of the directory is read.
     """
-    config = copy.deepcopy(config)
-    config.dtype = next(iter(tensors.values())).dtype
     model = empty_model(config)
     unexpected = model.load_state_dict(dict(tensors), strict=False, assign=True).unexpected_keys
     model.tie_weights()
@@ -67,9 +68,34 @@ def model_of_tensors(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> 
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # rotary frequencies, not in checkpoints
             model.set_submodule(name, type(module)(config))
-    with contextlib.suppress(OSError):  # not every directory has a generation_config.json
-        model.generation_config = GenerationConfig.from_pretrained(path)
+    model.generation_config = _generation_config(path) or model.generation_config
     return model.requires_grad_(False).eval()
+
+
+def save_tensors(
+    path: Path, config: Any, tensors: Mapping[str, Tensor], target: Path, *, max_shard_size: str = "5GB"
+) -> None:
+    """A Hugging Face directory of these tensors, with the configurations of the one that they started from."""
+    config = copy.deepcopy(config)
+    config.dtype = next(iter(tensors.values())).dtype
+    config.save_pretrained(target)
+    if (generation := _generation_config(path)) is not None:
+        generation.save_pretrained(target)
+    split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        # A copy each: parts of a fused tensor share its storage, and safetensors refuses that.
+        owned = {name: tensors[name].detach().to("cpu", copy=True) for name in names}
+        (target / file).write_bytes(safetensors.torch.save(owned, metadata={"format": "pt"}))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _generation_config(path: Path) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:  # not every directory has one
+        return None
 
 
 def linear_modules(model: nn.Module) -> list[LinearModule]:

@@ -19,6 +19,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -68,8 +69,10 @@ class StageModel(GPTModel):
     @property
     def head_weight(self) -> Tensor:
         """[V, H], or a rank's rows of it."""
-        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer.weight if tied is None else tied
+        weight = self.output_layer.weight
+        if weight is None:  # tied, and the embeddings are on this stage
+            weight = self.embedding.word_embeddings.weight
+        return weight
 
 
 class Layer(TransformerLayer):
@@ -225,7 +228,7 @@ def _parallel_linears() -> tuple[Any, Any]:
 
 def _layer_spec(family: Family, layer: int) -> ModuleSpec:
     column, row = _parallel_linears()
-    norm = RMSNorm if family.has_qk_norm else None
+    norm = RMSNorm if family.has_qk_norm else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=column,
         core_attention=SegmentAttention,  # type: ignore[arg-type]
@@ -246,9 +249,9 @@ def _layer_spec(family: Family, layer: int) -> ModuleSpec:
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=get_bias_dropout_add,  # type: ignore[arg-type]
             pre_mlp_layernorm=RMSNorm,
             mlp=feed_forward,
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=get_bias_dropout_add,  # type: ignore[arg-type]
         ),
     )

@@ -83,72 +83,106 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As the base: the output, and a bias that the caller adds."""
         out, bias = self.base(x, *args, **kwargs)
-        return (out + self._update(x).to(out.dtype) if self._setting.switch.on else out), bias
-
-    def _update(self, x: Tensor) -> Tensor:
+        if not self._setting.switch.on:
+            return out, bias
         x = x.to(x.dtype if self._setting.spec.dtype is None else DTYPES[self._setting.spec.dtype])
-        updates = self._row_updates(x) if self._is_row else self._column_updates(x)
-        if len(self._slots) == 1:
-            return updates[0]
-        present = iter(updates)
-        number = updates[0].shape[-1] // next(width for width, is_adapted in self._slots if is_adapted)
-        zeros = x.new_zeros(())
-        pattern = [
-            next(present).unflatten(-1, (number, width))
-            if is_adapted
-            else zeros.expand(*updates[0].shape[:-1], number, width)
-            for width, is_adapted in self._slots
-        ]
-        return torch.cat(pattern, dim=-1).flatten(-2)
+        return (self._plus_row_update(out, x) if self._is_row else self._plus_column_updates(out, x)), bias
 
-    def _column_updates(self, x: Tensor) -> list[Tensor]:
-        """This rank's outputs of every update; x [N, 1, in], or a rank's share of its N."""
+    def _plus_column_updates(self, out: Tensor, x: Tensor) -> Tensor:
+        """out, this rank's columns, with its updates; x [N, 1, in], or a rank's share of its N."""
+        group, size = self._setting.group, self._setting.group.size()
         if self._setting.sequence_parallel:
-            x = gather_from_sequence_parallel_region(x, group=self._setting.group)
-        elif self._setting.group.size() > 1:
-            x = copy_to_tensor_model_parallel_region(x, group=self._setting.group)
-        inner = [F.linear(self._dropped(x, part, "pre"), part.a.to(x.dtype)) for part in self.parts]
-        if (size := self._setting.group.size()) > 1:
-            gathered = all_gather_last_dim_from_tensor_parallel_region(
-                torch.cat(inner, dim=-1), group=self._setting.group
-            )
-            shards = gathered.unflatten(-1, (size, -1)).split([part.shape[-1] for part in inner], dim=-1)
-            inner = [shard.flatten(-2) for shard in shards]
-        return [
-            self._dropped(F.linear(h * part.scale, part.b.to(h.dtype)), part, "post", split_dim=-1)
-            for h, part in zip(inner, self.parts, strict=True)
+            x = gather_from_sequence_parallel_region(x, group=group)
+        elif size > 1:
+            x = copy_to_tensor_model_parallel_region(x, group=group)
+        inner = self._inner(x)
+        if size > 1:
+            inner = all_gather_last_dim_from_tensor_parallel_region(inner, group=group)
+        dims = [part.a.shape[0] for part in self.parts]
+        hidden = [shard.flatten(-2) for shard in inner.unflatten(-1, (size, -1)).split(dims, dim=-1)]
+        if len(self._slots) == 1:
+            return self._plus(out, hidden[0], self.parts[0])
+        places, offset = [], 0
+        for width, is_adapted in self._slots:
+            if is_adapted:
+                places.append((offset, width))
+            offset += width
+        updates = [
+            self._dropped(self._outer(h, part), part, "post", split_dim=-1).to(out.dtype)
+            for h, part in zip(hidden, self.parts, strict=True)
         ]
+        return _AddInPlace.apply(out, places, out.shape[-1] // offset, *updates)
 
-    def _row_updates(self, x: Tensor) -> list[Tensor]:
-        """The whole output of the one update, or its share of N; x [N, 1, in], or a rank's share of its columns."""
+    def _plus_row_update(self, out: Tensor, x: Tensor) -> Tensor:
+        """out, whole or a rank's share of its N, with its update; x [N, 1, in], or a rank's share of its columns."""
         (part,) = self.parts
-        inner = F.linear(self._dropped(x, part, "pre", split_dim=-1), part.a.to(x.dtype))
-        if self._setting.group.size() > 1:
-            inner = reduce_from_tensor_model_parallel_region(inner, group=self._setting.group)
-            inner = copy_to_tensor_model_parallel_region(inner, group=self._setting.group)
-        update = F.linear(inner * part.scale, part.b.to(inner.dtype))
-        if self._setting.sequence_parallel and self._setting.spec.a2a:
-            update = all_to_all_hp2sp(update, group=self._setting.group)
-            return [self._dropped(update, part, "post", split_dim=0)]
-        if self._setting.group.size() > 1:
-            update = gather_from_tensor_model_parallel_region(update, group=self._setting.group)
-        update = self._dropped(update, part, "post")
-        return [
-            scatter_to_sequence_parallel_region(update, group=self._setting.group)
-            if self._setting.sequence_parallel
-            else update
-        ]
+        group, in_sequence = self._setting.group, self._setting.sequence_parallel
+        inner = self._inner(x, split_dim=-1)
+        if group.size() == 1:
+            return self._plus(out, inner, part)
+        inner = reduce_from_tensor_model_parallel_region(inner, group=group)
+        update = self._outer(copy_to_tensor_model_parallel_region(inner, group=group), part)
+        if in_sequence and self._setting.spec.a2a:
+            update = all_to_all_hp2sp(update, group=group).unflatten(0, out.shape[:-1])
+            return out + self._dropped(update, part, "post", split_dim=0).to(out.dtype)
+        update = self._dropped(gather_from_tensor_model_parallel_region(update, group=group), part, "post")
+        if in_sequence:
+            update = scatter_to_sequence_parallel_region(update, group=group)
+        return out + update.to(out.dtype)
+
+    def _inner(self, x: Tensor, split_dim: int | None = None) -> Tensor:
+        """x A^T of every part side by side: one product, where dropout does not give each an x of its own."""
+        if self._drops("pre"):
+            dropped = (F.linear(self._dropped(x, part, "pre", split_dim), part.a.to(x.dtype)) for part in self.parts)
+            return torch.cat(list(dropped), dim=-1)
+        return F.linear(x, torch.cat([part.a for part in self.parts]).to(x.dtype))
+
+    def _outer(self, inner: Tensor, part: Factors) -> Tensor:
+        return F.linear(inner * part.scale, part.b.to(inner.dtype))
+
+    def _plus(self, out: Tensor, inner: Tensor, part: Factors) -> Tensor:
+        """out with the update of its only module, which this rank has whole or by columns."""
+        if self._drops("post") or inner.dtype != out.dtype:
+            return out + self._dropped(self._outer(inner, part), part, "post", split_dim=-1).to(out.dtype)
+        rows = torch.addmm(out.flatten(0, -2), (inner * part.scale).flatten(0, -2), part.b.to(inner.dtype).t())
+        return rows.view_as(out)
+
+    def _drops(self, position: str) -> bool:
+        spec = self._setting.spec
+        is_on = spec.dropout > 0.0 and self._setting.switch.dropout_seed is not None
+        return is_on and spec.dropout_position == position
 
     def _dropped(self, x: Tensor, part: Factors, position: str, split_dim: int | None = None) -> Tensor:
         """x after dropout, where it is on at this position. Of an x that ranks split, the whole mask is drawn."""
         seed = self._setting.switch.dropout_seed
-        if self._setting.spec.dropout == 0.0 or seed is None or self._setting.spec.dropout_position != position:
+        if not self._drops(position) or seed is None:
             return x
         shape, size = list(x.shape), self._setting.group.size()
         if split_dim is not None:
             shape[split_dim] *= size
         mask = keep_mask(torch.Size(shape), probability=self._setting.spec.dropout, seed=seed, name=part.name, like=x)
         return x * (mask if split_dim is None else mask.chunk(size, dim=split_dim)[self._setting.group.rank()])
+
+
+class _AddInPlace(torch.autograd.Function):
+    """Updates [.., n * width] added to their places in each of the n repetitions of a fused layer's output.
+
+    The layer's output is nobody else's yet, so it is written: a copy of it would cost more than the updates.
+    """
+
+    @staticmethod
+    def forward(ctx, out: Tensor, places: Sequence[tuple[int, int]], number: int, *updates: Tensor) -> Tensor:
+        ctx.places, ctx.number = places, number
+        ctx.mark_dirty(out)
+        pattern = out.unflatten(-1, (number, -1))
+        for (offset, width), update in zip(places, updates, strict=True):
+            pattern.narrow(-1, offset, width).add_(update.unflatten(-1, (number, width)))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        pattern = grad.unflatten(-1, (ctx.number, -1))
+        return grad, None, None, *(pattern.narrow(-1, *place).flatten(-2) for place in ctx.places)
 
 
 class Adapters:

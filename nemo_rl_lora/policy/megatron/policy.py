@@ -33,7 +33,7 @@ from nemo_rl_lora.lora.merge import merged_weight
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule, refuse_head_adapter, resolve_targets
 from nemo_rl_lora.policy.adapter import DTYPES
-from nemo_rl_lora.policy.forward import DEFAULT_CHUNK_TOKENS, logprob_rows
+from nemo_rl_lora.policy.forward import logprob_rows
 from nemo_rl_lora.policy.masters import MasterAdam
 from nemo_rl_lora.policy.megatron.convert import check_checkpoint, open_checkpoint
 from nemo_rl_lora.policy.megatron.families import read_family, refuse_expert_targets
@@ -42,7 +42,14 @@ from nemo_rl_lora.policy.megatron.lora import Adapters
 from nemo_rl_lora.policy.megatron.processes import join_processes
 from nemo_rl_lora.policy.megatron.weights import AllWeights, StageWeights
 from nemo_rl_lora.policy.microbatches import Microbatch, MicrobatchPlan, plan_from_config, plan_microbatches
-from nemo_rl_lora.policy.model import empty_model, linear_modules, load_model_config, model_of_tensors
+from nemo_rl_lora.policy.model import (
+    empty_model,
+    linear_modules,
+    load_model,
+    load_model_config,
+    model_of_tensors,
+    save_tensors,
+)
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.policy.shares import add_metrics, loss_share
 from nemo_rl_lora.policy.weights import LazyTensor, cast_entry, digest_of, make_ref
@@ -143,7 +150,7 @@ class MegatronPolicy:
         """adapter/ (PEFT files) or weights/ (a Hugging Face model), and optimizer/."""
         tensors = self._trained.canonical(_itself)
         if self._setup.spec is None:
-            model_of_tensors(self._setup.model_path, self._hf_config, tensors).save_pretrained(path / "weights")
+            save_tensors(self._setup.model_path, self._hf_config, tensors, path / "weights")
         else:
             peft = spec_to_peft_config(self._setup.spec, self._setup.base_model_name, self.adapted)
             write_adapter(path / "adapter", tensors, peft)
@@ -180,9 +187,24 @@ class MegatronPolicy:
     # Beyond the protocol: what the composition root wires into an engine of the same process.
 
     def base_model(self) -> PreTrainedModel:
-        """A Hugging Face model over the base parameters, which nobody may write; only its q, k and v are copies."""
-        tensors = dict(self._weights.hf_tensors(lambda name: self._weights.parameters[name].detach()))
-        return model_of_tensors(self._setup.model_path, self._hf_config, tensors)
+        """A Hugging Face model over the base parameters, which nobody may write; only its q, k and v are copies.
+
+        Of a mixture of experts it is a second copy of the whole base, since transformers holds experts in one tensor a
+        layer. ValueError where such a mixture is trained without an adapter: its weights could not be sent there.
+        """
+        if self._family.experts is None:
+            tensors = dict(self._weights.hf_tensors(lambda name: self._weights.parameters[name].detach()))
+            return model_of_tensors(self._setup.model_path, self._hf_config, tensors)
+        if self._setup.spec is None:
+            raise ValueError(
+                f"policy.model_name={self._config.model_name!r}: the engine in this process takes no trained experts "
+                f"from the Megatron backend. Train an adapter, or set policy.backend=dtensor."
+            )
+        return load_model(
+            self._setup.model_path,
+            dtype=self._compute_dtype,
+            config_overrides=dict(self._config.hf_config_overrides),
+        )
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -216,7 +238,7 @@ class MegatronPolicy:
             micro,
             width,
             temperature=self._setup.temperature,
-            chunk_tokens=self._config.logprob_chunk_size or DEFAULT_CHUNK_TOKENS,
+            chunk_tokens=self._config.logprob_chunk_size or self._config.megatron_cfg.fused_linear_logprobs_chunk_size,
         )
 
     @contextlib.contextmanager

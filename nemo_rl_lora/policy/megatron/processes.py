@@ -38,7 +38,7 @@ def join_processes(family: Family, megatron: MegatronConfig) -> ParallelLayout:
         tp=megatron.tensor_model_parallel_size,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         expert_tp=megatron.expert_tensor_parallel_size,
-        expert_tp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_tp_rank=parallel_state.get_expert_tensor_parallel_rank() or 0,
         pp=megatron.pipeline_model_parallel_size,
         pp_rank=stage,
         layers=layer_ranges(family.num_layers, megatron)[stage],

@@ -55,7 +55,9 @@ CONFIGS = {
     "mistral": lambda **k: MistralConfig(**SIZES, sliding_window=None, **k),
     "qwen2": lambda **k: Qwen2Config(**SIZES, **k),
     "qwen3": lambda **k: Qwen3Config(**SIZES, head_dim=16, **k),
-    "qwen3_moe": lambda **k: Qwen3MoeConfig(**SIZES, **EXPERTS, mlp_only_layers=[1], **k),
+    "qwen3_moe": lambda **k: Qwen3MoeConfig(  # both routers
+        **SIZES, **EXPERTS, mlp_only_layers=[1], norm_topk_prob=k["tie_word_embeddings"], **k
+    ),
 }
 MODELS = [(name, tied) for name in CONFIGS for tied in (True, False)]
 LAYOUTS = [  # TP, PP, EP, layers of the first stage
@@ -147,6 +149,22 @@ def test_there_and_back_is_bit_exact_and_complete_for_every_layout(saved, name, 
                     if (other, layouts[other].local_name(full)) in asked
                 ]
                 assert any(torch.equal(ranks[rank][local], replica) for replica in replicas), (layout, full)
+
+
+def test_experts_may_be_split_over_tensor_parallel_ranks_of_their_own(saved):
+    directory, family = saved("qwen3_moe", False), family_of("qwen3_moe", False)
+    cfg = MegatronConfig(expert_tensor_parallel_size=2, expert_model_parallel_size=2)  # TP 1
+    layouts = [
+        layout_of(family, cfg, tp_rank=0, pp_rank=0, ep_rank=rank // 2, expert_tp_rank=rank % 2) for rank in range(4)
+    ]
+    with open_checkpoint(directory) as checkpoint:
+        ranks = [dict(megatron_tensors(family, own, checkpoint.__getitem__)) for own in layouts]
+    fc1 = "decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight"
+    assert [tuple(rank[fc1].shape) for rank in ranks] == [(24, 32)] * 4
+    back = dict(hf_tensors(family, layouts, lambda rank, name, shape: ranks[rank][name]))
+    original = load_file(directory / "model.safetensors")
+    assert back.keys() == original.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in original.items())
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3_moe"])
@@ -257,6 +275,17 @@ def test_a_rank_that_only_sends_may_answer_with_meta_tensors():
     assert {name: tuple(tensor.shape) for name, tensor in found} == expected
 
 
+def test_what_one_rank_holds_whole_is_not_copied_but_q_k_and_v(saved):
+    family = family_of("llama")
+    layouts = layouts_of(family, (1, 1, 1, None))
+    with open_checkpoint(saved("llama", True)) as checkpoint:
+        (held,) = [dict(megatron_tensors(family, own, checkpoint.__getitem__)) for own in layouts]
+    memory = {tensor.untyped_storage().data_ptr() for tensor in held.values()}
+    for name, tensor in hf_tensors(family, layouts, lambda _rank, name, _shape: held[name]):
+        is_shared = tensor.untyped_storage().data_ptr() in memory
+        assert is_shared is not name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")), name
+
+
 def test_experts_are_stacked_as_transformers_holds_them(saved):
     directory, family = saved("qwen3_moe", False), family_of("qwen3_moe", False)
     layouts = layouts_of(family, (1, 1, 2, None))
@@ -276,9 +305,6 @@ def test_owners_leave_replicas_out():
     assert owners("decoder.layers.0.input_layernorm.weight", layouts) == [0]
     assert owners("decoder.layers.0.mlp.experts.local_experts.3.linear_fc2", layouts) == [0]
     assert owners("embedding.word_embeddings.weight", layouts[2:]) == [0, 1]
-
-
-# The real model
 
 
 @pytest.mark.parametrize(("name", "tied"), MODELS)
@@ -347,8 +373,6 @@ def flat_microbatch(rows):
     )
 
 
-# Adapters
-
 MODULES = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"]
 
 
@@ -398,6 +422,8 @@ def test_adapter_shards_join_to_what_was_sharded(part, tp):
         for tensor in tensors:
             shards = [shard_adapter(module, side, tensor, own) for own in layouts]
             assert shards[0].numel() * tp == tensor.numel()
+            if side == "B":  # by its outputs, whatever the base
+                assert torch.equal(torch.cat(shards), tensor)
             assert torch.equal(join_adapter(module, side, shards), tensor)
 
 
@@ -429,9 +455,6 @@ def test_modules_with_an_a_each_have_no_shared_form():
         "adapter of decoder.layers.0.mlp.linear_fc1: has an A for each of gate_proj, up_proj, and they differ, so they "
         "cannot become one shared A. Name those modules in the targets in place of the fused layer."
     )
-
-
-# Files
 
 
 def test_a_checkpoint_in_several_files_reads_like_one(saved, tmp_path):

@@ -88,3 +88,20 @@ def test_a_frozen_router_keeps_its_weight(tiny_experts, groups_batch):
 def test_targets_that_reach_an_expert_are_refused(tiny_experts):
     with pytest.raises(ValueError, match="reaches the experts"):
         make_policy(tiny_experts, spec=spec(targets=("q_proj", "linear_fc2")), backend=MegatronPolicy)
+
+
+def test_all_weights_of_a_mixture_are_saved_as_transformers_reads_them(tiny_experts, groups_batch, tmp_path):
+    policy = make_policy(tiny_experts, backend=MegatronPolicy)
+    policy.train_step(groups_batch, GRPO)
+    policy.save(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "weights", dtype=torch.float32).eval()
+    assert relative(policy.logprobs(groups_batch), plain_logprobs(saved, groups_batch).detach()) <= 1e-5
+    with pytest.raises(ValueError, match="takes no trained experts"):
+        policy.base_model()
+
+
+def test_the_base_for_the_engine_is_the_mixture_of_the_checkpoint(tiny_experts):
+    stock = AutoModelForCausalLM.from_pretrained(tiny_experts, dtype=torch.float32).eval()
+    base = make_policy(tiny_experts, spec=spec(), backend=MegatronPolicy).base_model()
+    token_ids = torch.arange(20)[None]
+    torch.testing.assert_close(base(token_ids).logits, stock(token_ids).logits)

@@ -1,0 +1,142 @@
+"""One of two tensor-parallel ranks: the hidden states and adapter gradients of a model, for every case, into a file.
+
+Arguments: the rank, a directory to meet in, the model's directory.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from nemo_rl_lora.config.megatron import MegatronConfig
+from nemo_rl_lora.lora.files import module_of
+from nemo_rl_lora.lora.names import megatron_name
+from nemo_rl_lora.lora.spec import LoraSpec
+from nemo_rl_lora.lora.targets import resolve_targets
+from nemo_rl_lora.policy.megatron.convert import ParallelLayout, join_adapter, open_checkpoint, shard_adapter, share
+from nemo_rl_lora.policy.megatron.families import read_family
+from nemo_rl_lora.policy.megatron.layers import build_model, flat_run, transformer_config
+from nemo_rl_lora.policy.megatron.lora import Adapters
+from nemo_rl_lora.policy.megatron.processes import join_processes
+from nemo_rl_lora.policy.megatron.weights import StageWeights
+from nemo_rl_lora.policy.microbatches import Microbatch, Segment
+from nemo_rl_lora.policy.model import empty_model, linear_modules, load_model_config
+
+SEED = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A way to split the work, and an adapter. `on_one` compares the same adapter without any split."""
+
+    name: str
+    sequence_parallel: bool = False
+    fields: dict
+
+
+ADAPTERS = {
+    "plain": {},
+    "dropped before A": {"dropout": 0.3, "dropout_position": "pre"},
+    "dropped after B": {"dropout": 0.3, "dropout_position": "post"},
+    "some of a fused layer": {"targets": ("k_proj", "up_proj", "o_proj")},
+    "a shared A": {"targets": ("linear_qkv", "linear_fc1", "linear_fc2"), "fused": "shared"},
+}
+CASES = [
+    Case(name=f"{name}, {how}", sequence_parallel=how == "by sequence", fields=fields)
+    for name, fields in ADAPTERS.items()
+    for how in ("by columns", "by sequence")
+]
+CASES += [
+    Case(name=f"{name}, by all-to-all", sequence_parallel=True, fields={**ADAPTERS[name], "a2a": True})
+    for name in ("plain", "dropped after B", "a shared A")
+]
+
+
+def microbatch() -> Microbatch:
+    """A prompt of 6 tokens that two completions share, and a sequence of its own: 24 tokens."""
+    segments = (
+        Segment(start=0, length=6, parent=None),
+        Segment(start=6, length=7, parent=0),
+        Segment(start=13, length=3, parent=0),
+        Segment(start=16, length=8, parent=None),
+    )
+    positions = [*range(6), *range(6, 13), *range(6, 9), *range(8)]
+    empty = torch.zeros(0, dtype=torch.int64)
+    return Microbatch(
+        rows=empty,
+        token_ids=torch.arange(24) * 37 % 211,
+        position_ids=torch.tensor(positions),
+        segments=segments,
+        predictor=empty,
+        loss_row=empty,
+        loss_column=empty,
+        target=empty,
+        num_padding_tokens=0,
+    )
+
+
+def run_case(path: Path, case: Case, num_ranks: int) -> dict[str, Tensor]:
+    """Hidden states [N, H], and the gradient of every canonical factor."""
+    config = load_model_config(path, {})
+    family = read_family(config, "tiny", 64)
+    megatron = MegatronConfig(
+        tensor_model_parallel_size=num_ranks, sequence_parallel=case.sequence_parallel and num_ranks > 1
+    )
+    layout = join_processes(family, megatron)
+    model = build_model(family, layout, transformer_config(family, megatron, torch.float32))
+    with open_checkpoint(path) as slices:
+        StageWeights(model, family, layout).load(slices.__getitem__)
+    spec = LoraSpec(dim=4, alpha=8, **case.fields)
+    modules = linear_modules(empty_model(config))
+    adapted = resolve_targets(spec, modules, tied_head=True, model_label="tiny", config_key="policy.lora")
+    adapters = Adapters(model, adapted, spec, family=family, layout=layout, seed=SEED)
+    generator = torch.Generator().manual_seed(3)
+    b = {m.name: torch.randn(m.out_features, m.dim, generator=generator) * 0.1 for m in adapted}
+    with torch.no_grad():
+        for part, layer in adapters._parts():
+            shards = [shard_adapter(layer, "B", b[module.name], layout) for module in part.held]
+            part.b.copy_(shards[0] if len(shards) == 1 else share(layer, "B", shards, family))
+    adapters.switch.dropout_seed = SEED
+    micro = microbatch()
+    run = flat_run(micro, family, torch.float32, torch.device("cpu"))
+    hidden = model(micro.token_ids[None], micro.position_ids[None], None, packed_seq_params=run)
+    if megatron.sequence_parallel:
+        # Every rank's loss is the whole one, so each sends back only the gradient of its own tokens.
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+    weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5))
+    (hidden * weight).sum().backward()
+    found = {"hidden": hidden.detach()[:, 0]}
+    for name, gradient in adapters.canonical(gradient_of).items():
+        layer = megatron_name(module_of(name))
+        found[name] = whole(layer, "A" if ".lora_A." in name else "B", gradient, layout)
+    return found
+
+
+def gradient_of(master: torch.nn.Parameter) -> Tensor:
+    assert master.grad is not None
+    return master.grad
+
+
+def whole(layer: str, side, tensor: Tensor, layout: ParallelLayout) -> Tensor:
+    if layout.tp == 1:
+        return tensor
+    shards = [torch.empty_like(tensor) for _ in range(layout.tp)]
+    dist.all_gather(shards, tensor.contiguous())
+    return join_adapter(layer, side, shards)
+
+
+def main() -> None:
+    rank, meeting, path = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting / 'store'}", rank=rank, world_size=2)
+    found = {case.name: run_case(path, case, 2) for case in CASES}
+    torch.save(found, meeting / f"rank{rank}.pt")
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Whole runs on the Megatron backend, by the drivers' own entry, beside the same runs on the DTensor backend."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.driver import Ended, TinyRun, run_driver
+
+NO_DTENSOR_BLOCK = "policy.dtensor_cfg.lora_cfg.enabled=false"
+UNIFIED = [NO_DTENSOR_BLOCK, "policy.lora.dim=4"]
+MEGATRON = [*UNIFIED, "policy.backend=megatron"]
+FLAGS = [
+    NO_DTENSOR_BLOCK,
+    "policy.dtensor_cfg.enabled=false",
+    "policy.megatron_cfg.enabled=true",
+    "policy.megatron_cfg.peft.enabled=true",
+    "policy.megatron_cfg.peft.dim=4",
+    "policy.megatron_cfg.peft.dropout_position=post",
+]
+
+
+@pytest.fixture(params=["sft", "dpo", "grpo"])
+def run(request, tiny_llama, tmp_path):
+    """A run of each algorithm; call it with the name of its directory, and overrides."""
+
+    def start(name: str, *overrides: str) -> tuple[Ended, TinyRun]:
+        root = tmp_path / name
+        root.mkdir()
+        tiny = TinyRun(root=root, model=tiny_llama, algorithm=request.param)
+        return tiny(*overrides), tiny
+
+    return start
+
+
+def headline(tiny: TinyRun) -> list[dict[str, float]]:
+    names = ("loss", "grad_norm", "reward", "lr", "num_forward_tokens", "preference_accuracy")
+    return [{name: line[name] for name in names if name in line} for line in tiny.metrics()]
+
+
+def assert_same(actual: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert len(actual) == len(expected) == 2
+    for one, other in zip(actual, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("asked", [MEGATRON, FLAGS], ids=["policy.lora", "NeMo RL's flags"])
+def test_a_run_is_the_run_of_the_other_backend(run, asked):
+    ended, expected = run("dtensor", *UNIFIED)
+    assert ended.code == 0, ended.err
+    ended, actual = run("megatron", *asked)
+    assert ended.code == 0, ended.err
+    assert_same(headline(actual), headline(expected))
+    assert actual.steps() == expected.steps() == ["step_2"]
+    files = [{file.name for file in (tiny.checkpoints / "step_2").rglob("*")} for tiny in (expected, actual)]
+    assert files[0] == files[1]
+
+
+def test_without_an_adapter_all_weights_are_trained(run):
+    ended, expected = run("dtensor", NO_DTENSOR_BLOCK)
+    assert ended.code == 0, ended.err
+    ended, actual = run("megatron", NO_DTENSOR_BLOCK, "policy.backend=megatron")
+    assert ended.code == 0, ended.err
+    assert_same(headline(actual), headline(expected))
+    assert (actual.checkpoints / "step_2" / "policy" / "weights" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("mode", ["merged", "adapter"])
+def test_the_engine_samples_from_the_adapter_that_is_trained(tiny_run, mode):
+    ended = tiny_run(*MEGATRON, f"policy.generation.lora_sync={mode}", "grpo.max_num_steps=3")
+    assert ended.code == 0, ended.err
+    assert all(line["gen_kl_error"] < 1e-4 for line in tiny_run.metrics())
+
+
+def test_an_interrupted_run_goes_on_as_the_run_that_was_not(tiny_sft, tmp_path):
+    settings = [*MEGATRON, "policy.lora.dropout=0.2"]
+    whole = tiny_sft(*settings, "sft.max_num_steps=4", f"checkpointing.checkpoint_dir={tmp_path}/whole")
+    assert whole.code == 0, whole.err
+    assert tiny_sft(*settings, "sft.max_num_steps=2").code == 0
+    assert tiny_sft(*settings, "sft.max_num_steps=4").code == 0
+    first, rest = tiny_sft.metrics(experiment=1), tiny_sft.metrics(experiment=3)
+    assert [line["loss"] for line in first[2:]] == [line["loss"] for line in rest]
+    one, two = (
+        (path / "step_4" / "policy" / "adapter" / "adapter_model.safetensors").read_bytes()
+        for path in (tmp_path / "whole", tiny_sft.checkpoints)
+    )
+    assert one == two
+
+
+def test_a_plan_is_made_for_this_backend(tiny_run):
+    ended = run_driver("--plan", *tiny_run.arguments(*MEGATRON))
+    assert ended.code == 0, ended.err
+    assert "megatron: LoRA, dim 4" in ended.out
+    assert "Stops this run" not in ended.out
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("policy.megatron_cfg.tensor_model_parallel_size=2", "policy.megatron_cfg.tensor_model_parallel_size=2: "),
+        ("policy.megatron_cfg.use_gloo_process_groups=true", "policy.megatron_cfg.use_gloo_process_groups=True: "),
+        ("policy.dtensor_cfg.activation_checkpointing=true", "policy.dtensor_cfg.activation_checkpointing=True: "),
+        ("policy.lora.a2a=true", "policy.lora.a2a=True: "),
+    ],
+)
+def test_what_this_backend_does_not_run_is_refused_by_name(tiny_run, override, error):
+    ended = tiny_run(*MEGATRON, override)
+    assert ended.code == 2
+    assert error in ended.err
+
+
+def test_another_architecture_is_refused_with_a_list_of_those_that_run(tiny_run, tmp_path):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        num_hidden_layers=1, num_attention_heads=2, hidden_size=16, intermediate_size=32, vocab_size=512
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
+    ended = tiny_run(*MEGATRON, f"policy.model_name={tmp_path / 'neox'}")
+    assert ended.code == 2
+    assert "its architecture is GPTNeoXForCausalLM. The Megatron backend holds LlamaForCausalLM" in ended.err
