@@ -39,13 +39,13 @@ class Panel:
 
 PANELS = (
     Panel(title="Reward and accuracy", names=("train/reward", "train/accuracy", "validation/accuracy")),
-    Panel(title="Loss", names=("train/loss", "validation/val_loss")),
+    Panel(title="Loss", names=("train/loss", "validation/val_loss", "validation/loss")),
     Panel(
         title="Generation against training, and drift",
         names=("train/gen_kl_error", "train/policy_kl_error", "train/js_divergence_error", "train/kl_penalty"),
         log_scale=True,
     ),
-    Panel(title="Tokens of a completion", names=("train/mean_gen_tokens_per_sample", "validation/avg_length")),
+    Panel(title="Tokens of a completion", names=("train/mean_completion_length", "validation/avg_length")),
     Panel(title="Margin of rewards", names=("train/rewards_chosen_mean", "train/rewards_rejected_mean")),
     Panel(title="Gradient norm", names=("train/grad_norm",)),
 )
@@ -66,7 +66,7 @@ def draw_curves(log_directory: Path) -> Path | None:
     figure = Figure(figsize=(12, 3.2 * num_rows + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(num_rows, _NUM_COLUMNS, squeeze=False).flat)
-    for ax, panel in zip(axes, panels, strict=False):
+    for ax, panel in zip(axes, panels, strict=False):  # an odd number leaves a place free
         _draw_panel(ax, panel, curves)
     if timings:
         _draw_timings(axes[len(panels)], timings)
@@ -99,7 +99,8 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _draw_panel(ax: Axes, panel: Panel, curves: Mapping[str, Curve]) -> None:
-    shown = [(name, color) for name, color in zip(panel.names, _COLORS, strict=False) if name in curves]
+    colors = zip(panel.names, _COLORS, strict=False)  # there are more colors than curves of a panel
+    shown = [(name, color) for name, color in colors if name in curves]
     for name, color in shown:
         steps, values = curves[name]
         split, metric = name.split("/", 1)
@@ -135,7 +136,7 @@ def _draw_timings(ax: Axes, timings: Mapping[str, Curve]) -> None:
     heights = [[values.get(step, 0.0) for step in steps] for values in by_step]
     if len(steps) == 1:
         bottom = 0.0
-        for name, (value,), color in zip(timings, heights, _COLORS, strict=False):
+        for name, (value,), color in zip(timings, heights, _COLORS, strict=False):  # more colors than timings
             ax.bar(steps, [value], width=0.5, bottom=bottom, color=color, label=name)
             bottom += value
     else:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch  # the driver starts its process again where torch is not yet imported
+from safetensors.torch import load_file
 
 from nemo_rl_lora.command_line import driver_arguments, train_main
 from nemo_rl_lora.config.master import Algorithm
@@ -180,3 +181,18 @@ class TinyRun:
         file = self.logs / f"exp_{experiment:03d}" / "metrics.jsonl"
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         return [line for line in lines if line["split"] == split]
+
+
+def adapter(step: Path) -> dict[str, torch.Tensor]:
+    """The adapter of a step's directory."""
+    return load_file(step / "policy" / "adapter" / "adapter_model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether the names are equal and every bit of the tensors."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def without_seconds(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of metrics without what a clock says."""
+    return [{k: v for k, v in line.items() if "timing/" not in k and not k.endswith("_per_second")} for line in lines]

@@ -2,15 +2,14 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from nemo_rl_lora.algorithms.dpo import REFERENCE_FILE, accuracies
 from nemo_rl_lora.policy.dtensor import DTensorPolicy
 from nemo_rl_lora.types import PreferencePair
+from tests.driver import adapter, same, without_seconds
 
 TRAIN_METRICS = [
     "loss",
@@ -27,20 +26,6 @@ TRAIN_METRICS = [
     "timing/policy_and_reference_logprobs",
     "timing/policy_training",
 ]
-
-
-def adapter(step: Path) -> dict[str, torch.Tensor]:
-    return load_file(step / "policy" / "adapter" / "adapter_model.safetensors")
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def without_seconds(lines: list[dict]) -> list[dict]:
-    return [
-        {k: v for k, v in line.items() if not k.startswith("timing/") and k != "tokens_per_second"} for line in lines
-    ]
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from nemo_rl_lora.command_line import continue_command
 from nemo_rl_lora.generation import in_process
 from nemo_rl_lora.generation.replay import write_replay
 from nemo_rl_lora.types import Completion, CompletionGroup, SyncReceipt
+from tests.driver import adapter, same, without_seconds
 
 ROOT = Path(__file__).parents[1]
 TRAIN_METRICS = [
@@ -53,21 +54,6 @@ TRAIN_METRICS = [
     "timing/data_processing",
 ]
 VALIDATION_METRICS = ["accuracy", "avg_length", "pass@1", "timing/total_validation_time"]
-
-
-def adapter(step: Path) -> dict[str, torch.Tensor]:
-    return load_file(step / "policy" / "adapter" / "adapter_model.safetensors")
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-def without_seconds(lines: list[dict]) -> list[dict]:
-    return [
-        {name: v for name, v in line.items() if not name.startswith("timing/") and "per_second" not in name}
-        for line in lines
-    ]
 
 
 def test_a_run_leaves_metrics_curves_rollouts_and_an_adapter_with_the_models_tokenizer(tiny_run, tiny_llama):

@@ -21,6 +21,7 @@ import torch
 
 from nemo_rl_lora.algorithms.advantages import advantages_from_config, shaped_rewards
 from nemo_rl_lora.algorithms.losses import count_denominators, make_policy_loss
+from nemo_rl_lora.build.start import make_recipe
 from nemo_rl_lora.config.base import Fixed
 from nemo_rl_lora.config.loader import ConfigError, load_config
 from nemo_rl_lora.config.lora import lora_spec_from_policy
@@ -28,6 +29,7 @@ from nemo_rl_lora.config.master import GrpoMaster
 from nemo_rl_lora.config.optimizer import lr_factor
 from nemo_rl_lora.config.runnable import check_runnable
 from nemo_rl_lora.config.schema import leaves
+from nemo_rl_lora.policy.microbatches import plan_from_config
 from nemo_rl_lora.types import LossInputs
 from tests.config.schema_walk import flippable_leaves
 from tests.config.traced_run import Reads, make_tiny_model, traced_run
@@ -494,12 +496,12 @@ MICROBATCH_CHANGES = [
 
 @pytest.mark.parametrize("change", MICROBATCH_CHANGES, ids=_name_of_change)
 def test_batching_key_changes_how_microbatches_are_cut(change) -> None:
-    from nemo_rl_lora.policy.dtensor import DTensorPolicy
-
+    kind = change[2]
     plans = []
     for config in _before_and_after(change):
-        policy = types.SimpleNamespace(_config=config.policy, _flat=True)
-        plans.append(DTensorPolicy._microbatch_plan(policy, change[2]))  # type: ignore[arg-type]
+        recipe = make_recipe(config)
+        max_rows = config.policy.train_micro_batch_size if kind == "train" else recipe.logprob_rows
+        plans.append(plan_from_config(config.policy, kind, max_rows=max_rows, flat=True))
     assert plans[0] != plans[1]
 
 

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.driver import adapter, same, without_seconds
+
 TRAIN_METRICS = [
     "loss",
     "grad_norm",
@@ -22,20 +24,6 @@ TRAIN_METRICS = [
     "timing/data_processing",
     "timing/policy_training",
 ]
-
-
-def adapter(step: Path) -> dict[str, torch.Tensor]:
-    return load_file(step / "policy" / "adapter" / "adapter_model.safetensors")
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def without_seconds(lines: list[dict]) -> list[dict]:
-    return [
-        {k: v for k, v in line.items() if not k.startswith("timing/") and k != "tokens_per_second"} for line in lines
-    ]
 
 
 def peft_val_loss(run, step: Path) -> float:

@@ -180,9 +180,10 @@ class TrainingLoop:
         metrics = {**found.metrics, **watch.take()}
         self._remember("val", metrics)
         parts.log.log(self._step, "validation", metrics)
-        parts.log.log_rollouts(self._step, found.samples, split="validation")
         parts.console.validation(self._step, metrics, seconds=metrics["timing/total_validation_time"])
-        parts.console.samples(found.samples[: parts.config.logger.num_val_samples_to_print])
+        if found.samples:
+            parts.log.log_rollouts(self._step, found.samples, split="validation")
+            parts.console.samples(found.samples[: parts.config.logger.num_val_samples_to_print])
         return found.reached
 
     def _validation_is_due(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from nemo_rl_lora.algorithms.dpo import DpoParts, DpoWork
 from nemo_rl_lora.algorithms.preference_loss import PreferenceLoss
-from nemo_rl_lora.build.start import RunContext
+from nemo_rl_lora.build.start import RunContext, describe_sets, mixture_loader
 from nemo_rl_lora.config.dpo import DpoConfig
 from nemo_rl_lora.config.master import DpoMaster
 from nemo_rl_lora.console import KeyMetric
@@ -52,19 +52,10 @@ class DpoRecipe:
     def load_data(self, tokenizer: Any) -> RowLoader[PreferencePair]:
         config = self.config
         self._train, self._validation = load_preference_sets(config, tokenizer)
-        return RowLoader(
-            self._train,
-            config.policy.train_global_batch_size,
-            key="policy.train_global_batch_size",
-            seed=config.dpo.seed,
-            shuffle=config.data.shuffle,
-            num_epochs=config.dpo.max_num_epochs,
-            rates=[rows.rate for rows in self._train],
-        )
+        return mixture_loader(config, self.settings, self._train)
 
     def describe_data(self) -> str:
-        train = ", ".join(f"{len(rows)} of {rows.name}" for rows in self._train)
-        return f"{train} to train on, {sum(map(len, self._validation))} pairs for validation"
+        return describe_sets(self._train, self._validation, "pairs")
 
     def work(self, context: RunContext) -> DpoWork:
         return DpoWork(

@@ -6,7 +6,7 @@ from typing import Any
 
 from nemo_rl_lora.algorithms.sft import SftParts, SftWork
 from nemo_rl_lora.algorithms.sft_loss import SftLoss
-from nemo_rl_lora.build.start import RunContext
+from nemo_rl_lora.build.start import RunContext, describe_sets, mixture_loader
 from nemo_rl_lora.config.master import SftMaster
 from nemo_rl_lora.config.sft import SftConfig
 from nemo_rl_lora.console import KeyMetric
@@ -49,19 +49,10 @@ class SftRecipe:
         self._train, self._validation = load_conversation_sets(
             config, tokenizer, only_unmask_final=config.sft.only_unmask_final
         )
-        return RowLoader(
-            self._train,
-            config.policy.train_global_batch_size,
-            key="policy.train_global_batch_size",
-            seed=config.sft.seed,
-            shuffle=config.data.shuffle,
-            num_epochs=config.sft.max_num_epochs,
-            rates=[rows.rate for rows in self._train],
-        )
+        return mixture_loader(config, self.settings, self._train)
 
     def describe_data(self) -> str:
-        train = ", ".join(f"{len(rows)} of {rows.name}" for rows in self._train)
-        return f"{train} to train on, {sum(map(len, self._validation))} rows for validation"
+        return describe_sets(self._train, self._validation, "rows")
 
     def work(self, context: RunContext) -> SftWork:
         return SftWork(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from nemo_rl_lora.algorithms.loop import LoopSettings, RunParts, TrainingLoop, Work
 from nemo_rl_lora.checkpoint import Checkpointer, ResumePoint, is_finished, probe_directory
@@ -21,6 +21,7 @@ from nemo_rl_lora.config.megatron_rules import megatron_adam_settings
 from nemo_rl_lora.config.policy import ModelConfig
 from nemo_rl_lora.console import KeyMetric, TrainingConsole
 from nemo_rl_lora.data.order import RowLoader
+from nemo_rl_lora.data.sides import RowSet
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.metrics import RunLog, check_sinks
 from nemo_rl_lora.model_source import ModelSource, load_tokenizer, resolve_model
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     RunPolicy = DTensorPolicy | MegatronPolicy
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class DriverSettings(LoopSettings, Protocol):
@@ -204,6 +206,25 @@ def build_run(start: CheckedStart, log: RunLog, cleanup: ExitStack) -> Run:
     )
     work = recipe.work(context)
     return Run(loop=TrainingLoop(parts, work, start.resume), work=work, policy=policy, console=console)
+
+
+def mixture_loader(config: MasterConfig, settings: DriverSettings, sets: Sequence[RowSet[T]]) -> RowLoader[T]:
+    """Batches of `train_global_batch_size` rows out of all sets, by their rates."""
+    return RowLoader(
+        sets,
+        config.policy.train_global_batch_size,
+        key="policy.train_global_batch_size",
+        seed=settings.seed,
+        shuffle=config.data.shuffle,
+        num_epochs=settings.max_num_epochs,
+        rates=[rows.rate for rows in sets],
+    )
+
+
+def describe_sets(train: Sequence[RowSet[Any]], validation: Sequence[RowSet[Any]], noun: str) -> str:
+    """How many rows each set has, for `--plan`."""
+    named = ", ".join(f"{len(rows)} of {rows.name}" for rows in train)
+    return f"{named} to train on, {sum(map(len, validation))} {noun} for validation"
 
 
 def plan_checks(config: MasterConfig) -> list[tuple[str, Callable[[], str]]]:

@@ -172,5 +172,5 @@ def test_sft_refuses_a_generation_engine() -> None:
 def test_file_without_a_section_of_any_algorithm_is_named(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text("policy: {}")
-    with pytest.raises(ConfigError, match="one section out of sft, dpo, grpo, and this one has none"):
+    with pytest.raises(ConfigError, match="one section out of sft, dpo, grpo, eval, and this one has none"):
         algorithm_of(file)

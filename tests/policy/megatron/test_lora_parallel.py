@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from tests.policy.conftest import CONFIGS
 from tests.policy.megatron.adapted_ranks import CASES, run_case
 from tests.policy.megatron.twins import distance
 
 
 @pytest.fixture(scope="module")
-def ranks(tiny_model, tmp_path_factory):
+def path(tmp_path_factory):
+    """A tiny Llama whose vocabulary two ranks can share."""
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.vocab_size = 212
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    directory = tmp_path_factory.mktemp("even")
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ranks(path, tmp_path_factory):
     """What each of two processes found."""
     meeting = tmp_path_factory.mktemp("meeting")
-    module, path = "tests.policy.megatron.adapted_ranks", str(tiny_model("llama"))
+    module = "tests.policy.megatron.adapted_ranks"
     started = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", module, str(rank), str(meeting), path],
+            [sys.executable, "-W", "ignore", "-m", module, str(rank), str(meeting), str(path)],
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -31,8 +49,8 @@ def ranks(tiny_model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_two_ranks_compute_what_one_does(ranks, tiny_model, case):
-    expected = run_case(tiny_model("llama"), case, 1)
+def test_two_ranks_compute_what_one_does(ranks, path, case):
+    expected = run_case(path, case, 1)
     assert min(tensor.norm() for tensor in expected.values()) > 0
     for found in ranks:
         assert distance(found[case.name], expected) <= 1e-5
