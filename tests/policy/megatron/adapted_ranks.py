@@ -1,4 +1,4 @@
-"""One of two tensor-parallel ranks: the hidden states and adapter gradients of a model, for every case, into a file.
+"""One of two tensor-parallel ranks: hidden states and adapter gradients for every case, and the number of all-to-alls.
 
 Arguments: the rank, a directory to meet in, the model's directory.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import all_to_all_hp2sp, gather_from_sequence_parallel_region
 from torch import Tensor
 
 from nemo_rl_lora.config.megatron import MegatronConfig
@@ -17,6 +17,7 @@ from nemo_rl_lora.lora.files import module_of
 from nemo_rl_lora.lora.names import megatron_name
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import resolve_targets
+from nemo_rl_lora.policy.megatron import lora
 from nemo_rl_lora.policy.megatron.convert import ParallelLayout, join_adapter, open_checkpoint, shard_adapter, share
 from nemo_rl_lora.policy.megatron.families import read_family
 from nemo_rl_lora.policy.megatron.layers import build_model, flat_run, transformer_config
@@ -31,7 +32,7 @@ SEED = 7
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A way to split the work, and an adapter. `on_one` compares the same adapter without any split."""
+    """A way to split the work, and an adapter."""
 
     name: str
     sequence_parallel: bool = False
@@ -116,6 +117,17 @@ def run_case(path: Path, case: Case, num_ranks: int) -> dict[str, Tensor]:
     return found
 
 
+class Counted:
+    """A function, and how often it was called."""
+
+    def __init__(self, function) -> None:
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments, **named):
+        self.calls += 1
+        return self.function(*arguments, **named)
+
+
 def gradient_of(master: torch.nn.Parameter) -> Tensor:
     assert master.grad is not None
     return master.grad
@@ -133,7 +145,10 @@ def main() -> None:
     rank, meeting, path = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting / 'store'}", rank=rank, world_size=2)
-    found = {case.name: run_case(path, case, 2) for case in CASES}
+    found = {}
+    for case in CASES:
+        lora.all_to_all_hp2sp = Counted(all_to_all_hp2sp)
+        found[case.name] = run_case(path, case, 2), lora.all_to_all_hp2sp.calls
     torch.save(found, meeting / f"rank{rank}.pt")
     dist.barrier()
 

@@ -52,5 +52,8 @@ def ranks(path, tmp_path_factory):
 def test_two_ranks_compute_what_one_does(ranks, path, case):
     expected = run_case(path, case, 1)
     assert min(tensor.norm() for tensor in expected.values()) > 0
-    for found in ranks:
-        assert distance(found[case.name], expected) <= 1e-5
+    for rank in ranks:
+        found, num_all_to_alls = rank[case.name]
+        assert distance(found, expected) <= 1e-5
+        row_layers = {name.split(".lora_")[0] for name in expected if "o_proj" in name or "down_proj" in name}
+        assert num_all_to_alls == (len(row_layers) if case.fields.get("a2a") else 0)
