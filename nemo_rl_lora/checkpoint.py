@@ -68,8 +68,10 @@ _SAVING = (
     "load_path",
 )
 # What may differ between a run and its continuation: exact dotted keys, and whole sections.
-FREE_KEYS = frozenset(f"{driver}.{key}" for driver in ("sft", "dpo", "grpo") for key in _PERIODS) | frozenset(
-    f"checkpointing.{key}" for key in _SAVING
+FREE_KEYS = (
+    frozenset(f"{driver}.{key}" for driver in ("sft", "dpo", "grpo") for key in _PERIODS)
+    | frozenset(f"checkpointing.{key}" for key in _SAVING)
+    | frozenset(f"policy.{key}" for key in ("backend", "dtensor_cfg.enabled", "megatron_cfg.enabled"))
 )
 FREE_SECTIONS = ("logger", "cluster")
 

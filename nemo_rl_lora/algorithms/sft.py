@@ -5,7 +5,7 @@ Left out: which tokens those are (data/conversations.py), when a run validates, 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,12 +75,13 @@ class SftWork:
         parts = self.parts
         if not parts.validation:
             return None
-        losses, tokens = Counter[str](), Counter[str]()
+        losses: defaultdict[str, float] = defaultdict(float)
+        tokens: Counter[str] = Counter()
         for rows in parts.validation:
             for batch in validation_batches(rows, parts.config):
                 losses[rows.name] -= float(parts.policy.logprobs(batch).double().sum())
                 tokens[rows.name] += batch.denominators.num_loss_tokens
-        metrics = {"val_loss": losses.total() / max(tokens.total(), 1), "num_valid_tokens": float(tokens.total())}
+        metrics = {"val_loss": sum(losses.values()) / max(tokens.total(), 1), "num_valid_tokens": float(tokens.total())}
         if len(parts.validation) > 1:
             metrics |= {f"val_loss/{name}": losses[name] / max(tokens[name], 1) for name in tokens}
         return Validated(metrics=metrics)

@@ -175,6 +175,7 @@ def transformer_config(family: Family, megatron: MegatronConfig, dtype: torch.dt
         "num_layers_in_first_pipeline_stage": megatron.num_layers_in_first_pipeline_stage,
         "num_layers_in_last_pipeline_stage": megatron.num_layers_in_last_pipeline_stage,
         "pipeline_dtype": dtype,
+        "cuda_graph_scope": [],
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,

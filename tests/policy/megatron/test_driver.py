@@ -86,6 +86,21 @@ def test_an_interrupted_run_goes_on_as_the_run_that_was_not(tiny_sft, tmp_path):
     assert one == two
 
 
+@pytest.mark.parametrize("backends", [("dtensor", "megatron"), ("megatron", "dtensor")], ids=" then ".join)
+def test_a_run_goes_on_with_the_other_backend(tiny_sft, tmp_path, backends):
+    settings = [*UNIFIED, "policy.lora.dropout=0.2", "policy.scheduler={name: cosine, total_steps: 6}"]
+    whole = tiny_sft(*settings, "sft.max_num_steps=4", f"checkpointing.checkpoint_dir={tmp_path}/whole")
+    assert whole.code == 0, whole.err
+    for steps, backend in zip((2, 4), backends, strict=True):
+        ended = tiny_sft(*settings, f"sft.max_num_steps={steps}", f"policy.backend={backend}")
+        assert ended.code == 0, ended.err
+    first, rest = tiny_sft.metrics(experiment=1), tiny_sft.metrics(experiment=3)
+    assert [line["step"] for line in rest] == [3, 4]
+    for expected, actual in zip(first[2:], rest, strict=True):
+        assert actual["lr"] == expected["lr"]
+        assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+
 def test_a_plan_is_made_for_this_backend(tiny_run):
     ended = run_driver("--plan", *tiny_run.arguments(*MEGATRON))
     assert ended.code == 0, ended.err
