@@ -83,9 +83,8 @@ def save_tensors(
         generation.save_pretrained(target)
     split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
-        # A copy each: parts of a fused tensor share its storage, and safetensors refuses that.
-        owned = {name: tensors[name].detach().to("cpu", copy=True) for name in names}
-        (target / file).write_bytes(safetensors.torch.save(owned, metadata={"format": "pt"}))
+        data = safetensors.torch.save({name: tensors[name] for name in names}, metadata={"format": "pt"})
+        (target / file).write_bytes(data)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

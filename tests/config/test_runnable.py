@@ -6,8 +6,10 @@ from nemo_rl_lora.config.loader import CONFIG_DIR, load_config
 from nemo_rl_lora.config.runnable import check_runnable
 
 
-def test_quick_start_is_runnable() -> None:
-    assert check_runnable(load_config(None, [], "grpo")) == []
+@pytest.mark.parametrize("backend", ["dtensor", "megatron"])
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "grpo"])
+def test_quick_start_is_runnable(algorithm, backend) -> None:
+    assert check_runnable(load_config(None, [f"policy.backend={backend}"], algorithm)) == []
 
 
 @pytest.mark.parametrize(
