@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from nemo_rl_lora.algorithms.loop import StepDone, Validated, mean_outputs
-from nemo_rl_lora.algorithms.losses import count_denominators
+from nemo_rl_lora.algorithms.loop import StepDone, Validated, mean_outputs, tokens_by_source, validation_spans
+from nemo_rl_lora.algorithms.losses import count_denominators, loss_inputs
 from nemo_rl_lora.algorithms.preference_loss import PreferenceLoss, pair_rewards
 from nemo_rl_lora.algorithms.reference_cache import ReferenceCache
 from nemo_rl_lora.config.dpo import DpoConfig
@@ -25,7 +25,7 @@ from nemo_rl_lora.data.order import RowLoader
 from nemo_rl_lora.data.preferences import PreferenceSet
 from nemo_rl_lora.metrics import Stopwatch
 from nemo_rl_lora.policy.protocol import Policy
-from nemo_rl_lora.types import Batch, LossInputs, PreferencePair
+from nemo_rl_lora.types import Batch, PreferencePair
 
 REFERENCE_FILE = "reference_logprobs.safetensors"
 
@@ -67,12 +67,10 @@ class DpoWork:
             "global_valid_toks": float(batch.denominators.num_loss_tokens),
             "global_valid_seqs": float(batch.denominators.num_sequences),
         }
-        tokens = Counter({"num_tokens": int(batch.sequence_length.sum())})
-        for row, pair in enumerate(pairs):
-            tokens[f"num_tokens/{pair.source}"] += int(batch.sequence_length[2 * row : 2 * row + 2].sum())
-        counts = {name: float(count) for name, count in tokens.items()}
-        by_source = {name: count for name, count in counts.items() if name != "num_tokens"}
-        return StepDone(metrics=metrics | by_source, counts=counts | {"num_pairs": float(len(pairs))})
+        lengths = batch.sequence_length.view(-1, 2).sum(dim=1).tolist()
+        by_source = tokens_by_source((pair.source, length) for pair, length in zip(pairs, lengths, strict=True))
+        counts = {"num_tokens": float(sum(lengths)), "num_pairs": float(len(pairs)), **by_source}
+        return StepDone(metrics=metrics | by_source, counts=counts)
 
     def validate(self, step: int, watch: Stopwatch) -> Validated | None:
         """Loss, accuracy and rewards over the validation pairs; accuracy by source too where there are several."""
@@ -82,8 +80,8 @@ class DpoWork:
         outcomes: list[tuple[PreferencePair, float]] = []
         num_pairs = 0
         for rows in self.parts.validation:
-            for begin, end in _spans(len(rows), self.parts.config):
-                pairs = rows[begin:end]
+            for span in validation_spans(len(rows), self.parts.config):
+                pairs = rows[span]
                 num_pairs += len(pairs)
                 metrics, hits = self._measure(pairs)
                 total.update({name: value * len(pairs) for name, value in metrics.items()})
@@ -112,19 +110,7 @@ class DpoWork:
         """Loss and metrics of these pairs, and whether each is told right; nothing of that without a reference."""
         batch = self._with_reference(pairs, collate_pairs(pairs), self._validation_reference)
         logprobs = self.parts.policy.logprobs(batch)
-        loss, metrics = self.parts.loss(
-            LossInputs(
-                logprobs=logprobs,
-                old_logprobs=logprobs,
-                reference_logprobs=batch.reference_logprobs,
-                generation_logprobs=None,
-                advantages=None,
-                loss_mask=batch.loss_mask,
-                sequence_length=batch.sequence_length,
-                group_index=batch.group_index,
-                denominators=batch.denominators,
-            )
-        )
+        loss, metrics = self.parts.loss(loss_inputs(batch, logprobs))
         hits: list[float] = []
         if batch.reference_logprobs is not None:
             rewards = pair_rewards(logprobs, batch.reference_logprobs, batch.loss_mask, self.parts.config)
@@ -174,9 +160,3 @@ def collate_pairs(pairs: Sequence[PreferencePair]) -> Batch:
         denominators=count_denominators(loss_mask),
         whole_groups=True,
     )
-
-
-def _spans(num_rows: int, config: DpoConfig) -> list[tuple[int, int]]:
-    size = config.val_global_batch_size
-    num_rows = min(num_rows, config.val_batches * size) if config.val_batches else num_rows
-    return [(begin, min(begin + size, num_rows)) for begin in range(0, num_rows, size)]

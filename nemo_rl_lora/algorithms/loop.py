@@ -7,7 +7,7 @@ is drawn follows from (seed, step), so a resumed run is the run that was interru
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -251,6 +251,32 @@ class TrainingLoop:
 
     def _result(self, outcome: str) -> RunResult:
         return RunResult(outcome=outcome, step=self._step, checkpoint=self._checkpoint)
+
+
+class ValidationSettings(Protocol):
+    """What is read of the `sft` or `dpo` section for a validation."""
+
+    @property
+    def val_batches(self) -> int: ...
+
+    @property
+    def val_global_batch_size(self) -> int: ...
+
+
+def validation_spans(num_rows: int, settings: ValidationSettings) -> list[slice]:
+    """The first `val_batches` batches of a set of rows; the whole set where that is 0."""
+    size = settings.val_global_batch_size
+    num_used = min(num_rows, settings.val_batches * size) if settings.val_batches else num_rows
+    return [slice(begin, min(begin + size, num_used)) for begin in range(0, num_used, size)]
+
+
+def tokens_by_source(rows: Iterable[tuple[str, int]]) -> dict[str, float]:
+    """`num_tokens/<source>` from the source and the number of tokens of each row."""
+    totals: dict[str, float] = {}
+    for source, num_tokens in rows:
+        name = f"num_tokens/{source}"
+        totals[name] = totals.get(name, 0.0) + num_tokens
+    return totals
 
 
 def mean_outputs(outputs: Sequence[StepOutput]) -> dict[str, float]:

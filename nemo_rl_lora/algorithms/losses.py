@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl_lora.config.loss_fn import LossFnConfig, VespoConfig
-from nemo_rl_lora.types import Denominators, LossInputs
+from nemo_rl_lora.types import Batch, Denominators, LossInputs
 
 _VESPO_LOG_WEIGHT_MIN = math.log(1e-8)
 _VESPO_LOG_WEIGHT_MAX = 20.0
@@ -28,6 +28,27 @@ _VESPO_LOG_WEIGHT_MAX = 20.0
 def count_denominators(loss_mask: Tensor) -> Denominators:
     """Loss tokens, and rows that have any, of a whole optimizer batch. loss_mask: [B, T] bool."""
     return Denominators(num_loss_tokens=int(loss_mask.sum()), num_sequences=int(loss_mask.any(dim=1).sum()))
+
+
+def loss_inputs(batch: Batch, logprobs: Tensor, rows: Tensor | slice = slice(None)) -> LossInputs:
+    """What a loss sees of these rows of a batch. logprobs: [b, T] of the same rows, on whose device everything goes."""
+    device = logprobs.device
+
+    def of_rows(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[rows].to(device)
+
+    old = of_rows(batch.old_logprobs)
+    return LossInputs(
+        logprobs=logprobs,
+        old_logprobs=logprobs.detach() if old is None else old,
+        reference_logprobs=of_rows(batch.reference_logprobs),
+        generation_logprobs=of_rows(batch.generation_logprobs),
+        advantages=of_rows(batch.advantages),
+        loss_mask=batch.loss_mask[rows].to(device),
+        sequence_length=batch.sequence_length[rows].to(device),
+        group_index=batch.group_index[rows].to(device),
+        denominators=batch.denominators,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl_lora.algorithms.losses import count_denominators
+from nemo_rl_lora.config.generation import EngineConfig
 from nemo_rl_lora.environments.protocol import Environment
 from nemo_rl_lora.randomness import derive_seed
 from nemo_rl_lora.types import Batch, CompletionGroup, GroupRequest, Prompt, RolloutGroup, SamplingParams
@@ -26,6 +27,18 @@ class RolloutParams:
     max_sequence_length: int  # prompt and completion
     seed: int
     purpose: str  # "rollout" or "validation"
+
+
+def validation_sampling(engine: EngineConfig) -> SamplingParams:
+    """How completions are drawn where nothing is trained on them."""
+    return SamplingParams(
+        max_new_tokens=engine.max_new_tokens,
+        temperature=engine.val_temperature,
+        top_p=engine.val_top_p,
+        top_k=engine.val_top_k,
+        stop_token_ids=tuple(engine.stop_token_ids or ()),
+        stop_strings=tuple(engine.stop_strings or ()),
+    )
 
 
 def group_requests(prompts: Sequence[Prompt], params: RolloutParams, draw: str) -> list[GroupRequest]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_rl_lora.algorithms.loop import StepDone, Validated, mean_outputs
+from nemo_rl_lora.algorithms.loop import StepDone, Validated, mean_outputs, tokens_by_source, validation_spans
 from nemo_rl_lora.algorithms.losses import count_denominators
 from nemo_rl_lora.algorithms.sft_loss import SftLoss
 from nemo_rl_lora.config.sft import SftConfig
@@ -62,12 +62,8 @@ class SftWork:
             "num_cut_rows": float(sum(example.num_cut_tokens > 0 for example in examples)),
             "num_cut_tokens": float(sum(example.num_cut_tokens for example in examples)),
         }
-        tokens = Counter[str]()
-        for example in examples:
-            tokens["num_tokens"] += len(example.token_ids)
-            tokens[f"num_tokens/{example.source}"] += len(example.token_ids)
-        counts = {name: float(count) for name, count in tokens.items()}
-        by_source = {name: count for name, count in counts.items() if name != "num_tokens"}
+        by_source = tokens_by_source((example.source, len(example.token_ids)) for example in examples)
+        counts = {"num_tokens": float(batch.sequence_length.sum()), **by_source}
         return StepDone(metrics=metrics | by_source, counts=counts)
 
     def validate(self, step: int, watch: Stopwatch) -> Validated | None:
@@ -78,7 +74,8 @@ class SftWork:
         losses: defaultdict[str, float] = defaultdict(float)
         tokens: Counter[str] = Counter()
         for rows in parts.validation:
-            for batch in validation_batches(rows, parts.config):
+            for span in validation_spans(len(rows), parts.config):
+                batch = collate_examples(rows[span])
                 losses[rows.name] -= float(parts.policy.logprobs(batch).double().sum())
                 tokens[rows.name] += batch.denominators.num_loss_tokens
         metrics = {"val_loss": sum(losses.values()) / max(tokens.total(), 1), "num_valid_tokens": float(tokens.total())}
@@ -91,13 +88,6 @@ class SftWork:
 
     def load(self, directory: Path) -> None:
         """Nothing."""
-
-
-def validation_batches(rows: ConversationSet, config: SftConfig) -> list[Batch]:
-    """The first `val_batches` batches of a set; the whole set where that is 0."""
-    size = config.val_global_batch_size
-    num_rows = min(len(rows), config.val_batches * size) if config.val_batches else len(rows)
-    return [collate_examples(rows[begin : min(begin + size, num_rows)]) for begin in range(0, num_rows, size)]
 
 
 def collate_examples(examples: Sequence[Example]) -> Batch:

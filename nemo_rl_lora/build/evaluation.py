@@ -7,18 +7,16 @@ The base's weights are never written; `LoadedBase.require_unwritten` proves it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from nemo_rl_lora.algorithms.rollout import RolloutParams
+from nemo_rl_lora.algorithms.rollout import RolloutParams, validation_sampling
 from nemo_rl_lora.build.start import tokenizer_of
 from nemo_rl_lora.config.data import DatasetConfig
 from nemo_rl_lora.config.evaluation import EvalConfig, EvalPolicy
@@ -31,16 +29,15 @@ from nemo_rl_lora.generation.in_process import InProcessGeneration
 from nemo_rl_lora.generation.protocol import Generation
 from nemo_rl_lora.lora.files import adapter_tensor_name, read_adapter
 from nemo_rl_lora.lora.fit import adapter_directory, fit_adapter
-from nemo_rl_lora.lora.merge import merged_weight
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.model_source import ModelSource, resolve_model
 from nemo_rl_lora.plan.make import type_of
 from nemo_rl_lora.plan.model_shapes import ModelShapes, read_model_shapes
 from nemo_rl_lora.policy.model import load_model
-from nemo_rl_lora.policy.weights import LazyTensor, digest_of, make_ref
+from nemo_rl_lora.policy.weights import digest_of, offer
 from nemo_rl_lora.step_files import probe_directory
-from nemo_rl_lora.types import SamplingParams, TensorInfo, WeightsRef
+from nemo_rl_lora.types import WeightsRef
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +46,16 @@ BASE_NAME = "(base)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A model to evaluate: the base with an adapter, or the base itself, as an adapter that adds nothing."""
+    """A model to evaluate: the base with an adapter, or the base itself, as an adapter of no module."""
 
     name: str  # as written in eval.adapters
     directory: Path | None  # None: the base itself
     spec: LoraSpec
     adapted: tuple[AdaptedModule, ...]
     digest: str | None  # of A and B
+
+
+_BARE = Candidate(name=BASE_NAME, directory=None, spec=LoraSpec(dim=1, alpha=1), adapted=(), digest=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,17 +129,9 @@ def _task(config: EvalMaster, tokenizer: Any) -> Task:
     prompts = load_prompts(section, tokenizer, config=config, key="data.validation")
     environments = make_environments(prompts.environment_names, config.env)
     check_prompts(environments, prompts.unencoded())
-    sampling = SamplingParams(
-        max_new_tokens=engine.max_new_tokens,
-        temperature=engine.val_temperature,
-        top_p=engine.val_top_p,
-        top_k=engine.val_top_k,
-        stop_token_ids=tuple(engine.stop_token_ids or ()),
-        stop_strings=tuple(engine.stop_strings or ()),
-    )
     params = RolloutParams(
         num_completions=settings.num_tests_per_prompt,
-        sampling=sampling,
+        sampling=validation_sampling(engine),
         max_sequence_length=config.policy.max_total_sequence_length,
         seed=settings.seed,
         purpose="evaluation",
@@ -155,7 +147,7 @@ def _task(config: EvalMaster, tokenizer: Any) -> Task:
 
 def _candidates(settings: EvalConfig, base: _Base) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
     """The base where it is asked for, then the adapters; and warnings. ValueError names each adapter that is wrong."""
-    candidates = [_bare(base)] if settings.include_base else []
+    candidates = [_BARE] if settings.include_base else []
     problems: list[str] = []
     notes: list[str] = []
     for name in settings.adapters:
@@ -169,25 +161,6 @@ def _candidates(settings: EvalConfig, base: _Base) -> tuple[tuple[Candidate, ...
     if problems:
         raise ValueError("\n".join(problems))
     return tuple(candidates), tuple(notes)
-
-
-def _bare(base: _Base) -> Candidate:
-    """The base as an adapter of zeros on every linear module: y + 0 is y, in either way of serving an adapter."""
-    adapted = tuple(
-        AdaptedModule(
-            name=linear.name,
-            in_features=linear.in_features,
-            out_features=linear.out_features,
-            dim=1,
-            alpha=1.0,
-            scale=1.0,
-        )
-        for linear in base.shapes.linears
-        if not linear.is_head
-    )
-    if not adapted:
-        raise ValueError(f"policy.model_name={base.policy.model_name!r}: has no linear modules. Use another model.")
-    return Candidate(name=BASE_NAME, directory=None, spec=LoraSpec(dim=1, alpha=1), adapted=adapted, digest=None)
 
 
 def _candidate(name: str, base: _Base) -> tuple[Candidate, list[str]]:
@@ -254,27 +227,12 @@ class LoadedBase:
 
     def _weights(self, candidate: Candidate) -> WeightsRef:
         self._num_served += 1
-        tensors = _zeros(candidate) if candidate.directory is None else read_adapter(candidate.directory)[0]
-        if self._policy.generation.lora_sync == "adapter":
-            entries = {name: _entry(name, tensor) for name, tensor in tensors.items()}
-        else:
-            entries = {f"{module.name}.weight": self._merged(module, tensors) for module in candidate.adapted}
-        return make_ref(self._num_served, self._policy.generation.lora_sync, entries, digest_of(tensors))
-
-    def _merged(self, module: AdaptedModule, tensors: Mapping[str, Tensor]) -> LazyTensor:
-        weight = self.model.get_parameter(f"{module.name}.weight").detach()
-        a, b = (tensors[adapter_tensor_name(module.name, side)].to(weight.device) for side in "AB")
-        info = TensorInfo(name=f"{module.name}.weight", shape=tuple(weight.shape), dtype=weight.dtype)
-        return LazyTensor(info, partial(merged_weight, weight, a, b, module.scale))
-
-
-def _zeros(candidate: Candidate) -> dict[str, Tensor]:
-    tensors = {}
-    for module in candidate.adapted:
-        tensors[adapter_tensor_name(module.name, "A")] = torch.zeros(module.dim, module.in_features)
-        tensors[adapter_tensor_name(module.name, "B")] = torch.zeros(module.out_features, module.dim)
-    return tensors
-
-
-def _entry(name: str, tensor: Tensor) -> LazyTensor:
-    return LazyTensor(TensorInfo(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype), lambda: tensor)
+        tensors = {} if candidate.directory is None else read_adapter(candidate.directory)[0]
+        return offer(
+            self._num_served,
+            self._policy.generation.lora_sync,
+            tensors,
+            adapted=candidate.adapted,
+            weight_of=self.model.get_parameter,
+            dtype=self._dtype,
+        )

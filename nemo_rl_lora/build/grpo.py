@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_rl_lora.algorithms.grpo import GrpoParts, GrpoWork
 from nemo_rl_lora.algorithms.losses import make_policy_loss
-from nemo_rl_lora.algorithms.rollout import RolloutParams
+from nemo_rl_lora.algorithms.rollout import RolloutParams, validation_sampling
 from nemo_rl_lora.build.start import RunContext
 from nemo_rl_lora.config.generation import GenerationConfig
 from nemo_rl_lora.config.grpo import GrpoConfig
@@ -22,7 +22,7 @@ from nemo_rl_lora.environments.protocol import Environment
 from nemo_rl_lora.environments.registry import check_prompts, make_environments
 from nemo_rl_lora.generation.protocol import Generation
 from nemo_rl_lora.plan import chosen_engine
-from nemo_rl_lora.types import Prompt, SamplingParams
+from nemo_rl_lora.types import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -108,17 +108,24 @@ class GrpoRecipe:
         context.cleanup.callback(generation.close)
         for environment in self._environments.values():
             context.cleanup.callback(environment.close)
-        rollout_params = self._rollout_params()
-        validation_params = replace(
-            rollout_params,
+        sampling = validation_sampling(self._generation)
+        validation_params = RolloutParams(
             num_completions=self.config.grpo.val_num_generations_per_prompt,
-            sampling=replace(
-                rollout_params.sampling,
-                temperature=self._generation.val_temperature,
-                top_p=self._generation.val_top_p,
-                top_k=self._generation.val_top_k,
-            ),
+            sampling=sampling,
+            max_sequence_length=self.config.policy.max_total_sequence_length,
+            seed=self.config.grpo.seed,
             purpose="validation",
+        )
+        rollout_params = replace(
+            validation_params,
+            num_completions=self.config.grpo.num_generations_per_prompt,
+            sampling=replace(
+                sampling,
+                temperature=self._generation.temperature,
+                top_p=self._generation.top_p,
+                top_k=self._generation.top_k,
+            ),
+            purpose="rollout",
         )
         return GrpoWork(
             GrpoParts(
@@ -134,23 +141,6 @@ class GrpoRecipe:
                 log=context.log,
                 console=context.console,
             )
-        )
-
-    def _rollout_params(self) -> RolloutParams:
-        config, generation = self.config, self._generation
-        return RolloutParams(
-            num_completions=config.grpo.num_generations_per_prompt,
-            sampling=SamplingParams(
-                max_new_tokens=generation.max_new_tokens,
-                temperature=generation.temperature,
-                top_p=generation.top_p,
-                top_k=generation.top_k,
-                stop_token_ids=tuple(generation.stop_token_ids or ()),
-                stop_strings=tuple(generation.stop_strings or ()),
-            ),
-            max_sequence_length=config.policy.max_total_sequence_length,
-            seed=config.grpo.seed,
-            purpose="rollout",
         )
 
     def _build_generation(self, context: RunContext) -> Generation:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -231,6 +232,7 @@ def plan_checks(config: MasterConfig) -> list[tuple[str, Callable[[], str]]]:
     """What `--plan` looks at beside the model's config: tokenizer, data, sinks, directories."""
     recipe = make_recipe(config)
 
+    @cache
     def make_tokenizer() -> Any:
         return tokenizer_of(config.policy, resolve_model(config.policy.model_name, weights=False))
 

@@ -47,8 +47,7 @@ class RewardFunctionConfig(Section):
 class EnvConfig(Section):
     """Environments by name."""
 
-    # names are the user's own here; each value is still a closed RewardFunctionConfig
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow")  # names are the user's own; each value is a closed RewardFunctionConfig
     __pydantic_extra__: dict[str, RewardFunctionConfig] = Field(init=False)
 
     math: MathEnvConfig = MathEnvConfig()

@@ -7,23 +7,23 @@ The first row of each sequence of roles is tokenised at the start, to show that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from nemo_rl_lora.config.data import CONVERSATION_DATASETS, DatasetConfig, require_rows_for
-from nemo_rl_lora.data.chat import Message, PromptFormat, chat_messages, load_format
+from nemo_rl_lora.config.data import CONVERSATION_DATASETS, DatasetConfig
+from nemo_rl_lora.data.chat import Message, chat_messages
 from nemo_rl_lora.data.learned_tokens import TokenRules, encode_conversation, token_rules
 from nemo_rl_lora.data.sides import (
+    RowReader,
     RowSet,
     RunConfig,
     load_sides,
     longest_row,
+    open_dataset,
     refuse_grpo_keys,
-    refuse_processor,
 )
-from nemo_rl_lora.data.sources import RowTable, read_table, text_of, value_of
+from nemo_rl_lora.data.sources import RowTable, text_of, value_of
 from nemo_rl_lora.types import Example
 
 ConversationSet = RowSet[Example]
@@ -38,39 +38,28 @@ def load_conversation_sets(
     return load_sides(config.data, lambda section, key: _read(section, key, tokenizer, rules), "rows")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Reader:
-    """How rows of one dataset become messages."""
-
-    section: DatasetConfig
-    key: str
-    format: PromptFormat
-
-    def messages(self, raw: Mapping[str, Any], place: str) -> list[Message]:
-        """The conversation of a row. Raises ValueError, with the row's place, where there is nothing to learn."""
-        messages = self.format.with_system(_ROWS[self.section.dataset_name](self, raw, place))
-        roles = [message["role"] for message in messages]
-        if "assistant" not in roles:
-            problem = "has no turn of the assistant, so there is nothing to learn"
-        elif roles[0] == "assistant":
-            problem = "begins with a turn of the assistant, which answers nothing"
-        elif roles[-1] != "assistant":
-            problem = f"ends with a turn of the {roles[-1]}, which nothing answers"
-        else:
-            return messages
-        raise ValueError(f"{self.key}: {place} {problem}. Correct the row.")
+def _messages(reader: RowReader, raw: Mapping[str, Any], place: str) -> list[Message]:
+    """The conversation of a row. Raises ValueError, with the row's place, where there is nothing to learn."""
+    messages = reader.format.with_system(_ROWS[reader.section.dataset_name](reader, raw, place))
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        problem = "has no turn of the assistant, so there is nothing to learn"
+    elif roles[0] == "assistant":
+        problem = "begins with a turn of the assistant, which answers nothing"
+    elif roles[-1] != "assistant":
+        problem = f"ends with a turn of the {roles[-1]}, which nothing answers"
+    else:
+        return messages
+    raise ValueError(f"{reader.key}: {place} {problem}. Correct the row.")
 
 
 def _read(section: DatasetConfig, key: str, tokenizer: Any, rules: TokenRules) -> ConversationSet:
-    require_rows_for("sft", section, key)
-    refuse_processor(section, key, "SFT", "sft_processor")
-    reader = _Reader(section=section, key=key, format=load_format(section, key))
-    table = read_table(section, key)
+    reader, table = open_dataset("sft", section, key, processor="sft_processor")
     _check_rows(table, reader, tokenizer, rules)
 
     def make(position: int, name: str) -> Example:
         place = table.place(position)
-        tokens = encode_conversation(tokenizer, reader.messages(table[position], place), rules, place)
+        tokens = encode_conversation(tokenizer, _messages(reader, table[position], place), rules, place)
         return Example(
             token_ids=tokens.token_ids, loss_mask=tokens.loss_mask, source=name, num_cut_tokens=tokens.num_cut
         )
@@ -79,17 +68,17 @@ def _read(section: DatasetConfig, key: str, tokenizer: Any, rules: TokenRules) -
     return RowSet(name=section.dataset_name, rate=section.rate, positions=rows, clusters=rows, make=make)
 
 
-def _check_rows(table: RowTable, reader: _Reader, tokenizer: Any, rules: TokenRules) -> None:
+def _check_rows(table: RowTable, reader: RowReader, tokenizer: Any, rules: TokenRules) -> None:
     seen: set[tuple[str, ...]] = set()
     for place, raw in table.placed():
-        messages = reader.messages(raw, place)
+        messages = _messages(reader, raw, place)
         roles = tuple(message["role"] for message in messages)
         if roles not in seen:
             seen.add(roles)
             encode_conversation(tokenizer, messages, rules, place)
 
 
-def _chat(reader: _Reader, raw: Mapping[str, Any], place: str) -> list[Message]:
+def _chat(reader: RowReader, raw: Mapping[str, Any], place: str) -> list[Message]:
     section, key = reader.section, reader.key
     if section.prompt_file is not None:
         raise ValueError(
@@ -99,24 +88,24 @@ def _chat(reader: _Reader, raw: Mapping[str, Any], place: str) -> list[Message]:
     return chat_messages(raw, section.chat_key, place, f"{key}.chat_key")
 
 
-def _own_rows(reader: _Reader, raw: Mapping[str, Any], place: str) -> list[Message]:
+def _own_rows(reader: RowReader, raw: Mapping[str, Any], place: str) -> list[Message]:
     section, key = reader.section, reader.key
     question = text_of(raw, section.input_key, place, f"{key}.input_key")
     return _answered(reader, question, text_of(raw, section.output_key or "output", place, f"{key}.output_key"))
 
 
-def _gsm8k(reader: _Reader, raw: Mapping[str, Any], place: str) -> list[Message]:
+def _gsm8k(reader: RowReader, raw: Mapping[str, Any], place: str) -> list[Message]:
     key = f"{reader.key}.data_path"
     return _answered(reader, text_of(raw, "question", place, key), text_of(raw, "answer", place, key))
 
 
-def _open_math_instruct(reader: _Reader, raw: Mapping[str, Any], place: str) -> list[Message]:
+def _open_math_instruct(reader: RowReader, raw: Mapping[str, Any], place: str) -> list[Message]:
     question = text_of(raw, "problem", place, f"{reader.key}.data_path")
     answer = text_of(raw, reader.section.output_key or "generated_solution", place, f"{reader.key}.output_key")
     return _answered(reader, question, answer)
 
 
-def _squad(reader: _Reader, raw: Mapping[str, Any], place: str) -> list[Message]:
+def _squad(reader: RowReader, raw: Mapping[str, Any], place: str) -> list[Message]:
     section, key = reader.section, f"{reader.key}.data_path"
     if section.system_prompt_file is not None:
         raise ValueError(
@@ -131,14 +120,14 @@ def _squad(reader: _Reader, raw: Mapping[str, Any], place: str) -> list[Message]
     return [context, *_answered(reader, text_of(raw, "question", place, key), texts[0])]
 
 
-def _answered(reader: _Reader, question: str, answer: str) -> list[Message]:
+def _answered(reader: RowReader, question: str, answer: str) -> list[Message]:
     return [
         {"role": "user", "content": reader.format.user_text(question)},
         {"role": "assistant", "content": answer},
     ]
 
 
-_ROWS: dict[str, Callable[[_Reader, Mapping[str, Any], str], list[Message]]] = {
+_ROWS: dict[str, Callable[[RowReader, Mapping[str, Any], str], list[Message]]] = {
     "openai_format": _chat,
     "tulu3_sft_mixture": _chat,
     "squad": _squad,

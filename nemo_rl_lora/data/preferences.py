@@ -14,19 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from nemo_rl_lora.config.data import PREFERENCE_DATASETS, DatasetConfig, require_rows_for
+from nemo_rl_lora.config.data import PREFERENCE_DATASETS, DatasetConfig
 from nemo_rl_lora.config.errors import show
-from nemo_rl_lora.data.chat import Message, PromptFormat, chat_messages, load_format, render
+from nemo_rl_lora.data.chat import Message, chat_messages, render
 from nemo_rl_lora.data.sides import (
+    RowReader,
     RowSet,
     RunConfig,
     load_sides,
     longest_row,
+    open_dataset,
     refuse_grpo_keys,
-    refuse_processor,
     refuse_sft_keys,
 )
-from nemo_rl_lora.data.sources import RowTable, read_table, text_of, value_of
+from nemo_rl_lora.data.sources import RowTable, text_of, value_of
 from nemo_rl_lora.types import PreferencePair
 
 logger = logging.getLogger(__name__)
@@ -48,17 +49,9 @@ class _Pair:
     part: str | None = None  # of the dataset, for metrics
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Reader:
-    """How rows of one dataset become pairs."""
-
-    section: DatasetConfig
-    key: str
-    format: PromptFormat
-
-    def pairs(self, raw: Mapping[str, Any], place: str) -> list[_Pair]:
-        """The pairs of a row; there may be none. Raises ValueError, with the row's place, where its form is wrong."""
-        return _ROWS[self.section.dataset_name](self, raw, place)
+def _pairs(reader: RowReader, raw: Mapping[str, Any], place: str) -> list[_Pair]:
+    """The pairs of a row; there may be none. Raises ValueError, with the row's place, where its form is wrong."""
+    return _ROWS[reader.section.dataset_name](reader, raw, place)
 
 
 def load_preference_sets(config: RunConfig, tokenizer: Any) -> tuple[list[PreferenceSet], list[PreferenceSet]]:
@@ -69,10 +62,7 @@ def load_preference_sets(config: RunConfig, tokenizer: Any) -> tuple[list[Prefer
 
 
 def _read(section: DatasetConfig, key: str, config: RunConfig, tokenizer: Any) -> PreferenceSet:
-    require_rows_for("dpo", section, key)
-    refuse_processor(section, key, "DPO", None)
-    reader = _Reader(section=section, key=key, format=load_format(section, key))
-    table = read_table(section, key)
+    reader, table = open_dataset("dpo", section, key, processor=None)
     where: list[tuple[int, int]] = []  # of each pair: its row, its number in the row
     clusters: list[int] = []
     allowed: list[bool] = []
@@ -87,7 +77,7 @@ def _read(section: DatasetConfig, key: str, config: RunConfig, tokenizer: Any) -
     def make(position: int, name: str) -> PreferencePair:
         index, number = where[position]
         place = table.place(index)
-        pair = reader.pairs(table[index], place)[number]
+        pair = _pairs(reader, table[index], place)[number]
         prompt_ids, chosen_ids, rejected_ids = _encode(tokenizer, [(pair, place)], key)[0]
         return PreferencePair(
             index=position,
@@ -107,12 +97,12 @@ def _read(section: DatasetConfig, key: str, config: RunConfig, tokenizer: Any) -
     )
 
 
-def _measured(table: RowTable, reader: _Reader, tokenizer: Any) -> Iterator[tuple[int, int, _Pair, int]]:
+def _measured(table: RowTable, reader: RowReader, tokenizer: Any) -> Iterator[tuple[int, int, _Pair, int]]:
     """Every pair with its row, its number in the row and the tokens of its longer side."""
     found = (
         (index, number, pair, place)
         for index, (place, raw) in enumerate(table.placed())
-        for number, pair in enumerate(reader.pairs(raw, place))
+        for number, pair in enumerate(_pairs(reader, raw, place))
     )
     while some := list(islice(found, _CHECKED_AT_ONCE)):
         encoded = _encode(tokenizer, [(pair, place) for _, _, pair, place in some], reader.key)
@@ -166,7 +156,7 @@ def _encode(
     return encoded
 
 
-def _ranked(reader: _Reader, raw: Mapping[str, Any], place: str) -> list[_Pair]:
+def _ranked(reader: RowReader, raw: Mapping[str, Any], place: str) -> list[_Pair]:
     key = f"{reader.key}.data_path"
     completions = value_of(raw, "completions", place, key)
     is_list = isinstance(completions, list) and all(isinstance(item, dict) for item in completions)
@@ -185,14 +175,14 @@ def _ranked(reader: _Reader, raw: Mapping[str, Any], place: str) -> list[_Pair]:
     return [_pair(reader, prompt, *(_answer(prompt, item, "completion", place, key) for item in (better, worse)))]
 
 
-def _binary(reader: _Reader, raw: Mapping[str, Any], place: str) -> list[_Pair]:
+def _binary(reader: RowReader, raw: Mapping[str, Any], place: str) -> list[_Pair]:
     section, key = reader.section, reader.key
     prompt = _prompt(reader, raw, section.prompt_key, place, f"{key}.prompt_key")
     chosen = _answer(prompt, raw, section.chosen_key, place, f"{key}.chosen_key")
     return [_pair(reader, prompt, chosen, _answer(prompt, raw, section.rejected_key, place, f"{key}.rejected_key"))]
 
 
-def _help_steer(reader: _Reader, raw: Mapping[str, Any], place: str) -> list[_Pair]:
+def _help_steer(reader: RowReader, raw: Mapping[str, Any], place: str) -> list[_Pair]:
     key = f"{reader.key}.data_path"
     preference = value_of(raw, "overall_preference", place, key)
     if not isinstance(preference, int | float):
@@ -206,7 +196,7 @@ def _help_steer(reader: _Reader, raw: Mapping[str, Any], place: str) -> list[_Pa
     return [_pair(reader, prompt, first, second) if preference < 0 else _pair(reader, prompt, second, first)]
 
 
-def _tulu(reader: _Reader, raw: Mapping[str, Any], place: str) -> list[_Pair]:
+def _tulu(reader: RowReader, raw: Mapping[str, Any], place: str) -> list[_Pair]:
     key = f"{reader.key}.data_path"
     shared = {"prompt": chat_messages(raw, "chosen", place, key)[:-1]}
     if not shared["prompt"]:
@@ -219,7 +209,7 @@ def _tulu(reader: _Reader, raw: Mapping[str, Any], place: str) -> list[_Pair]:
     ]
 
 
-def _solutions(reader: _Reader, raw: Mapping[str, Any], place: str) -> list[_Pair]:
+def _solutions(reader: RowReader, raw: Mapping[str, Any], place: str) -> list[_Pair]:
     """Correct with incorrect solutions of a question, in the order in which the row has them."""
     key, pairs = f"{reader.key}.data_path", reader.section.pairs
     question = text_of(raw, "question", place, key)
@@ -250,7 +240,7 @@ def _solutions(reader: _Reader, raw: Mapping[str, Any], place: str) -> list[_Pai
     return found[:1] if pairs == "one" else found
 
 
-_ROWS: dict[str, Callable[[_Reader, Mapping[str, Any], str], list[_Pair]]] = {
+_ROWS: dict[str, Callable[[RowReader, Mapping[str, Any], str], list[_Pair]]] = {
     "PreferenceDataset": _ranked,
     "BinaryPreferenceDataset": _binary,
     "HelpSteer3": _help_steer,
@@ -260,7 +250,7 @@ _ROWS: dict[str, Callable[[_Reader, Mapping[str, Any], str], list[_Pair]]] = {
 assert set(_ROWS) == set(PREFERENCE_DATASETS)
 
 
-def _prompt(reader: _Reader, raw: Mapping[str, Any], name: str, place: str, key: str) -> list[Message]:
+def _prompt(reader: RowReader, raw: Mapping[str, Any], name: str, place: str, key: str) -> list[Message]:
     """The messages of a prompt that is a text or messages, before a system prompt."""
     if isinstance(raw.get(name), str):
         return [{"role": "user", "content": reader.format.user_text(text_of(raw, name, place, key))}]
@@ -297,6 +287,6 @@ def _texts(messages: Sequence[Message]) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in messages]
 
 
-def _pair(reader: _Reader, prompt: list[Message], chosen: Message, rejected: Message) -> _Pair:
+def _pair(reader: RowReader, prompt: list[Message], chosen: Message, rejected: Message) -> _Pair:
     cluster = "\n".join(message["content"] for message in prompt)
     return _Pair(prompt=reader.format.with_system(prompt), chosen=chosen, rejected=rejected, cluster=cluster)

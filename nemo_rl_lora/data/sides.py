@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from nemo_rl_lora.config.data import DataConfig, DatasetConfig
+from nemo_rl_lora.config.data import DataConfig, DatasetConfig, require_rows_for
+from nemo_rl_lora.data.chat import PromptFormat, load_format
 from nemo_rl_lora.data.order import held_out
+from nemo_rl_lora.data.sources import RowTable, read_table
 
 T = TypeVar("T")
 
@@ -50,6 +52,24 @@ class RowSet(Sequence[T]):
         if isinstance(index, slice):
             return [self.make(int(position), self.name) for position in self.positions[index]]
         return self.make(int(self.positions[index]), self.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowReader:
+    """What the rows of one dataset, which stands at `key` in the configuration, are read by."""
+
+    section: DatasetConfig
+    key: str
+    format: PromptFormat
+
+
+def open_dataset(
+    algorithm: Literal["sft", "dpo"], section: DatasetConfig, key: str, *, processor: str | None
+) -> tuple[RowReader, RowTable]:
+    """The rows of a dataset and how to read them. ValueError where it, or its processor, is not the algorithm's."""
+    require_rows_for(algorithm, section, key)
+    refuse_processor(section, key, algorithm.upper(), processor)
+    return RowReader(section=section, key=key, format=load_format(section, key)), read_table(section, key)
 
 
 def longest_row(config: RunConfig) -> int:

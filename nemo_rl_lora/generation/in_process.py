@@ -75,7 +75,7 @@ class InProcessGeneration:
         self._adapted = {module.name: module for module in adapted} if spec is not None else {}
         self._expected = {
             "merged": _merged_shapes(base_model, None if spec is None else self._adapted),
-            "adapter": _adapter_shapes(self._adapted),
+            "adapter": None if spec is None else _adapter_shapes(self._adapted),
         }
         self._decoder = _choose_decoder(base_model, compute_dtype, max_concurrent_sequences)
         self._version: int | None = None
@@ -104,8 +104,7 @@ class InProcessGeneration:
     @torch.inference_mode()
     def sync_weights(self, ref: WeightsRef) -> SyncReceipt:
         start = time.perf_counter()
-        expected = self._expected[ref.mode]
-        _check_manifest(ref, expected)
+        expected = _checked_shapes(ref, self._expected[ref.mode])
         assert ref.tensors is not None
         staged: dict[str, Tensor] = {}
         num_bytes = 0
@@ -321,10 +320,10 @@ def _adapters(tensors: Mapping[str, Tensor], adapted: Mapping[str, AdaptedModule
     }
 
 
-def _check_manifest(ref: WeightsRef, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse, before anything is touched, a ref that is not exactly what this engine serves."""
+def _checked_shapes(ref: WeightsRef, expected: Mapping[str, tuple[int, ...]] | None) -> Mapping[str, tuple[int, ...]]:
+    """What this engine serves, by name. Refuses, before anything is touched, a ref that is not exactly that."""
     label = f"weights of version {ref.version} ({ref.mode})"
-    if not expected:
+    if expected is None:
         raise ValueError(f"{label}: this engine serves a model without an adapter. Publish mode 'merged'.")
     if ref.tensors is None:
         raise ValueError(f"{label}: the in-process engine reads tensors of this process, and the ref has none.")
@@ -342,3 +341,4 @@ def _check_manifest(ref: WeightsRef, expected: Mapping[str, tuple[int, ...]]) ->
                 f"{label}: {info.name!r} with shape {tuple(info.shape)}, expected {expected[info.name]}. "
                 f"Nothing was changed."
             )
+    return expected

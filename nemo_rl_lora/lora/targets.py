@@ -107,9 +107,12 @@ def resolve_targets(
     return tuple(_adapted(spec, module) for module in chosen)
 
 
-def refuse_head_adapter(spec: LoraSpec, adapted: Sequence[AdaptedModule], config_key: str) -> None:
-    """ValueError where an adapter of the output head would be trained: its logits exist in chunks alone, whose
-    gradient is known without it."""
+def resolve_trained_targets(
+    spec: LoraSpec, modules: Sequence[LinearModule], *, tied_head: bool, model_label: str, config_key: str
+) -> tuple[AdaptedModule, ...]:
+    """As resolve_targets, for an adapter that is trained. ValueError for one of the output head: its logits exist in
+    chunks alone, whose gradient is known without it."""
+    adapted = resolve_targets(spec, modules, tied_head=tied_head, model_label=model_label, config_key=config_key)
     head = next((module for module in adapted if last_component(module.name) in OUTPUT_HEAD_NAMES), None)
     if head is not None:
         raise ValueError(
@@ -117,6 +120,7 @@ def refuse_head_adapter(spec: LoraSpec, adapted: Sequence[AdaptedModule], config
             f"adapter is trained in this version. Drop it from the targets, or add {head.name!r} to "
             f"{config_key}.exclude_modules."
         )
+    return adapted
 
 
 def _adapted(spec: LoraSpec, module: LinearModule) -> AdaptedModule:

@@ -16,7 +16,7 @@ import torch
 from nemo_rl_lora.config.lora import kernels_off_because, lora_block_key, lora_spec_from_policy
 from nemo_rl_lora.config.runnable import check_runnable
 from nemo_rl_lora.lora.spec import LoraSpec, require_adapter_dtype
-from nemo_rl_lora.lora.targets import AdaptedModule, refuse_head_adapter, resolve_targets
+from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets
 from nemo_rl_lora.model_source import resolve_model
 from nemo_rl_lora.plan.model_shapes import ModelShapes, adapted_types, left_out_types, read_model_shapes
 from nemo_rl_lora.plan.nouns import Check, Effect, Plan, Sizes
@@ -82,11 +82,9 @@ def _adapted(spec: LoraSpec | None, shapes: ModelShapes, policy: PolicyConfig) -
         return ()
     key = lora_block_key(policy)
     require_adapter_dtype(spec, shapes.quantization, key)
-    adapted = resolve_targets(
+    return resolve_trained_targets(
         spec, shapes.linears, tied_head=shapes.has_tied_head, model_label=policy.model_name, config_key=key
     )
-    refuse_head_adapter(spec, adapted, key)
-    return adapted
 
 
 def _sizes(config: MasterConfig, shapes: ModelShapes, adapted: Sequence[AdaptedModule], num_trainable: int) -> Sizes:

@@ -6,6 +6,9 @@ shard is a slice of what one process would draw. No layer is defined here.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +26,31 @@ class AdapterSwitch:
 
     on: bool = True
     dropout_seed: int | None = None
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """The model without its adapters: the reference policy."""
+        self.on = False
+        try:
+            yield
+        finally:
+            self.on = True
+
+    @contextlib.contextmanager
+    def dropping(self, seed: int) -> Iterator[None]:
+        """Dropout on, drawn from this seed."""
+        self.dropout_seed = seed
+        try:
+            yield
+        finally:
+            self.dropout_seed = None
+
+
+def dropout_of(switch: AdapterSwitch | None, seed: int, step: int, microbatch: int) -> AbstractContextManager[None]:
+    """Dropout of a microbatch, a function of the run's seed and its place; nothing where there is no adapter."""
+    if switch is None:
+        return contextlib.nullcontext()
+    return switch.dropping(derive_seed(seed, "dropout", step, microbatch))
 
 
 def draw_a(spec: LoraSpec, *, name: str, in_features: int, dim: int, seed: int) -> Tensor:

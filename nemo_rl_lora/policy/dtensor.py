@@ -7,9 +7,10 @@ computation in `policy.precision`, and a reference, where it is needed, is a cop
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,21 +29,19 @@ from nemo_rl_lora.lora.files import (
     write_adapter,
     write_moments,
 )
-from nemo_rl_lora.lora.merge import merged_weight
 from nemo_rl_lora.lora.spec import LoraSpec
-from nemo_rl_lora.lora.targets import AdaptedModule, refuse_head_adapter, resolve_targets
-from nemo_rl_lora.policy.adapter import DTYPES, AdapterSwitch
+from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets
+from nemo_rl_lora.policy.adapter import DTYPES, AdapterSwitch, dropout_of
 from nemo_rl_lora.policy.adapter_linear import AdapterLinear, install_adapters
 from nemo_rl_lora.policy.forward import DEFAULT_CHUNK_TOKENS, ForwardPass
 from nemo_rl_lora.policy.masters import MasterAdam
-from nemo_rl_lora.policy.microbatches import Microbatch, MicrobatchPlan, plan_from_config, plan_microbatches
+from nemo_rl_lora.policy.microbatches import MicrobatchPlan, plan_from_config
 from nemo_rl_lora.policy.model import linear_modules, load_model, share_structure
+from nemo_rl_lora.policy.passes import copies_on_cpu, holding, logprob_pass, optimizer_step
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.policy.segment_attention import layout_problems, supports_segments
-from nemo_rl_lora.policy.shares import add_metrics, loss_share
-from nemo_rl_lora.policy.weights import LazyTensor, cast_entry, digest_of, make_ref
-from nemo_rl_lora.randomness import derive_seed
-from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, TensorInfo, WeightsRef
+from nemo_rl_lora.policy.weights import offer
+from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ class DTensorPolicy:
         else:
             self._install(setup.spec)
         self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
-        self._reference = self._copy_of_base() if setup.spec is None and setup.keep_reference else None
+        self._reference = copies_on_cpu(self._trained) if setup.spec is None and setup.keep_reference else None
         self._optimizer = MasterAdam(list(self._trained.values()), setup.adam)
         self._flat = supports_segments(self._model.config, config.max_total_sequence_length)
         if problems := layout_problems(config, self._model.config):
@@ -87,12 +86,7 @@ class DTensorPolicy:
 
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] fp32, dropout off; 0.0 outside the loss mask."""
-        width = batch.token_ids.shape[1]
-        out = torch.zeros(batch.token_ids.shape, dtype=torch.float32)
-        with torch.no_grad():
-            for micro in plan_microbatches(batch, self._microbatch_plan("logprob")):
-                out[micro.rows] = self._forward.logprobs(micro, width).cpu()
-        return out
+        return logprob_pass(batch, self._microbatch_plan("logprob"), self._forward.logprobs)
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """The same with the adapter switched off; in full fine-tuning, with the base weights in place."""
@@ -101,45 +95,24 @@ class DTensorPolicy:
 
     def train_step(self, batch: Batch, loss_fn: LossFn) -> StepOutput:
         """All microbatches, then one optimizer step. FloatingPointError before the optimizer moves on bad numbers."""
-        self._optimizer.zero_grad(set_to_none=True)
-        total_loss = 0.0
-        metrics: dict[str, float] = {}
-        microbatches = plan_microbatches(batch, self._microbatch_plan("train"))
-        for index, micro in enumerate(microbatches):
-            with self._dropout(index):
-                loss, shares = self._loss(batch, micro, loss_fn)
-                loss.backward()
-            total_loss += loss.item()
-            add_metrics(metrics, shares)
-        grad_norm, lr = self._optimizer.move(total_loss, torch.nn.utils.get_total_norm)
-        return StepOutput(
-            loss=total_loss,
-            grad_norm=grad_norm,
-            lr=lr,
-            metrics=metrics,
-            num_forward_tokens=sum(micro.num_tokens for micro in microbatches),
-            num_padding_tokens=sum(micro.num_padding_tokens for micro in microbatches),
-        )
+        dropout = partial(dropout_of, self._switch, self._setup.seed, self._optimizer.num_steps)
+        plan = self._microbatch_plan("train")
+        return optimizer_step(batch, plan, self._forward.logprobs, loss_fn, self._optimizer, dropout)
 
     def publish(self, version: int, mode: SyncMode) -> WeightsRef:
         """merged: `<module>.weight` in the compute dtype, merged when read; adapter: A and B in fp32.
 
         Without an adapter every weight is published as merged.
         """
-        if self._setup.spec is None:
-            if mode == "adapter":
-                raise ValueError(
-                    "policy.generation.lora_sync='adapter': there is no adapter to send. "
-                    "Enable LoRA, or set policy.generation.lora_sync=merged."
-                )
-            entries = {name: cast_entry(name, p, self._compute_dtype) for name, p in self._trained.items()}
-            return make_ref(version, mode, entries, digest_of(self._trained))
-        tensors = self._adapter_tensors()
-        if mode == "adapter":
-            entries = {name: cast_entry(name, tensor, torch.float32) for name, tensor in tensors.items()}
-        else:
-            entries = {f"{m.name}.weight": self._merged_entry(m) for m in self.adapted}
-        return make_ref(version, mode, entries, digest_of(tensors))
+        has_adapter = self._setup.spec is not None
+        return offer(
+            version,
+            mode,
+            self._adapter_tensors() if has_adapter else self._trained,
+            adapted=self.adapted if has_adapter else None,
+            weight_of=self._model.get_parameter,
+            dtype=self._compute_dtype,
+        )
 
     def save(self, path: Path) -> None:
         """adapter/ (PEFT files) or weights/ (a Hugging Face model), and optimizer/."""
@@ -195,14 +168,13 @@ class DTensorPolicy:
 
     def _install(self, spec: LoraSpec) -> None:
         tied = bool(getattr(self._model.config, "tie_word_embeddings", False))
-        self.adapted = resolve_targets(
+        self.adapted = resolve_trained_targets(
             spec,
             linear_modules(self._model),
             tied_head=tied,
             model_label=self._setup.base_model_name,
             config_key=lora_block_key(self._config),
         )
-        refuse_head_adapter(spec, self.adapted, lora_block_key(self._config))
         why_off = kernels_off_because(self._config, spec, cuda=torch.cuda.is_available())
         if why_off is not None:
             logger.warning(why_off)
@@ -214,42 +186,11 @@ class DTensorPolicy:
         max_rows = self._config.train_micro_batch_size if kind == "train" else self._setup.logprob_rows
         return plan_from_config(self._config, kind, max_rows=max_rows, flat=self._flat)
 
-    def _loss(self, batch: Batch, micro: Microbatch, loss_fn: LossFn) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs = self._forward.logprobs(micro, batch.token_ids.shape[1])
-        return loss_share(batch, micro, logprobs, loss_fn)
-
-    @contextlib.contextmanager
-    def _dropout(self, microbatch: int) -> Iterator[None]:
-        if self._switch is None:
-            yield
-            return
-        self._switch.dropout_seed = derive_seed(self._setup.seed, "dropout", self._optimizer.num_steps, microbatch)
-        try:
-            yield
-        finally:
-            self._switch.dropout_seed = None
-
-    @contextlib.contextmanager
-    def _as_reference(self) -> Iterator[None]:
+    def _as_reference(self) -> AbstractContextManager[None]:
         if self._switch is not None:
-            self._switch.on = False
-            try:
-                yield
-            finally:
-                self._switch.on = True
-            return
+            return self._switch.off()
         assert self._reference is not None, "a full fine-tuning policy was built without a reference"
-        current = {name: p.data for name, p in self._trained.items()}
-        for name, p in self._trained.items():
-            p.data = self._reference[name].to(p.device)
-        try:
-            yield
-        finally:
-            for name, p in self._trained.items():
-                p.data = current[name]
-
-    def _copy_of_base(self) -> dict[str, Tensor]:
-        return {name: p.detach().to("cpu", copy=True) for name, p in self._trained.items()}
+        return holding(self._trained, self._reference)
 
     def _checkpoint_activations(self) -> None:
         self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -270,12 +211,3 @@ class DTensorPolicy:
                 assert isinstance(factor.weight, torch.nn.Parameter)
                 masters[adapter_tensor_name(name, side)] = factor.weight
         return masters
-
-    def _merged_entry(self, module: AdaptedModule) -> LazyTensor:
-        linear = self._adapter(module.name)
-        info = TensorInfo(name=f"{module.name}.weight", shape=tuple(linear.weight.shape), dtype=self._compute_dtype)
-
-        def merge() -> Tensor:
-            return merged_weight(linear.weight.detach(), linear.lora_A.weight, linear.lora_B.weight, module.scale)
-
-        return LazyTensor(info, merge)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nemo_rl_lora.lora.files import adapter_tensor_name
+from nemo_rl_lora.lora.merge import merged_weight
+from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.types import SyncMode, TensorInfo, WeightsRef
 
 DIGEST_BYTES_PER_TENSOR = 1 << 20
@@ -28,6 +31,20 @@ def cast_entry(name: str, tensor: Tensor, dtype: torch.dtype) -> LazyTensor:
     return LazyTensor(info, lambda: tensor.detach().to(dtype))
 
 
+def merged_entry(
+    module: AdaptedModule, tensors: Mapping[str, Tensor], weight_of: Callable[[str], Tensor], dtype: torch.dtype
+) -> LazyTensor:
+    """A weight with its adapter merged in, when it is read. `tensors` holds A and B, `weight_of` the base's weights."""
+    name = f"{module.name}.weight"
+    a, b = (tensors[adapter_tensor_name(module.name, side)] for side in "AB")
+
+    def merge() -> Tensor:
+        weight = weight_of(name).detach()
+        return merged_weight(weight, a.to(weight.device), b.to(weight.device), module.scale)
+
+    return LazyTensor(TensorInfo(name=name, shape=(module.out_features, module.in_features), dtype=dtype), merge)
+
+
 class LazyTensors(Mapping[str, Tensor]):
     """Names to tensors, each computed at every read; nothing is kept."""
 
@@ -42,6 +59,33 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def offer(
+    version: int,
+    mode: SyncMode,
+    tensors: Mapping[str, Tensor],
+    *,
+    adapted: Sequence[AdaptedModule] | None,
+    weight_of: Callable[[str], Tensor],
+    dtype: torch.dtype,
+) -> WeightsRef:
+    """merged: `<module>.weight` in `dtype`, merged when read; adapter: A and B, which are `tensors`, in fp32.
+
+    `adapted` None: there is no adapter, and `tensors`, every weight, are offered as merged.
+    """
+    if adapted is None:
+        if mode == "adapter":
+            raise ValueError(
+                "policy.generation.lora_sync='adapter': there is no adapter to send. "
+                "Enable LoRA, or set policy.generation.lora_sync=merged."
+            )
+        entries = {name: cast_entry(name, tensor, dtype) for name, tensor in tensors.items()}
+    elif mode == "adapter":
+        entries = {name: cast_entry(name, tensor, torch.float32) for name, tensor in tensors.items()}
+    else:
+        entries = {f"{m.name}.weight": merged_entry(m, tensors, weight_of, dtype) for m in adapted}
+    return make_ref(version, mode, entries, digest_of(tensors))
 
 
 def make_ref(version: int, mode: SyncMode, entries: Mapping[str, LazyTensor], digest: str) -> WeightsRef:

@@ -24,6 +24,15 @@ _SIZES = {
     "max_position_embeddings": 512,
 }
 
+LLAMA3 = {  # rope_parameters
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 2.0,
+    "original_max_position_embeddings": 32,
+}
+
 CONFIGS = {
     "llama": LlamaConfig(**_SIZES, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**_SIZES, tie_word_embeddings=False),
@@ -32,23 +41,27 @@ CONFIGS = {
 }
 
 
+def save_random_model(config, directory: Path) -> Path:
+    """A model of this config with random weights in fp32, norms and biases included."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """family -> directory of a random model in fp32."""
-    from transformers import AutoModelForCausalLM
-
     made: dict[str, Path] = {}
 
     def make(family: str) -> Path:
         if family not in made:
-            config = CONFIGS[family]
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn_like(parameter) * 0.05)
-            made[family] = tmp_path_factory.mktemp(family)
-            model.save_pretrained(made[family])
+            made[family] = save_random_model(CONFIGS[family], tmp_path_factory.mktemp(family))
         return made[family]
 
     return make

@@ -8,8 +8,7 @@ reference, where it is needed, is a copy of the base in memory.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,17 +21,15 @@ from nemo_rl_lora.config.lora import lora_block_key
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.lora.dialects import spec_to_peft_config
 from nemo_rl_lora.lora.files import (
-    adapter_tensor_name,
     check_shapes,
     read_adapter,
     read_moments,
     write_adapter,
     write_moments,
 )
-from nemo_rl_lora.lora.merge import merged_weight
 from nemo_rl_lora.lora.spec import LoraSpec
-from nemo_rl_lora.lora.targets import AdaptedModule, refuse_head_adapter, resolve_targets
-from nemo_rl_lora.policy.adapter import DTYPES
+from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets
+from nemo_rl_lora.policy.adapter import DTYPES, AdapterSwitch, dropout_of
 from nemo_rl_lora.policy.forward import logprob_rows
 from nemo_rl_lora.policy.masters import MasterAdam
 from nemo_rl_lora.policy.megatron.convert import check_checkpoint, open_checkpoint
@@ -41,7 +38,7 @@ from nemo_rl_lora.policy.megatron.layers import Layer, build_model, flat_run, tr
 from nemo_rl_lora.policy.megatron.lora import Adapters
 from nemo_rl_lora.policy.megatron.processes import join_processes
 from nemo_rl_lora.policy.megatron.weights import AllWeights, StageWeights
-from nemo_rl_lora.policy.microbatches import Microbatch, MicrobatchPlan, plan_from_config, plan_microbatches
+from nemo_rl_lora.policy.microbatches import Microbatch, MicrobatchPlan, plan_from_config
 from nemo_rl_lora.policy.model import (
     empty_model,
     linear_modules,
@@ -50,11 +47,10 @@ from nemo_rl_lora.policy.model import (
     model_of_tensors,
     save_tensors,
 )
+from nemo_rl_lora.policy.passes import copies_on_cpu, holding, logprob_pass, optimizer_step
 from nemo_rl_lora.policy.protocol import PolicySetup
-from nemo_rl_lora.policy.shares import add_metrics, loss_share
-from nemo_rl_lora.policy.weights import LazyTensor, cast_entry, digest_of, make_ref
-from nemo_rl_lora.randomness import derive_seed
-from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, TensorInfo, WeightsRef
+from nemo_rl_lora.policy.weights import offer
+from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
 
 class MegatronPolicy:
@@ -79,24 +75,23 @@ class MegatronPolicy:
             if isinstance(layer, Layer):
                 layer.recompute = config.megatron_cfg.activation_checkpointing
         self.adapted: tuple[AdaptedModule, ...] = ()
-        self._adapters: Adapters | None = None
-        if setup.spec is not None:
+        self._switch: AdapterSwitch | None = None
+        self._trained: Adapters | AllWeights
+        if setup.spec is None:
+            self._trained = AllWeights(self._weights, freeze_router=config.megatron_cfg.freeze_moe_router)
+        else:
             self.adapted = self._resolve(setup.spec)
-            self._adapters = Adapters(
+            self._trained = Adapters(
                 self._model, self.adapted, setup.spec, family=family, layout=layout, seed=setup.seed
             )
-        self._trained = self._adapters or AllWeights(self._weights, freeze_router=config.megatron_cfg.freeze_moe_router)
-        self._reference = self._copy_of_base() if setup.spec is None and setup.keep_reference else None
+            self._switch = self._trained.switch
+        needs_copy = setup.spec is None and setup.keep_reference
+        self._reference = copies_on_cpu(self._weights.parameters) if needs_copy else None
         self._optimizer = MasterAdam(self._trained.masters(), setup.adam)
 
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] fp32, dropout off; 0.0 outside the loss mask."""
-        width = batch.token_ids.shape[1]
-        out = torch.zeros(batch.token_ids.shape, dtype=torch.float32)
-        with torch.no_grad():
-            for micro in plan_microbatches(batch, self._microbatch_plan("logprob")):
-                out[micro.rows] = self._forward(micro, width).cpu()
-        return out
+        return logprob_pass(batch, self._microbatch_plan("logprob"), self._forward)
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """The same with the adapter switched off; in full fine-tuning, with the base weights in place."""
@@ -105,46 +100,25 @@ class MegatronPolicy:
 
     def train_step(self, batch: Batch, loss_fn: LossFn) -> StepOutput:
         """All microbatches, then one optimizer step. FloatingPointError before the optimizer moves on bad numbers."""
-        self._optimizer.zero_grad(set_to_none=True)
-        total_loss = 0.0
-        metrics: dict[str, float] = {}
-        microbatches = plan_microbatches(batch, self._microbatch_plan("train"))
-        for index, micro in enumerate(microbatches):
-            with self._dropout(index):
-                logprobs = self._forward(micro, batch.token_ids.shape[1])
-                loss, shares = loss_share(batch, micro, logprobs, loss_fn)
-                loss.backward()
-            total_loss += loss.item()
-            add_metrics(metrics, shares)
-        grad_norm, lr = self._optimizer.move(total_loss, torch.nn.utils.get_total_norm)
+        dropout = partial(dropout_of, self._switch, self._setup.seed, self._optimizer.num_steps)
+        plan = self._microbatch_plan("train")
+        output = optimizer_step(batch, plan, self._forward, loss_fn, self._optimizer, dropout)
         self._trained.apply()
-        return StepOutput(
-            loss=total_loss,
-            grad_norm=grad_norm,
-            lr=lr,
-            metrics=metrics,
-            num_forward_tokens=sum(micro.num_tokens for micro in microbatches),
-            num_padding_tokens=sum(micro.num_padding_tokens for micro in microbatches),
-        )
+        return output
 
     def publish(self, version: int, mode: SyncMode) -> WeightsRef:
         """merged: `<module>.weight` in the compute dtype, merged when read; adapter: A and B in fp32.
 
         Without an adapter every weight is published as merged.
         """
-        tensors = self._trained.canonical(_itself)
-        if self._setup.spec is None:
-            if mode == "adapter":
-                raise ValueError(
-                    "policy.generation.lora_sync='adapter': there is no adapter to send. "
-                    "Enable LoRA, or set policy.generation.lora_sync=merged."
-                )
-            entries = {name: cast_entry(name, tensor, self._compute_dtype) for name, tensor in tensors.items()}
-        elif mode == "adapter":
-            entries = {name: cast_entry(name, tensor, torch.float32) for name, tensor in tensors.items()}
-        else:
-            entries = {f"{m.name}.weight": self._merged_entry(m, tensors) for m in self.adapted}
-        return make_ref(version, mode, entries, digest_of(tensors))
+        return offer(
+            version,
+            mode,
+            self._trained.canonical(_itself),
+            adapted=None if self._setup.spec is None else self.adapted,
+            weight_of=self._weights.hf_tensor,
+            dtype=self._compute_dtype,
+        )
 
     def save(self, path: Path) -> None:
         """adapter/ (PEFT files) or weights/ (a Hugging Face model), and optimizer/."""
@@ -213,15 +187,13 @@ class MegatronPolicy:
     def _resolve(self, spec: LoraSpec) -> tuple[AdaptedModule, ...]:
         key = lora_block_key(self._config)
         refuse_expert_targets(spec, self._family, key)
-        adapted = resolve_targets(
+        return resolve_trained_targets(
             spec,
             linear_modules(empty_model(self._hf_config)),
             tied_head=self._family.has_tied_head,
             model_label=self._setup.base_model_name,
             config_key=key,
         )
-        refuse_head_adapter(spec, adapted, key)
-        return adapted
 
     def _microbatch_plan(self, kind: Literal["train", "logprob"]) -> MicrobatchPlan:
         max_rows = self._config.train_micro_batch_size if kind == "train" else self._setup.logprob_rows
@@ -241,49 +213,14 @@ class MegatronPolicy:
             chunk_tokens=self._config.logprob_chunk_size or self._config.megatron_cfg.fused_linear_logprobs_chunk_size,
         )
 
-    @contextlib.contextmanager
-    def _dropout(self, microbatch: int) -> Iterator[None]:
-        if self._adapters is None:
-            yield
-            return
-        switch = self._adapters.switch
-        switch.dropout_seed = derive_seed(self._setup.seed, "dropout", self._optimizer.num_steps, microbatch)
-        try:
-            yield
-        finally:
-            switch.dropout_seed = None
-
-    @contextlib.contextmanager
-    def _as_reference(self) -> Iterator[None]:
-        if self._adapters is not None:
-            self._adapters.switch.on = False
-            try:
-                yield
-            finally:
-                self._adapters.switch.on = True
-            return
+    def _as_reference(self) -> AbstractContextManager[None]:
+        if self._switch is not None:
+            return self._switch.off()
         assert self._reference is not None, "a full fine-tuning policy was built without a reference"
-        current = {name: p.data for name, p in self._weights.parameters.items()}
-        for name, p in self._weights.parameters.items():
-            p.data = self._reference[name].to(p.device)
-        try:
-            yield
-        finally:
-            for name, p in self._weights.parameters.items():
-                p.data = current[name]
-
-    def _copy_of_base(self) -> dict[str, Tensor]:
-        return {name: p.detach().to("cpu", copy=True) for name, p in self._weights.parameters.items()}
+        return holding(self._weights.parameters, self._reference)
 
     def _moment(self, master: nn.Parameter, index: int) -> Tensor:
         return self._optimizer.moments_of(master)[index]
-
-    def _merged_entry(self, module: AdaptedModule, tensors: Mapping[str, Tensor]) -> LazyTensor:
-        name = f"{module.name}.weight"
-        a, b = (tensors[adapter_tensor_name(module.name, side)] for side in "AB")
-        shape = (module.out_features, module.in_features)
-        info = TensorInfo(name=name, shape=shape, dtype=self._compute_dtype)
-        return LazyTensor(info, lambda: merged_weight(self._weights.hf_tensor(name), a, b, module.scale))
 
 
 def _itself(master: nn.Parameter) -> Tensor:

@@ -1,4 +1,4 @@
-"""The processes that share a model: which groups there are, and where this one stands. All rank arithmetic is here."""
+"""The processes that share a model: which groups there are, and what this one holds by its ranks in them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.policy.megatron import shim
-from nemo_rl_lora.policy.megatron.convert import ParallelLayout
-from nemo_rl_lora.policy.megatron.families import Family, layer_ranges
+from nemo_rl_lora.policy.megatron.convert import ParallelLayout, layout_of
+from nemo_rl_lora.policy.megatron.families import Family
 
 
 def join_processes(family: Family, megatron: MegatronConfig) -> ParallelLayout:
@@ -30,17 +30,11 @@ def join_processes(family: Family, megatron: MegatronConfig) -> ParallelLayout:
         )
     # No layer draws a random number, so the states that megatron-core would fork stay empty.
     initialize_rng_tracker(inference_rng_tracker=True)
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    num_experts = 0 if family.experts is None else family.experts.num_experts
-    own_experts = num_experts // megatron.expert_model_parallel_size
-    first_expert = parallel_state.get_expert_model_parallel_rank() * own_experts
-    return ParallelLayout(
-        tp=megatron.tensor_model_parallel_size,
+    return layout_of(
+        family,
+        megatron,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        expert_tp=megatron.expert_tensor_parallel_size,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
         expert_tp_rank=parallel_state.get_expert_tensor_parallel_rank() or 0,
-        pp=megatron.pipeline_model_parallel_size,
-        pp_rank=stage,
-        layers=layer_ranges(family.num_layers, megatron)[stage],
-        experts=range(first_expert, first_expert + own_experts),
     )

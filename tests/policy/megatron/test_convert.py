@@ -31,6 +31,7 @@ from nemo_rl_lora.policy.megatron.convert import (
 )
 from nemo_rl_lora.policy.megatron.families import read_family
 from nemo_rl_lora.policy.microbatches import Microbatch, Segment
+from tests.policy.conftest import LLAMA3
 
 SIZES = {
     "hidden_size": 32,
@@ -42,14 +43,6 @@ SIZES = {
     "max_position_embeddings": 128,
 }
 EXPERTS = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 2.0,
-    "original_max_position_embeddings": 32,
-}
 CONFIGS = {
     "llama": lambda **k: LlamaConfig(**SIZES, rope_parameters=LLAMA3, **k),
     "mistral": lambda **k: MistralConfig(**SIZES, sliding_window=None, **k),

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from nemo_rl_lora.algorithms.losses import make_policy_loss
 from nemo_rl_lora.config.loss_fn import LossFnConfig
 from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
-from tests.policy.conftest import VOCABULARY
+from tests.policy.conftest import VOCABULARY, save_random_model
 from tests.policy.megatron.twins import distance, gradients, make_twins, masters
 from tests.policy.test_dtensor import make_policy, plain_logprobs, relative, spec
 
@@ -34,14 +34,7 @@ def tiny_experts(request, tmp_path_factory):
         max_position_embeddings=512,
         tie_word_embeddings=False,
     )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    path = tmp_path_factory.mktemp("experts")
-    model.save_pretrained(path)
-    return path
+    return save_random_model(config, tmp_path_factory.mktemp("experts"))
 
 
 def test_adapters_of_a_mixture_are_those_of_the_twin(tiny_experts, groups_batch):

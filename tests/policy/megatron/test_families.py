@@ -18,6 +18,7 @@ from transformers import (
 from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.policy.megatron.families import layer_ranges, parallel_problems, read_family, refuse_expert_targets
+from tests.policy.conftest import LLAMA3
 
 SIZES = {
     "hidden_size": 32,
@@ -29,14 +30,6 @@ SIZES = {
     "max_position_embeddings": 128,
 }
 EXPERTS = {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 2.0,
-    "original_max_position_embeddings": 32,
-}
 SUPPORTED = (
     "The Megatron backend holds LlamaForCausalLM (Llama 2 and 3.x), MistralForCausalLM, Qwen2ForCausalLM (Qwen2 and "
     "2.5), Qwen3ForCausalLM and Qwen3MoeForCausalLM. Choose one of those, or set policy.backend=dtensor."

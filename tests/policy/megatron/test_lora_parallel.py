@@ -8,9 +8,8 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from tests.policy.conftest import CONFIGS
+from tests.policy.conftest import CONFIGS, save_random_model
 from tests.policy.megatron.adapted_ranks import CASES, run_case
 from tests.policy.megatron.twins import distance
 
@@ -20,14 +19,7 @@ def path(tmp_path_factory):
     """A tiny Llama whose vocabulary two ranks can share."""
     config = copy.deepcopy(CONFIGS["llama"])
     config.vocab_size = 212
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    directory = tmp_path_factory.mktemp("even")
-    model.save_pretrained(directory)
-    return directory
+    return save_random_model(config, tmp_path_factory.mktemp("even"))
 
 
 @pytest.fixture(scope="module")
