@@ -37,13 +37,13 @@ class AdapterSwitch:
             self.on = True
 
     @contextlib.contextmanager
-    def dropping(self, seed: int) -> Iterator[None]:
-        """Dropout on, drawn from this seed."""
-        self.dropout_seed = seed
+    def dropping(self, seed: int | None) -> Iterator[None]:
+        """Dropout on, drawn from this seed; off where it is None."""
+        before, self.dropout_seed = self.dropout_seed, seed
         try:
             yield
         finally:
-            self.dropout_seed = None
+            self.dropout_seed = before
 
 
 def dropout_of(switch: AdapterSwitch | None, seed: int, step: int, microbatch: int) -> AbstractContextManager[None]:

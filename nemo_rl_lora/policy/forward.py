@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nemo_rl_lora.policy import segment_attention
-from nemo_rl_lora.policy.head import target_logprobs
+from nemo_rl_lora.policy.head import Head, target_logprobs
 from nemo_rl_lora.policy.microbatches import Microbatch, Segment
 
 DEFAULT_CHUNK_TOKENS = 256
@@ -68,11 +68,10 @@ class ForwardPass:
             hidden = self._hidden(micro, device).index_select(0, micro.predictor.to(device))
         if self.autocast_dtype is not None:
             hidden = hidden.to(self.autocast_dtype)
-        head = self.model.get_output_embeddings()
-        assert isinstance(head, torch.nn.Linear), type(head)
-        return logprob_rows(
-            hidden, head.weight, micro, width, temperature=self.temperature, chunk_tokens=self.chunk_tokens
-        )
+        output = self.model.get_output_embeddings()
+        assert isinstance(output, torch.nn.Linear), type(output)
+        head = Head(weight=output.weight, temperature=self.temperature, chunk_tokens=self.chunk_tokens)
+        return logprob_rows(hidden, head, micro, width)
 
     def _hidden(self, micro: Microbatch, device: torch.device) -> Tensor:
         """[N, H] in the order of the flat layout."""
@@ -91,12 +90,17 @@ class ForwardPass:
         return output.last_hidden_state[mask.bool().to(device)]
 
 
-def logprob_rows(
-    hidden: Tensor, head: Tensor, micro: Microbatch, width: int, *, temperature: float, chunk_tokens: int
-) -> Tensor:
-    """[b, width] fp32 from the hidden states [M, H] that predict the loss tokens and the head's weight [V, H]."""
+def logprob_rows(hidden: Tensor, head: Head, micro: Microbatch, width: int) -> Tensor:
+    """[b, width] fp32 from the hidden states [M, H] that predict the loss tokens."""
     device = hidden.device
-    values = target_logprobs(hidden, head, micro.target.to(device), temperature=temperature, chunk_tokens=chunk_tokens)
+    values = target_logprobs(
+        hidden,
+        head.weight,
+        micro.target.to(device),
+        temperature=head.temperature,
+        chunk_tokens=head.chunk_tokens,
+        group=head.group,
+    )
     rows = torch.zeros(len(micro.rows), width, dtype=torch.float32, device=device)
     return rows.index_put((micro.loss_row.to(device), micro.loss_column.to(device)), values)
 

@@ -21,7 +21,7 @@ class MasterAdam(torch.optim.AdamW):
 
     def __init__(self, masters: Sequence[nn.Parameter], settings: AdamSettings) -> None:
         super().__init__(
-            list(masters),
+            [{"params": list(masters)}],  # a group may be empty: a pipeline stage without an adapter
             lr=settings.lr_at(0),
             betas=settings.betas,
             eps=settings.eps,

@@ -65,11 +65,32 @@ class MicrobatchPlan:
     round_to: int = 1  # the flat length becomes a multiple of this, by padding that nothing attends to
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataShare:
+    """Which part of a batch is one data-parallel rank's."""
+
+    index: int = 0
+    number: int = 1  # of data-parallel ranks
+    in_step: bool = False  # every rank runs as many microbatches, of the same lengths: they meet in each forward pass
+
+
+ALONE = DataShare()
+
+
 def plan_from_config(
-    config: PolicyConfig, kind: Literal["train", "logprob"], *, max_rows: int, flat: bool
+    config: PolicyConfig,
+    kind: Literal["train", "logprob"],
+    *,
+    max_rows: int,
+    flat: bool,
+    can_share: bool = True,
+    round_to: int = 1,
 ) -> MicrobatchPlan:
-    """What the configuration says. `flat`: the model's attention serves the flat layout, so prompts can be shared."""
-    round_to = config.make_sequence_length_divisible_by
+    """What the configuration says, where lengths must also be multiples of `round_to`.
+
+    `flat`: the model's attention serves the flat layout. `can_share`: there, prompts may be shared.
+    """
+    round_to = math.lcm(round_to, config.make_sequence_length_divisible_by)
     fill: Literal["rows", "sorted", "packed"] = "rows"
     if config.dynamic_batching.enabled:
         fill, round_to = "sorted", math.lcm(round_to, config.dynamic_batching.sequence_length_round)
@@ -79,7 +100,7 @@ def plan_from_config(
         fill=fill,
         max_rows=max_rows,
         max_tokens=config.microbatch_tokens(kind, max_rows),
-        share_prefix=flat and config.shared_prefix.enabled is not False,
+        share_prefix=flat and can_share and config.shared_prefix.enabled is not False,
         max_shared_tokens=config.shared_prefix.max_row_tokens,
         round_to=round_to if flat else 1,
     )
@@ -94,18 +115,46 @@ class _Unit:
     shared: bool = False  # one prompt for all rows
 
 
-def plan_microbatches(batch: Batch, plan: MicrobatchPlan) -> list[Microbatch]:
-    """Cut a batch. Every row is in exactly one microbatch, and the rows of a unit share their prompt."""
+def plan_microbatches(batch: Batch, plan: MicrobatchPlan, share: DataShare = ALONE) -> list[Microbatch]:
+    """Cut a batch, or a rank's share of it. Every row is in exactly one microbatch of one share, and the rows of a unit
+    share their prompt. A microbatch without rows is there to keep step with other ranks."""
     lengths = batch.sequence_length.tolist()
     prompts = batch.prompt_length.tolist()
     units = _units(batch, lengths, prompts, plan)
+    if share.number == 1:
+        bins = _bins(units, plan, batch.whole_groups)
+        return [_layout(batch, lengths, prompts, units_of_bin, plan.round_to) for units_of_bin in bins]
+    dealt = _deal(units, share.number)
+    if not share.in_step:
+        bins = _bins(dealt[share.index], plan, batch.whole_groups)
+        return [_layout(batch, lengths, prompts, units_of_bin, plan.round_to) for units_of_bin in bins]
+    everybodys = [_bins(own, plan, batch.whole_groups) for own in dealt]
+    microbatches = []
+    for index in range(max(map(len, everybodys))):
+        beside = [bins[index] if index < len(bins) else [] for bins in everybodys]
+        longest = max(sum(unit.num_tokens for unit in bin_) for bin_ in beside)
+        size = longest + -longest % plan.round_to
+        microbatches.append(_layout(batch, lengths, prompts, beside[share.index], size))
+    return microbatches
+
+
+def _bins(units: Sequence[_Unit], plan: MicrobatchPlan, whole_groups: bool) -> list[list[_Unit]]:
     if plan.fill == "packed":
-        bins = _first_fit_decreasing(units, plan.max_tokens)
-    elif plan.fill == "sorted":
-        bins = _fill(sorted(units, key=lambda unit: -unit.num_tokens), plan.max_tokens, by_rows=False)
-    else:
-        bins = _fill(units, plan.max_rows, by_rows=True, whole_groups=batch.whole_groups)
-    return [_layout(batch, lengths, prompts, units_of_bin, plan.round_to) for units_of_bin in bins]
+        return _first_fit_decreasing(units, plan.max_tokens)
+    if plan.fill == "sorted":
+        return _fill(sorted(units, key=lambda unit: -unit.num_tokens), plan.max_tokens, by_rows=False)
+    return _fill(units, plan.max_rows, by_rows=True, whole_groups=whole_groups)
+
+
+def _deal(units: Sequence[_Unit], number: int) -> list[list[_Unit]]:
+    """Units in shares of about as many tokens: the longest first, each to the share that has the least so far."""
+    shares: list[list[_Unit]] = [[] for _ in range(number)]
+    used = [0] * number
+    for unit in sorted(units, key=lambda unit: -unit.num_tokens):
+        least = used.index(min(used))
+        shares[least].append(unit)
+        used[least] += unit.num_tokens
+    return shares
 
 
 def _units(batch: Batch, lengths: list[int], prompts: list[int], plan: MicrobatchPlan) -> list[_Unit]:
@@ -199,7 +248,7 @@ def _layout(batch: Batch, lengths: list[int], prompts: list[int], units: Sequenc
                 flat_of_row.append(prompt_at)
             else:
                 flat_of_row.append(torch.cat([prompt_at, add(row, prompts[row], lengths[row], parent)]))
-    num_padding = -size % round_to
+    num_padding = -size % round_to if units else round_to
     if num_padding:
         segments.append(Segment(start=size, length=num_padding, parent=None))
         tokens.append(torch.zeros(num_padding, dtype=torch.int64))
@@ -207,7 +256,7 @@ def _layout(batch: Batch, lengths: list[int], prompts: list[int], units: Sequenc
     index = torch.tensor(rows, dtype=torch.int64)
     loss_row, loss_column = batch.loss_mask[index].nonzero(as_tuple=True)
     starts = torch.tensor([0, *[len(flat) for flat in flat_of_row]]).cumsum(0)[:-1]
-    predictor = torch.cat(flat_of_row)[starts[loss_row] + loss_column - 1]
+    predictor = torch.cat([torch.zeros(0, dtype=torch.int64), *flat_of_row])[starts[loss_row] + loss_column - 1]
     return Microbatch(
         rows=index,
         token_ids=torch.cat(tokens),

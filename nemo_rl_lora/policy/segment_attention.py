@@ -230,7 +230,8 @@ def _probabilities(q: Tensor, k: Tensor, blocked: Tensor, scale: float) -> Tenso
     return torch.softmax(scores, dim=-1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor, scale: float) -> Tensor:
+    """softmax(q k^T) v: q [S, KV, R*L, d], k and v [S, KV, K, d], blocked [S or 1, L, K] true where not to look."""
     if q.is_cuda:
         mask = ~blocked[:, None].repeat(1, 1, q.shape[2] // blocked.shape[1], 1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -277,7 +278,7 @@ def segment_attention(
             own_v = torch.cat([values[bucket.parent_bucket].index_select(0, bucket.parent_row), own_v], dim=2)
         bucket_q = q[part].view(num, length, num_kv, repeats, head_dim).permute(0, 2, 3, 1, 4)
         bucket_q = bucket_q.reshape(num, num_kv, repeats * length, head_dim)
-        out = _attend(bucket_q, own_k, own_v, bucket.blocked, scale)
+        out = attend(bucket_q, own_k, own_v, bucket.blocked, scale)
         out = out.view(num, num_kv, repeats, length, head_dim).permute(0, 3, 1, 2, 4)
         outputs.append(out.reshape(num * length, num_kv * repeats, head_dim))
     padded = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

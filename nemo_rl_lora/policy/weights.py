@@ -102,7 +102,12 @@ def make_ref(version: int, mode: SyncMode, entries: Mapping[str, LazyTensor], di
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over sorted names, shapes, dtypes and bytes; of a tensor above 1 MiB, an evenly strided MiB."""
+    """SHA-256 over sorted names, shapes, dtypes and bytes; of a tensor above 1 MiB, an evenly strided MiB.
+
+    Empty for tensors of the meta device, whose bytes another process has.
+    """
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return ""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()

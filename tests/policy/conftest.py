@@ -67,7 +67,7 @@ def tiny_model(tmp_path_factory):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def groups_batch() -> Batch:
     """Two groups (3 and 4 rows), prompts of 9 and 14 tokens, one completion empty, lengths from 9 to 40."""
     generator = torch.Generator().manual_seed(1)

@@ -54,13 +54,13 @@ def make_batch(lengths: list[tuple[int, int]], groups: list[int], gap: int = 0) 
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def chats() -> Batch:
     lengths = [*zip(PROMPTS, (first for first, _ in ANSWERS), strict=True), (2, 31), (8, 4)]
     return make_batch(lengths, groups=list(range(6)), gap=3)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pairs() -> Batch:
     lengths = [(prompt, answer) for prompt, answers in zip(PROMPTS, ANSWERS, strict=True) for answer in answers]
     return replace(make_batch(lengths, groups=[3, 3, 7, 7, 1, 1, 4, 4]), whole_groups=True)

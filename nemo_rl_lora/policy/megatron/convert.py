@@ -110,12 +110,16 @@ class MegatronWeight:
             return 0
         return 1 if _has_part(self.name, _SPLIT_BY_INPUT) else None
 
+    def local_source(self, source: str, layout: ParallelLayout) -> Shape:
+        """The shape of a rank's shard of one of the tensors that this parameter holds."""
+        shape = list(self.sources[source])
+        if self.split_dim is not None:
+            shape[self.split_dim] //= layout.split_of(self.name)[0]
+        return tuple(shape)
+
     def local_shape(self, layout: ParallelLayout) -> Shape:
         """The shape of this parameter on a rank that holds it."""
-        shapes = [list(shape) for shape in self.sources.values()]
-        if self.split_dim is not None:
-            for shape in shapes:
-                shape[self.split_dim] //= layout.split_of(self.name)[0]
+        shapes = [self.local_source(source, layout) for source in self.sources]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
@@ -215,7 +219,7 @@ def hf_tensors(
         pieces = zip(*(separate(weight.name, shard, family) for shard in shards), strict=True)
         for name, piece in zip(weight.sources, pieces, strict=True):
             if only is None or name in only:
-                yield name, _join(piece, weight.split_dim)
+                yield name, join(piece, weight.split_dim)
 
 
 def stack_experts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -277,9 +281,16 @@ def shard_adapter(module: str, side: Side, tensor: Tensor, layout: ParallelLayou
     return _own_part(tensor, tuple(tensor.shape), _adapter_split_dim(module, side), size, rank)
 
 
+def adapter_shard_shape(module: str, side: Side, shape: tuple[int, int], layout: ParallelLayout) -> Shape:
+    """The shape of a rank's shard of a factor of this whole shape."""
+    sizes = list(shape)
+    sizes[_adapter_split_dim(module, side)] //= layout.split_of(module)[0]
+    return tuple(sizes)
+
+
 def join_adapter(module: str, side: Side, shards: Sequence[Tensor]) -> Tensor:
     """The inverse of `shard_adapter`: shards in the order of `owners`."""
-    return _join(shards, _adapter_split_dim(module, side))
+    return join(shards, _adapter_split_dim(module, side))
 
 
 def share(module: str, side: Side, parts: Sequence[Tensor], family: Family) -> Tensor:
@@ -373,5 +384,6 @@ def _own_part(source: Any, shape: Shape, dim: int | None, size: int, rank: int) 
     return source[own] if dim == 0 else source[:, own]
 
 
-def _join(shards: Sequence[Tensor], dim: int | None) -> Tensor:
+def join(shards: Sequence[Tensor], dim: int | None) -> Tensor:
+    """Shards in the order of `owners`, split along `dim`; None: every rank has all of it."""
     return shards[0] if dim is None or len(shards) == 1 else torch.cat(list(shards), dim=dim)

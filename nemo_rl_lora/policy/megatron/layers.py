@@ -8,6 +8,7 @@ draws a random number, and dropout is the adapters'. Logits are not computed her
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nemo_rl_lora.config.megatron import MegatronConfig
+from nemo_rl_lora.policy.adapter import AdapterSwitch
+from nemo_rl_lora.policy.megatron.context import ContextPlan, context_attention
 from nemo_rl_lora.policy.megatron.convert import ParallelLayout
 from nemo_rl_lora.policy.megatron.families import Experts, Family
 from nemo_rl_lora.policy.microbatches import Microbatch
@@ -41,19 +44,27 @@ from nemo_rl_lora.policy.segment_attention import AttentionPlan, plan_attention,
 class FlatRun:
     """What attention needs to know of a microbatch. It travels through the model as its `packed_seq_params`."""
 
-    attention: AttentionPlan
-    cos: Tensor  # [N, 1, 1, head_dim], in the compute dtype
+    attention: AttentionPlan | ContextPlan
+    cos: Tensor  # [N, 1, 1, head_dim], in the compute dtype; N is of this context-parallel rank's tokens
     sin: Tensor
     qkv_format: str = "flat"  # megatron-core asks whether it is "thd": queries are [N, 1, heads, head_dim] otherwise
 
 
-def flat_run(micro: Microbatch, family: Family, dtype: torch.dtype, device: torch.device) -> FlatRun:
-    """The attention plan and the rotary table of a microbatch, whose positions restart with each sequence."""
+def flat_run(
+    micro: Microbatch, family: Family, dtype: torch.dtype, device: torch.device, context: ContextPlan | None = None
+) -> FlatRun:
+    """The attention plan and the rotary table of a microbatch, whose positions restart with each sequence.
+
+    `context`: the tokens of this rank, where several share the run.
+    """
+    positions = micro.position_ids if context is None else micro.position_ids[context.own]
     frequencies = torch.tensor(family.inverse_frequencies, device=device)
-    angles = micro.position_ids.to(device).float()[:, None] * frequencies
+    angles = positions.to(device).float()[:, None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)[:, None, None]
     return FlatRun(
-        attention=plan_attention(micro.segments).to(device), cos=angles.cos().to(dtype), sin=angles.sin().to(dtype)
+        attention=plan_attention(micro.segments).to(device) if context is None else context,
+        cos=angles.cos().to(dtype),
+        sin=angles.sin().to(dtype),
     )
 
 
@@ -76,16 +87,24 @@ class StageModel(GPTModel):
 
 
 class Layer(TransformerLayer):
-    """A transformer layer that, with `recompute`, keeps only its input for the backward pass."""
+    """A transformer layer that, with `recompute`, keeps only its input for the backward pass.
+
+    `switch` is of the adapters in it: what is computed again drops what was dropped, whatever has begun since.
+    """
 
     recompute = False
+    switch: AdapterSwitch | None = None
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         if not (self.recompute and torch.is_grad_enabled()):
             return super().forward(hidden_states=hidden_states, **kwargs)
 
+        switch = self.switch
+        seed = None if switch is None else switch.dropout_seed
+
         def run(hidden: Tensor) -> Any:
-            return super(Layer, self).forward(hidden_states=hidden, **kwargs)
+            with contextlib.nullcontext() if switch is None else switch.dropping(seed):
+                return super(Layer, self).forward(hidden_states=hidden, **kwargs)
 
         return checkpoint(run, hidden_states, use_reentrant=False, preserve_rng_state=False)
 
@@ -124,6 +143,8 @@ class SegmentAttention(nn.Module):
         """query [N, 1, heads, d], key and value [N, 1, kv heads, d] -> [N, 1, heads * d]."""
         run = packed_seq_params
         q, k = (x * run.cos + _rotate_half(x) * run.sin for x in (query, key))
+        if isinstance(run.attention, ContextPlan):
+            return context_attention(q[:, 0], k[:, 0], value[:, 0], run.attention).flatten(1)[:, None]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, value))
         out, _none = segment_attention(self, q, k, v, attention_mask, attention_plan=run.attention)
         return out.reshape(out.shape[1], 1, -1)
@@ -175,6 +196,7 @@ def transformer_config(family: Family, megatron: MegatronConfig, dtype: torch.dt
         "num_layers_in_first_pipeline_stage": megatron.num_layers_in_first_pipeline_stage,
         "num_layers_in_last_pipeline_stage": megatron.num_layers_in_last_pipeline_stage,
         "pipeline_dtype": dtype,
+        "calculate_per_token_loss": True,  # a loss is divided by its denominators, and by nothing else
         "cuda_graph_scope": [],
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
@@ -185,7 +207,10 @@ def transformer_config(family: Family, megatron: MegatronConfig, dtype: torch.dt
     }
     if family.experts is not None:
         fields |= _expert_fields(family.experts, megatron)
-    return TransformerConfig(**fields)
+    config = TransformerConfig(**fields)
+    # Set afterwards, since it is refused beside the allgather dispatcher, whose ranks must have equal lengths. They do.
+    config.variable_seq_lengths = megatron.pipeline_model_parallel_size > 1
+    return config
 
 
 def _expert_fields(experts: Experts, megatron: MegatronConfig) -> dict[str, Any]:

@@ -32,8 +32,17 @@ from nemo_rl_lora.lora.names import hf_names, megatron_name
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.policy.adapter import DTYPES, AdapterSwitch, draw_a, keep_mask
-from nemo_rl_lora.policy.megatron.convert import ParallelLayout, Side, shard_adapter, share, unshare
+from nemo_rl_lora.policy.megatron.convert import (
+    Side,
+    adapter_shard_shape,
+    join_adapter,
+    owners,
+    shard_adapter,
+    share,
+    unshare,
+)
 from nemo_rl_lora.policy.megatron.families import Family
+from nemo_rl_lora.policy.megatron.ranks import Ranks, Shard
 
 _ROW_PARALLEL = ("linear_proj", "linear_fc2")
 SIDES: tuple[Side, Side] = ("A", "B")
@@ -42,11 +51,9 @@ SIDES: tuple[Side, Side] = ("A", "B")
 class Factors(nn.Module):
     """A [dim, in] and B [out, dim] of one update, or a rank's shards of them."""
 
-    def __init__(self, held: Sequence[AdaptedModule], name: str, a: Tensor, b: Tensor) -> None:
+    def __init__(self, name: str, scale: float, a: Tensor, b: Tensor) -> None:
         super().__init__()
-        self.held = tuple(held)  # the Hugging Face modules that it updates: several share their A
-        self.name = name  # what A and dropout are drawn for
-        self.scale = held[0].scale
+        self.name, self.scale = name, scale
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
 
     def factor(self, side: Side) -> nn.Parameter:
@@ -185,6 +192,32 @@ class _AddInPlace(torch.autograd.Function):
         return grad, None, None, *(pattern.narrow(-1, *place).flatten(-2) for place in ctx.places)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """Modules of the whole model that one pair of factors updates: several share their A."""
+
+    layer: str  # Megatron's name of the layer that holds them
+    modules: tuple[AdaptedModule, ...]
+
+    @property
+    def name(self) -> str:
+        """What A and dropout are drawn for."""
+        return self.modules[0].name if len(self.modules) == 1 else self.layer
+
+    def parameter(self, side: Side) -> str:
+        return f"{self.layer}.{self.name}.lora_{side}"
+
+    def tensor_names(self, side: Side) -> list[str]:
+        return [adapter_tensor_name(module.name, side) for module in self.modules]
+
+    def shape(self, side: Side) -> tuple[int, int]:
+        """Of the whole factor."""
+        module = self.modules[0]
+        if side == "A":
+            return module.dim, module.in_features
+        return sum(m.out_features for m in self.modules), module.dim
+
+
 class Adapters:
     """Every adapter of a rank's part of the model, and the way between its factors and canonical tensors."""
 
@@ -195,17 +228,14 @@ class Adapters:
         spec: LoraSpec,
         *,
         family: Family,
-        layout: ParallelLayout,
+        ranks: Ranks,
         seed: int,
     ) -> None:
         """Freeze the model and put adapters into it, with A drawn and B zero."""
-        self._family, self._layout, self._seed = family, layout, seed
+        self._family, self._ranks, self._layout, self._seed = family, ranks, ranks.layout, seed
         self.switch = AdapterSwitch()
         self._setting = Setting(
-            spec=spec,
-            switch=self.switch,
-            group=model.pg_collection.tp,
-            sequence_parallel=model.config.sequence_parallel,
+            spec=spec, switch=self.switch, group=ranks.tensor_group, sequence_parallel=ranks.sequence_parallel
         )
         model.requires_grad_(False)
         by_layer: dict[str, dict[str, AdaptedModule]] = {}
@@ -213,74 +243,96 @@ class Adapters:
             layer = megatron_name(module.name)
             assert layer is not None, module.name
             by_layer.setdefault(layer, {})[module.name] = module
-        self._layers = {
-            layer: self._install(model, layer, modules) for layer, modules in by_layer.items() if layout.holds(layer)
-        }
+        self._held = [
+            Held(layer=layer, modules=modules)
+            for layer, by_name in by_layer.items()
+            for modules in ([tuple(by_name.values())] if spec.fused == "shared" else [(m,) for m in by_name.values()])
+        ]
+        self._factors: dict[str, Factors] = {}
+        for layer, by_name in by_layer.items():
+            if self._layout.holds(layer):
+                self._install(model, layer, by_name)
 
-    def masters(self) -> list[nn.Parameter]:
-        """A and B of every layer, as they are trained."""
-        return [master for part, _ in self._parts() for master in (part.a, part.b)]
+    def masters(self) -> dict[str, nn.Parameter]:
+        """What is trained here, by a name that is the same wherever its layer is."""
+        return {
+            held.parameter(side): self._factors[held.name].factor(side)
+            for held in self._held
+            if held.name in self._factors
+            for side in SIDES
+        }
 
     def canonical(self, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
-        """`of` every master, under canonical names: a shared A as a copy for each of its modules."""
-        return {
-            adapter_tensor_name(module.name, side): tensor
-            for part, layer in self._parts()
-            for side in SIDES
-            for module, tensor in zip(part.held, self._separated(part, layer, side, of), strict=True)
-        }
+        """`of` every master, under canonical names, on the first process (`Ranks.fetch`).
+
+        A shared A is a copy for each of its modules.
+        """
+        places = [(held, side) for held in self._held for side in SIDES]
+        shards = [self._shards(held, side, of) for held, side in places]
+        fetched = iter(self._ranks.fetch([shard for one in shards for shard in one], torch.float32))
+        canonical: dict[str, Tensor] = {}
+        for (held, side), of_place in zip(places, shards, strict=True):
+            pieces = zip(*(self._separated(held, side, next(fetched)) for _ in of_place), strict=True)
+            whole = [join_adapter(held.layer, side, piece) for piece in pieces]
+            canonical |= zip(held.tensor_names(side), whole, strict=True)
+        return canonical
 
     def masters_from(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Every master with what canonical tensors say of it. ValueError where a shape or a shared A does not fit."""
-        for part, layer in self._parts():
+        for held in self._held:
+            if (part := self._factors.get(held.name)) is None:
+                continue
             for side in SIDES:
-                held = [tensors[adapter_tensor_name(module.name, side)] for module in part.held]
-                shards = [shard_adapter(layer, side, tensor, self._layout) for tensor in held]
+                layer = held.layer
+                shards = [shard_adapter(layer, side, tensors[name], self._layout) for name in held.tensor_names(side)]
                 yield part.factor(side), shards[0] if len(shards) == 1 else share(layer, side, shards, self._family)
 
     @property
     def aliases(self) -> dict[str, str]:
         """Of a shared A: each further canonical name -> the first."""
-        first = {part: adapter_tensor_name(part.held[0].name, "A") for part, _ in self._parts()}
-        return {
-            adapter_tensor_name(module.name, "A"): first[part] for part, _ in self._parts() for module in part.held[1:]
-        }
+        names = [held.tensor_names("A") for held in self._held]
+        return {further: first for first, *others in names for further in others}
 
     def apply(self) -> None:
         """Nothing: masters are what the layers read."""
 
-    def _parts(self) -> Iterator[tuple[Factors, str]]:
-        return ((part, layer) for layer, linear in self._layers.items() for part in linear.parts)
+    def _shards(self, held: Held, side: Side, of: Callable[[nn.Parameter], Tensor]) -> list[Shard]:
+        layouts = self._ranks.layouts
 
-    def _separated(
-        self, part: Factors, layer: str, side: Side, of: Callable[[nn.Parameter], Tensor]
-    ) -> tuple[Tensor, ...]:
-        tensor = of(part.factor(side)).detach()
-        return (tensor,) if len(part.held) == 1 else unshare(layer, side, tensor, self._family)
+        def read() -> Tensor:
+            return of(self._factors[held.name].factor(side)).detach()
 
-    def _install(self, model: nn.Module, layer: str, modules: Mapping[str, AdaptedModule]) -> AdaptedLinear:
+        return [
+            Shard(rank=rank, shape=adapter_shard_shape(held.layer, side, held.shape(side), layouts[rank]), read=read)
+            for rank in owners(held.layer, layouts)
+        ]
+
+    def _separated(self, held: Held, side: Side, tensor: Tensor) -> tuple[Tensor, ...]:
+        return (tensor,) if len(held.modules) == 1 else unshare(held.layer, side, tensor, self._family)
+
+    def _install(self, model: nn.Module, layer: str, modules: Mapping[str, AdaptedModule]) -> None:
         parent, _, leaf = self._layout.local_name(layer).rpartition(".")
         holder = model.get_submodule(parent)
         base = holder.get_submodule(leaf)
         device = next(base.parameters()).device
         if self._setting.spec.fused == "shared":
-            slots = [(0, self._factors(layer, list(modules.values())))]
+            slots = [(0, self._draw(Held(layer=layer, modules=tuple(modules.values()))))]
         else:
             slots = [
-                (width, self._factors(layer, [modules[name]]) if name in modules else None)
+                (width, self._draw(Held(layer=layer, modules=(modules[name],))) if name in modules else None)
                 for name, width in zip(hf_names(layer), self._widths(leaf), strict=True)
             ]
         linear = AdaptedLinear(base, slots, self._setting, is_row=leaf in _ROW_PARALLEL)
         linear.factors.to(device)
         setattr(holder, leaf, linear)
-        return linear
 
-    def _factors(self, layer: str, held: Sequence[AdaptedModule]) -> Factors:
-        name = held[0].name if len(held) == 1 else layer
-        module = held[0]
-        a = draw_a(self._setting.spec, name=name, in_features=module.in_features, dim=module.dim, seed=self._seed)
-        b = torch.zeros(sum(m.out_features for m in held) // self._layout.split_of(layer)[0], module.dim)
-        return Factors(held, name, shard_adapter(layer, "A", a, self._layout).contiguous(), b)
+    def _draw(self, held: Held) -> Factors:
+        dim, in_features = held.shape("A")
+        a = draw_a(self._setting.spec, name=held.name, in_features=in_features, dim=dim, seed=self._seed)
+        b = torch.zeros(adapter_shard_shape(held.layer, "B", held.shape("B"), self._layout))
+        a = shard_adapter(held.layer, "A", a, self._layout).contiguous()
+        self._factors[held.name] = Factors(held.name, held.modules[0].scale, a, b)
+        return self._factors[held.name]
 
     def _widths(self, leaf: str) -> tuple[int, ...]:
         """Rows of each module of a layer in one repetition of its pattern, on this rank."""

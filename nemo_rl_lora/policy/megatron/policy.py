@@ -1,9 +1,12 @@
-"""The Megatron backend: megatron-core's model with adapters of our own, trained with AdamW. One process so far.
+"""The Megatron backend: megatron-core's model with adapters of our own, trained with AdamW.
 
 The twin of policy/dtensor.py: the same verbs in the same order, and the same numbers. With an adapter, only A and B
 are trained, as fp32 masters; the base weights are never written, and the reference policy is the same model with the
 adapters switched off. Without one, all weights are trained: fp32 masters beside weights in `policy.precision`, and a
 reference, where it is needed, is a copy of the base in memory.
+
+Of the processes that share a model, each makes the same calls with the same whole batch; the first one writes files
+and has the weights that are published.
 """
 
 from __future__ import annotations
@@ -14,9 +17,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nemo_rl_lora.algorithms.losses import loss_inputs
 from nemo_rl_lora.config.lora import lora_block_key
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.lora.dialects import spec_to_peft_config
@@ -31,14 +39,17 @@ from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets
 from nemo_rl_lora.policy.adapter import DTYPES, AdapterSwitch, dropout_of
 from nemo_rl_lora.policy.forward import logprob_rows
+from nemo_rl_lora.policy.head import Head
 from nemo_rl_lora.policy.masters import MasterAdam
+from nemo_rl_lora.policy.megatron.context import ContextPlan, length_multiple, own_loss_tokens, plan_context
 from nemo_rl_lora.policy.megatron.convert import check_checkpoint, open_checkpoint
 from nemo_rl_lora.policy.megatron.families import read_family, refuse_expert_targets
 from nemo_rl_lora.policy.megatron.layers import Layer, build_model, flat_run, transformer_config
 from nemo_rl_lora.policy.megatron.lora import Adapters
-from nemo_rl_lora.policy.megatron.processes import join_processes
+from nemo_rl_lora.policy.megatron.processes import join_processes, ranks_of
+from nemo_rl_lora.policy.megatron.schedule import run_microbatches
 from nemo_rl_lora.policy.megatron.weights import AllWeights, StageWeights
-from nemo_rl_lora.policy.microbatches import Microbatch, MicrobatchPlan, plan_from_config
+from nemo_rl_lora.policy.microbatches import Microbatch, plan_from_config, plan_microbatches
 from nemo_rl_lora.policy.model import (
     empty_model,
     linear_modules,
@@ -47,7 +58,7 @@ from nemo_rl_lora.policy.model import (
     model_of_tensors,
     save_tensors,
 )
-from nemo_rl_lora.policy.passes import copies_on_cpu, holding, logprob_pass, optimizer_step
+from nemo_rl_lora.policy.passes import add_metrics, copies_on_cpu, holding
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.policy.weights import offer
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
@@ -61,19 +72,17 @@ class MegatronPolicy:
         self._setup = setup
         self._hf_config = load_model_config(setup.model_path, dict(config.hf_config_overrides))
         family = read_family(self._hf_config, config.model_name, config.max_total_sequence_length)
-        layout = join_processes(family, config.megatron_cfg)
+        join_processes(config.megatron_cfg)
+        self._ranks = ranks_of(family, config.megatron_cfg)
         self._family = family
         self._compute_dtype = DTYPES[config.precision]
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         core = transformer_config(family, config.megatron_cfg, self._compute_dtype)
-        self._model = build_model(family, layout, core).to(self._device)
-        self._weights = StageWeights(self._model, family, layout)
+        self._model = build_model(family, self._ranks.layout, core).to(self._device)
+        self._weights = StageWeights(self._model, family, self._ranks)
         with open_checkpoint(setup.model_path) as slices:
             check_checkpoint(family, {name: tuple(s.get_shape()) for name, s in slices.items()}, str(config.model_name))
             self._weights.load(slices.__getitem__)
-        for layer in self._model.modules():
-            if isinstance(layer, Layer):
-                layer.recompute = config.megatron_cfg.activation_checkpointing
         self.adapted: tuple[AdaptedModule, ...] = ()
         self._switch: AdapterSwitch | None = None
         self._trained: Adapters | AllWeights
@@ -82,16 +91,29 @@ class MegatronPolicy:
         else:
             self.adapted = self._resolve(setup.spec)
             self._trained = Adapters(
-                self._model, self.adapted, setup.spec, family=family, layout=layout, seed=setup.seed
+                self._model, self.adapted, setup.spec, family=family, ranks=self._ranks, seed=setup.seed
             )
             self._switch = self._trained.switch
+        for layer in self._model.modules():
+            if isinstance(layer, Layer):
+                layer.recompute, layer.switch = config.megatron_cfg.activation_checkpointing, self._switch
         needs_copy = setup.spec is None and setup.keep_reference
         self._reference = copies_on_cpu(self._weights.parameters) if needs_copy else None
-        self._optimizer = MasterAdam(self._trained.masters(), setup.adam)
+        self._optimizer = MasterAdam(list(self._trained.masters().values()), setup.adam)
 
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] fp32, dropout off; 0.0 outside the loss mask."""
-        return logprob_pass(batch, self._microbatch_plan("logprob"), self._forward)
+        width = batch.token_ids.shape[1]
+        microbatches = self._microbatches(batch, "logprob")
+
+        def rows_of(_place: int, micro: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            return hidden, self._logprob_rows(hidden, micro, width).cpu()
+
+        out = torch.zeros(batch.token_ids.shape, dtype=torch.float32)
+        found = run_microbatches(self._model, microbatches, self._stage, rows_of, backward=False)
+        for micro, rows in zip(microbatches, found, strict=False):  # none are found before the last stage
+            out[micro.rows] = rows
+        return self._ranks.total(out)
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """The same with the adapter switched off; in full fine-tuning, with the base weights in place."""
@@ -100,11 +122,44 @@ class MegatronPolicy:
 
     def train_step(self, batch: Batch, loss_fn: LossFn) -> StepOutput:
         """All microbatches, then one optimizer step. FloatingPointError before the optimizer moves on bad numbers."""
-        dropout = partial(dropout_of, self._switch, self._setup.seed, self._optimizer.num_steps)
-        plan = self._microbatch_plan("train")
-        output = optimizer_step(batch, plan, self._forward, loss_fn, self._optimizer, dropout)
+        self._optimizer.zero_grad(set_to_none=True)
+        width, share = batch.token_ids.shape[1], self._ranks.data_share
+        microbatches = self._microbatches(batch, "train")
+
+        def stage(place: int, micro: Microbatch) -> Tensor:
+            index = place * share.number + share.index
+            with dropout_of(self._switch, self._setup.seed, self._optimizer.num_steps, index):
+                return self._stage(place, micro)
+
+        def loss_of(_place: int, micro: Microbatch, hidden: Tensor) -> tuple[Tensor, tuple[float, dict[str, Tensor]]]:
+            if len(micro.rows) == 0:  # there to keep step with other ranks
+                return hidden.float().sum() * 0.0, (0.0, {})
+            logprobs = self._logprob_rows(hidden, micro, width)
+            loss, shares = loss_fn(loss_inputs(batch, logprobs, micro.rows))
+            return loss, (loss.item(), shares)
+
+        found = run_microbatches(self._model, microbatches, stage, loss_of, backward=True)
+        total_loss = self._ranks.total(torch.tensor(sum(loss for loss, _ in found), dtype=torch.float64)).item()
+        masters = self._trained.masters()
+        self._ranks.sum_gradients(masters)
+        grad_norm, lr = self._optimizer.move(total_loss, lambda _gradients: self._ranks.total_norm(masters))
         self._trained.apply()
-        return output
+        metrics: dict[str, float] = {}
+        for _, shares in found:
+            add_metrics(metrics, shares)
+        counts = [sum(m.num_tokens for m in microbatches), sum(m.num_padding_tokens for m in microbatches)]
+        reports = self._ranks.reported((metrics, counts))
+        metrics = {}
+        for shares, _ in reports:
+            add_metrics(metrics, shares)
+        return StepOutput(
+            loss=total_loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            metrics=metrics,
+            num_forward_tokens=sum(num for _, (num, _) in reports),
+            num_padding_tokens=sum(num for _, (_, num) in reports),
+        )
 
     def publish(self, version: int, mode: SyncMode) -> WeightsRef:
         """merged: `<module>.weight` in the compute dtype, merged when read; adapter: A and B in fp32.
@@ -123,12 +178,14 @@ class MegatronPolicy:
     def save(self, path: Path) -> None:
         """adapter/ (PEFT files) or weights/ (a Hugging Face model), and optimizer/."""
         tensors = self._trained.canonical(_itself)
+        first, second = (self._trained.canonical(partial(self._moment, index=index)) for index in (0, 1))
+        if not self._ranks.is_first:
+            return
         if self._setup.spec is None:
             save_tensors(self._setup.model_path, self._hf_config, tensors, path / "weights")
         else:
             peft = spec_to_peft_config(self._setup.spec, self._setup.base_model_name, self.adapted)
             write_adapter(path / "adapter", tensors, peft)
-        first, second = (self._trained.canonical(partial(self._moment, index=index)) for index in (0, 1))
         aliases = self._trained.aliases
         moments = {name: (first[name], second[name]) for name in first if name not in aliases}
         write_moments(path / "optimizer", moments, self._optimizer.num_steps, aliases=aliases)
@@ -195,23 +252,53 @@ class MegatronPolicy:
             config_key=key,
         )
 
-    def _microbatch_plan(self, kind: Literal["train", "logprob"]) -> MicrobatchPlan:
-        max_rows = self._config.train_micro_batch_size if kind == "train" else self._setup.logprob_rows
-        return plan_from_config(self._config, kind, max_rows=max_rows, flat=True)
+    def _microbatches(self, batch: Batch, kind: Literal["train", "logprob"]) -> list[Microbatch]:
+        """This process's share of a batch."""
+        megatron = self._config.megatron_cfg
+        cp = megatron.context_parallel_size
+        plan = plan_from_config(
+            self._config,
+            kind,
+            max_rows=self._config.train_micro_batch_size if kind == "train" else self._setup.logprob_rows,
+            flat=True,
+            can_share=cp == 1,
+            round_to=length_multiple(megatron.tensor_model_parallel_size, cp, megatron.sequence_parallel),
+        )
+        return plan_microbatches(batch, plan, self._ranks.data_share)
 
-    def _forward(self, micro: Microbatch, width: int) -> Tensor:
-        """[b, width] fp32, in the order of the microbatch's rows; 0.0 where there is no loss token."""
-        run = flat_run(micro, self._family, self._compute_dtype, self._device)
-        token_ids, positions = (ids[None].to(self._device) for ids in (micro.token_ids, micro.position_ids))
-        hidden = self._model(token_ids, positions, None, packed_seq_params=run)[:, 0]
-        return logprob_rows(
-            hidden.index_select(0, micro.predictor.to(self._device)),
-            self._model.head_weight,
-            micro,
-            width,
+    def _stage(self, _place: int, micro: Microbatch) -> Tensor:
+        """What this process's layers make of a microbatch, [N, 1, H] or its share of N."""
+        context = self._context_plan(micro)
+        run = flat_run(micro, self._family, self._compute_dtype, self._device, context)
+        own = slice(None) if context is None else context.own
+        token_ids, positions = (ids[own][None].to(self._device) for ids in (micro.token_ids, micro.position_ids))
+        return self._model(token_ids, positions, None, packed_seq_params=run)
+
+    def _logprob_rows(self, hidden: Tensor, micro: Microbatch, width: int) -> Tensor:
+        """[b, width] fp32 of the last stage's [N, 1, H], in the order of the microbatch's rows; 0.0 where there is no
+        loss token. Ranks that share a sequence, or the vocabulary, all get all of it."""
+        ranks = self._ranks
+        if ranks.sequence_parallel:
+            # The head gives every rank the whole gradient, of which each sends back that of its own tokens.
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=ranks.tensor_group
+            )
+        context = self._context_plan(micro)
+        own = micro if context is None else own_loss_tokens(micro, context)
+        head = Head(
+            weight=self._model.head_weight,
             temperature=self._setup.temperature,
             chunk_tokens=self._config.logprob_chunk_size or self._config.megatron_cfg.fused_linear_logprobs_chunk_size,
+            group=ranks.tensor_group if ranks.layout.tp > 1 else None,
         )
+        rows = logprob_rows(hidden[:, 0].index_select(0, own.predictor.to(self._device)), head, own, width)
+        return rows if context is None else reduce_from_tensor_model_parallel_region(rows, group=context.group)
+
+    def _context_plan(self, micro: Microbatch) -> ContextPlan | None:
+        """This process's tokens, where context-parallel ranks share a sequence."""
+        if self._config.megatron_cfg.context_parallel_size == 1:
+            return None
+        return plan_context(micro.segments, micro.num_tokens, self._ranks.context_group)
 
     def _as_reference(self) -> AbstractContextManager[None]:
         if self._switch is not None:

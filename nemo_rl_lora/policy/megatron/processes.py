@@ -11,10 +11,11 @@ from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.policy.megatron import shim
 from nemo_rl_lora.policy.megatron.convert import ParallelLayout, layout_of
 from nemo_rl_lora.policy.megatron.families import Family
+from nemo_rl_lora.policy.megatron.ranks import Ranks
 
 
-def join_processes(family: Family, megatron: MegatronConfig) -> ParallelLayout:
-    """Make megatron-core's process groups, once in a process, and say which part of the model is this one's."""
+def join_processes(megatron: MegatronConfig) -> None:
+    """Make megatron-core's process groups, once in a process."""
     shim.install()
     if not dist.is_initialized():
         dist.init_process_group(
@@ -30,6 +31,16 @@ def join_processes(family: Family, megatron: MegatronConfig) -> ParallelLayout:
         )
     # No layer draws a random number, so the states that megatron-core would fork stay empty.
     initialize_rng_tracker(inference_rng_tracker=True)
+
+
+def ranks_of(family: Family, megatron: MegatronConfig) -> Ranks:
+    """All processes, each of which makes this call, and which part of the model is whose."""
+    layout = own_layout(family, megatron)
+    return Ranks(layout, sequence_parallel=megatron.sequence_parallel, has_tied_head=family.has_tied_head)
+
+
+def own_layout(family: Family, megatron: MegatronConfig) -> ParallelLayout:
+    """The part of the model of this process, by its ranks in megatron-core's groups."""
     return layout_of(
         family,
         megatron,

@@ -14,22 +14,34 @@ import torch
 from torch import Tensor, nn
 
 from nemo_rl_lora.policy.megatron.convert import (
-    ParallelLayout,
+    Shape,
     hf_tensors,
+    join,
     megatron_tensors,
     megatron_weights,
+    owners,
     separate,
 )
 from nemo_rl_lora.policy.megatron.families import Family
+from nemo_rl_lora.policy.megatron.ranks import Ranks, Shard
 
 
 class StageWeights:
     """The parameters of a model without adapters."""
 
-    def __init__(self, model: nn.Module, family: Family, layout: ParallelLayout) -> None:
-        self._family, self._layout = family, layout
+    def __init__(self, model: nn.Module, family: Family, ranks: Ranks) -> None:
+        self._family, self._ranks, self._layout = family, ranks, ranks.layout
         self.parameters = dict(model.named_parameters())
-        self._holders = {name: weight for weight in megatron_weights(family, layout.pp) for name in weight.sources}
+        self._holders = {
+            name: weight
+            for weight in megatron_weights(family, self._layout.pp)
+            for name in weight.sources
+            if not weight.is_copy
+        }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.parameters.values())).dtype
 
     @torch.no_grad()
     def load(self, read: Callable[[str], Any]) -> None:
@@ -41,14 +53,34 @@ class StageWeights:
         assert not missing, missing
 
     def hf_tensor(self, name: str) -> Tensor:
-        """The tensor of a Hugging Face name, where one rank holds it all."""
-        weight = self._holders[name]
-        fused = self.parameters[self._layout.local_name(weight.name)].detach()
-        return separate(weight.name, fused, self._family)[list(weight.sources).index(name)]
+        """The tensor of a Hugging Face name, on the first process (`Ranks.fetch`)."""
+        weight, layouts = self._holders[name], self._ranks.layouts
+
+        def own_part() -> Tensor:
+            fused = self.parameters[self._layout.local_name(weight.name)].detach()
+            return separate(weight.name, fused, self._family)[list(weight.sources).index(name)]
+
+        shards = [
+            Shard(rank=rank, shape=weight.local_source(name, layouts[rank]), read=own_part)
+            for rank in owners(weight.name, layouts)
+        ]
+        return join(self._ranks.fetch(shards, self.dtype), weight.split_dim)
 
     def hf_tensors(self, of: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Every Hugging Face tensor, where one rank holds them all, from what `of` says of each parameter's name."""
-        return hf_tensors(self._family, [self._layout], lambda _rank, name, _shape: of(name))
+        """Every Hugging Face tensor, on the first process, from what `of` says of each parameter's local name.
+
+        Where there are several processes, in fp32.
+        """
+
+        def read(rank: int, name: str, shape: Shape) -> Tensor:
+            shard = Shard(rank=rank, shape=shape, read=lambda: of(name))
+            return self._ranks.fetch([shard], torch.float32)[0]
+
+        return hf_tensors(self._family, self._ranks.layouts, read)
+
+    def global_name(self, name: str) -> str:
+        """The name that a parameter of this process has in the whole model."""
+        return self._layout.global_name(name)
 
     def from_hf(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Every parameter's name with what Hugging Face tensors say of it."""
@@ -75,8 +107,9 @@ class AllWeights:
                 parameter.register_post_accumulate_grad_hook(partial(_pass_on, master))
             self._masters[name] = master
 
-    def masters(self) -> list[nn.Parameter]:
-        return list(self._masters.values())
+    def masters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by its global name."""
+        return {self._weights.global_name(name): master for name, master in self._masters.items()}
 
     def canonical(self, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         """`of` every master, under Hugging Face names."""

@@ -13,16 +13,14 @@ from megatron.core.tensor_parallel.mappings import all_to_all_hp2sp, gather_from
 from torch import Tensor
 
 from nemo_rl_lora.config.megatron import MegatronConfig
-from nemo_rl_lora.lora.files import module_of
-from nemo_rl_lora.lora.names import megatron_name
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import resolve_targets
 from nemo_rl_lora.policy.megatron import lora
-from nemo_rl_lora.policy.megatron.convert import ParallelLayout, join_adapter, open_checkpoint, shard_adapter, share
+from nemo_rl_lora.policy.megatron.convert import open_checkpoint, shard_adapter, share
 from nemo_rl_lora.policy.megatron.families import read_family
 from nemo_rl_lora.policy.megatron.layers import build_model, flat_run, transformer_config
 from nemo_rl_lora.policy.megatron.lora import Adapters
-from nemo_rl_lora.policy.megatron.processes import join_processes
+from nemo_rl_lora.policy.megatron.processes import join_processes, ranks_of
 from nemo_rl_lora.policy.megatron.weights import StageWeights
 from nemo_rl_lora.policy.microbatches import Microbatch, Segment
 from nemo_rl_lora.policy.model import empty_model, linear_modules, load_model_config
@@ -81,26 +79,30 @@ def microbatch() -> Microbatch:
 
 
 def run_case(path: Path, case: Case, num_ranks: int) -> dict[str, Tensor]:
-    """Hidden states [N, H], and the gradient of every canonical factor."""
+    """Hidden states [N, H], and on the first rank the gradient of every canonical factor."""
     config = load_model_config(path, {})
     family = read_family(config, "tiny", 64)
     megatron = MegatronConfig(
         tensor_model_parallel_size=num_ranks, sequence_parallel=case.sequence_parallel and num_ranks > 1
     )
-    layout = join_processes(family, megatron)
+    join_processes(megatron)
+    ranks = ranks_of(family, megatron)
+    layout = ranks.layout
     model = build_model(family, layout, transformer_config(family, megatron, torch.float32))
     with open_checkpoint(path) as slices:
-        StageWeights(model, family, layout).load(slices.__getitem__)
+        StageWeights(model, family, ranks).load(slices.__getitem__)
     spec = LoraSpec(dim=4, alpha=8, **case.fields)
     modules = linear_modules(empty_model(config))
     adapted = resolve_targets(spec, modules, tied_head=True, model_label="tiny", config_key="policy.lora")
-    adapters = Adapters(model, adapted, spec, family=family, layout=layout, seed=SEED)
+    adapters = Adapters(model, adapted, spec, family=family, ranks=ranks, seed=SEED)
     generator = torch.Generator().manual_seed(3)
     b = {m.name: torch.randn(m.out_features, m.dim, generator=generator) * 0.1 for m in adapted}
     with torch.no_grad():
-        for part, layer in adapters._parts():
-            shards = [shard_adapter(layer, "B", b[module.name], layout) for module in part.held]
-            part.b.copy_(shards[0] if len(shards) == 1 else share(layer, "B", shards, family))
+        for held in adapters._held:
+            shards = [shard_adapter(held.layer, "B", b[module.name], layout) for module in held.modules]
+            adapters._factors[held.name].b.copy_(
+                shards[0] if len(shards) == 1 else share(held.layer, "B", shards, family)
+            )
     adapters.switch.dropout_seed = SEED
     micro = microbatch()
     run = flat_run(micro, family, torch.float32, torch.device("cpu"))
@@ -110,11 +112,8 @@ def run_case(path: Path, case: Case, num_ranks: int) -> dict[str, Tensor]:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
     weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5))
     (hidden * weight).sum().backward()
-    found = {"hidden": hidden.detach()[:, 0]}
-    for name, gradient in adapters.canonical(gradient_of).items():
-        layer = megatron_name(module_of(name))
-        found[name] = whole(layer, "A" if ".lora_A." in name else "B", gradient, layout)
-    return found
+    gradients = adapters.canonical(gradient_of)
+    return {"hidden": hidden.detach()[:, 0], **(gradients if ranks.is_first else {})}
 
 
 class Counted:
@@ -131,14 +130,6 @@ class Counted:
 def gradient_of(master: torch.nn.Parameter) -> Tensor:
     assert master.grad is not None
     return master.grad
-
-
-def whole(layer: str, side, tensor: Tensor, layout: ParallelLayout) -> Tensor:
-    if layout.tp == 1:
-        return tensor
-    shards = [torch.empty_like(tensor) for _ in range(layout.tp)]
-    dist.all_gather(shards, tensor.contiguous())
-    return join_adapter(layer, side, shards)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nemo_rl_lora.policy.megatron.layers import build_model, transformer_config
-from nemo_rl_lora.policy.megatron.processes import join_processes
+from nemo_rl_lora.policy.megatron.processes import join_processes, own_layout
 from tests.policy.megatron.test_convert import LAYOUTS, family_of, megatron_of, possible
 
 
@@ -26,7 +26,8 @@ def parameters_of_rank(family, megatron, rank: int, num_ranks: int):
         expert_tensor_parallel_size=megatron.expert_tensor_parallel_size,
         create_gloo_process_groups=False,
     )
-    layout = join_processes(family, megatron)
+    join_processes(megatron)
+    layout = own_layout(family, megatron)
     model = build_model(family, layout, transformer_config(family, megatron, torch.float32))
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

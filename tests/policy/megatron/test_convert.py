@@ -303,10 +303,11 @@ def test_owners_leave_replicas_out():
 @pytest.mark.parametrize(("name", "tied"), MODELS)
 def test_megatron_cores_model_takes_every_tensor_and_computes_as_transformers(saved, name, tied):
     from nemo_rl_lora.policy.megatron.layers import build_model, flat_run, transformer_config
-    from nemo_rl_lora.policy.megatron.processes import join_processes
+    from nemo_rl_lora.policy.megatron.processes import join_processes, own_layout
 
     directory, family = saved(name, tied), family_of(name, tied)
-    layout = join_processes(family, MegatronConfig())
+    join_processes(MegatronConfig())
+    layout = own_layout(family, MegatronConfig())
     assert layout == layouts_of(family, (1, 1, 1, None))[0]
     model = build_model(family, layout, transformer_config(family, MegatronConfig(), torch.float32))
     with open_checkpoint(directory) as checkpoint, torch.no_grad():

@@ -206,7 +206,7 @@ def test_stock_peft_loads_the_adapter_and_merges_to_what_is_published(
     if policy is None:
         policy = megatron(tiny_model(family), spec=chosen)
         with torch.no_grad():
-            for master in policy._trained.masters():
+            for master in policy._trained.masters().values():
                 master.add_(torch.randn(master.shape, generator=torch.Generator().manual_seed(5)) * 0.1)
     policy.save(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(tiny_model(family), dtype=torch.float32)
@@ -258,7 +258,7 @@ def test_selections_are_those_of_the_twin(tiny_model, groups_batch, fields):
 def test_a_shared_a_has_the_gradient_of_all_its_modules(tiny_model, groups_batch):
     shared = megatron(tiny_model("qwen3"), spec=SHARED, max_grad_norm=None)
     with torch.no_grad():
-        for master in shared._trained.masters():
+        for master in shared._trained.masters().values():
             master.add_(torch.randn(master.shape, generator=torch.Generator().manual_seed(5)) * 0.1)
     names = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj")
     canonical = megatron(tiny_model("qwen3"), spec=spec(targets=names), max_grad_norm=None)

@@ -1,0 +1,58 @@
+"""Microbatches through this process's stage: megatron-core's schedules, without a pipeline and with one (1F1B).
+
+Contract: `run_microbatches` sends every microbatch through all stages, and backward where it is asked to; what the
+last stage makes of the hidden states is the caller's. Source of the schedule: Narayanan et al. 2021,
+https://arxiv.org/abs/2104.04473, section 2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from nemo_rl_lora.policy.microbatches import Microbatch
+
+if TYPE_CHECKING:
+    from nemo_rl_lora.policy.megatron.layers import StageModel
+
+# (place, microbatch) -> what this stage gives on, [N, 1, H].
+Stage = Callable[[int, Microbatch], Tensor]
+# (place, microbatch, hidden states) -> (loss, anything that the caller wants to have). On the last stage.
+Finish = Callable[[int, Microbatch, Tensor], "tuple[Tensor, Any]"]
+
+
+def run_microbatches(
+    model: StageModel, microbatches: Sequence[Microbatch], stage: Stage, finish: Finish, *, backward: bool
+) -> list[Any]:
+    """What `finish` found of each microbatch, in their order; empty but on the last stage."""
+    if not microbatches:
+        return []
+
+    def forward(items: Iterator[tuple[int, Microbatch]], _model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        place, micro = next(items)
+        hidden = stage(place, micro)
+        if backward and not hidden.requires_grad:
+            hidden.requires_grad_()  # nothing in this stage is trained, and the schedule asks for a gradient
+        return hidden, partial(_finished, finish, place, micro)
+
+    with torch.set_grad_enabled(backward):
+        return get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(enumerate(microbatches)),
+            model=model,
+            num_microbatches=len(microbatches),
+            seq_length=0,  # stages tell each other the shapes (variable_seq_lengths)
+            micro_batch_size=1,
+            forward_only=not backward,
+        )
+
+
+def _finished(finish: Finish, place: int, micro: Microbatch, hidden: Tensor) -> tuple[Tensor, int, Any]:
+    """A loss, in the form that megatron-core neither scales nor averages (calculate_per_token_loss)."""
+    loss, found = finish(place, micro, hidden)
+    return loss, 0, found
