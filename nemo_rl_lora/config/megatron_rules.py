@@ -47,6 +47,7 @@ _DONE_ANYWAY: dict[str, tuple[Any, ...]] = {
     "apply_rope_fusion": (False,),
     "bias_activation_fusion": (False,),
     "moe_permute_fusion": (False,),
+    "moe_router_load_balancing_type": ("none",),
     "optimizer.use_distributed_optimizer": (False, "auto"),
 }
 """Other values of a key that are what this backend does anyway."""
@@ -104,7 +105,13 @@ def megatron_problems(config: MasterConfig) -> list[str]:
         for key, value in changed.items()
         if not (key.startswith("peft.") or key in _READ or (key in _DONE_ANYWAY and value in _DONE_ANYWAY[key]))
     ]
-    return [*problems, *_sequence_problems(config), *_schedule_problems(config, changed), *_a2a_problems(config)]
+    return [
+        *problems,
+        *_sequence_problems(config),
+        *_context_problems(config),
+        *_schedule_problems(config, changed),
+        *_a2a_problems(config),
+    ]
 
 
 def _sequence_problems(config: MasterConfig) -> list[str]:
@@ -114,6 +121,16 @@ def _sequence_problems(config: MasterConfig) -> list[str]:
     return [
         f"{_KEY}.sequence_parallel=True: it shards activations between tensor-parallel ranks, and there is one. Set "
         f"{_KEY}.sequence_parallel=false."
+    ]
+
+
+def _context_problems(config: MasterConfig) -> list[str]:
+    size = config.policy.megatron_cfg.context_parallel_size
+    if size == 1 or config.policy.shared_prefix.enabled is not True:
+        return []
+    return [
+        f"policy.shared_prefix.enabled=True: {size} context-parallel ranks share each sequence, and a prompt does not "
+        f"split with it. Set policy.shared_prefix.enabled=auto, or {_KEY}.context_parallel_size=1."
     ]
 
 

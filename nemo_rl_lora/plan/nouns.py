@@ -34,6 +34,19 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankPart:
+    """What one process of the Megatron backend holds of the model; its tensor-parallel siblings hold as much."""
+
+    pp_rank: int
+    ep_rank: int
+    num_tp_ranks: int
+    layers: range
+    experts: range
+    num_params: int
+    num_adapter_params: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Effect:
     """What a setting comes to on this machine with this model."""
 
@@ -66,6 +79,7 @@ class Plan:
     num_params: int
     num_trainable_params: int
     sizes: Sizes
+    rank_parts: tuple[RankPart, ...]  # empty where one process holds the whole model
     effects: tuple[Effect, ...]
     checks: tuple[Check, ...]
     problems: tuple[str, ...]

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_rl_lora.lora.names import last_component
-from nemo_rl_lora.plan.nouns import ModuleType, Plan
+from nemo_rl_lora.plan.nouns import ModuleType, Plan, RankPart
 
 
 def render_plan(plan: Plan) -> RenderableType:
@@ -20,7 +20,10 @@ def render_plan(plan: Plan) -> RenderableType:
         parts.append(_module_table("Modules with an adapter", plan.adapted, with_adapter=True))
     if plan.left_out:
         parts.append(_module_table("Without an adapter", plan.left_out, with_adapter=False))
-    parts += [_parameters(plan), _size_table(plan), *_effect_lines(plan)]
+    parts += [_parameters(plan), _size_table(plan)]
+    if plan.rank_parts:
+        parts.append(_rank_table(plan.rank_parts))
+    parts += _effect_lines(plan)
     parts += _lines("Checked", [f"{check.name}: {check.finding}" for check in plan.checks])
     parts += _lines("Not checked", plan.unchecked)
     parts += _lines("Stops this run", plan.problems)
@@ -104,6 +107,30 @@ def _size_table(plan: Plan) -> Table:
     for name, num_bytes in rows:
         table.add_row(name, human_bytes(num_bytes))
     return table
+
+
+def _rank_table(rank_parts: Iterable[RankPart]) -> Table:
+    table = _table("What a process holds")
+    for column in ("pp", "tp", "ep", "layers", "experts", "weights", "adapter"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for part in rank_parts:
+        table.add_row(
+            f"{part.pp_rank}",
+            _span(range(part.num_tp_ranks)),
+            f"{part.ep_rank}",
+            _span(part.layers),
+            _span(part.experts),
+            f"{part.num_params:,}",
+            f"{part.num_adapter_params:,}",
+        )
+    return table
+
+
+def _span(numbers: range) -> str:
+    """`0-15`, `3`, or a dash for none."""
+    if not numbers:
+        return "-"
+    return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
 
 
 def _effect_lines(plan: Plan) -> list[RenderableType]:

@@ -1,7 +1,7 @@
 """The DTensor backend: nemo-automodel's model and LoRA layers, trained with AdamW. One process in this version.
 
 With an adapter, only A and B are trained, as fp32 masters; the base weights are never written, and the reference
-policy is the same model with the adapters switched off. Without one, all weights are trained as fp32 masters with the
+policy is the same model with the adapters switched off, or with a copy of the initial ones. Without one, all weights are trained as fp32 masters with the
 computation in `policy.precision`, and a reference, where it is needed, is a copy of the base in memory.
 """
 
@@ -22,6 +22,8 @@ from nemo_rl_lora.config.lora import kernels_off_because, lora_block_key
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.lora.dialects import spec_to_peft_config
 from nemo_rl_lora.lora.files import (
+    ADAPTER_DIRECTORY,
+    REFERENCE_DIRECTORY,
     adapter_tensor_name,
     check_shapes,
     read_adapter,
@@ -68,7 +70,9 @@ class DTensorPolicy:
         else:
             self._install(setup.spec)
         self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
-        self._reference = copies_on_cpu(self._trained) if setup.spec is None and setup.keep_reference else None
+        if setup.initial_adapter is not None:
+            self._read_adapter(setup.initial_adapter)
+        self._reference = copies_on_cpu(self._trained) if setup.copies_reference else None
         self._optimizer = MasterAdam(list(self._trained.values()), setup.adam)
         self._flat = supports_segments(self._model.config, config.max_total_sequence_length)
         if problems := layout_problems(config, self._model.config):
@@ -89,7 +93,7 @@ class DTensorPolicy:
         return logprob_pass(batch, self._microbatch_plan("logprob"), self._forward.logprobs)
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
-        """The same with the adapter switched off; in full fine-tuning, with the base weights in place."""
+        """The same with the adapter switched off, or with the copied reference in place."""
         with self._as_reference():
             return self.logprobs(batch)
 
@@ -115,13 +119,16 @@ class DTensorPolicy:
         )
 
     def save(self, path: Path) -> None:
-        """adapter/ (PEFT files) or weights/ (a Hugging Face model), and optimizer/."""
+        """adapter/ (PEFT files) or weights/ (a Hugging Face model), reference_adapter/ if copied, and optimizer/."""
         if self._setup.spec is None:
             # transformers' own: nemo-automodel's override works only with its checkpointer
             PreTrainedModel.save_pretrained(self._model, path / "weights")
         else:
             peft = spec_to_peft_config(self._setup.spec, self._setup.base_model_name, self.adapted)
-            write_adapter(path / "adapter", self._adapter_tensors(), peft)
+            write_adapter(path / ADAPTER_DIRECTORY, self._adapter_tensors(), peft)
+            if self._reference is not None:
+                with self._as_reference():
+                    write_adapter(path / REFERENCE_DIRECTORY, self._adapter_tensors(), peft)
         moments = {name: self._optimizer.moments_of(p) for name, p in self._named_masters().items()}
         write_moments(path / "optimizer", moments, self._optimizer.num_steps)
 
@@ -132,12 +139,12 @@ class DTensorPolicy:
             saved = AutoModelForCausalLM.from_pretrained(path / "weights", dtype=torch.float32).state_dict()
             missing = [name for name in masters if name not in saved]
             assert not missing, missing
+            self._copy(path, saved)
         else:
-            saved, _ = read_adapter(path / "adapter", expected=masters.keys())
-        check_shapes(path, expected=masters, found=saved)
-        with torch.no_grad():
-            for name, parameter in masters.items():
-                parameter.copy_(saved[name])
+            if self._reference is not None:
+                self._read_adapter(path / REFERENCE_DIRECTORY)
+                self._reference = copies_on_cpu(self._trained)
+            self._read_adapter(path / ADAPTER_DIRECTORY)
         if (path / "optimizer").is_dir():
             moments, self._optimizer.num_steps = read_moments(path / "optimizer", expected=masters.keys(), aliases={})
             for name, parameter in masters.items():
@@ -187,10 +194,20 @@ class DTensorPolicy:
         return plan_from_config(self._config, kind, max_rows=max_rows, flat=self._flat)
 
     def _as_reference(self) -> AbstractContextManager[None]:
-        if self._switch is not None:
-            return self._switch.off()
-        assert self._reference is not None, "a full fine-tuning policy was built without a reference"
-        return holding(self._trained, self._reference)
+        if self._reference is not None:
+            return holding(self._trained, self._reference)
+        assert self._switch is not None, "a full fine-tuning policy was built without a reference"
+        return self._switch.off()
+
+    def _read_adapter(self, directory: Path) -> None:
+        self._copy(directory, read_adapter(directory, expected=self._named_masters().keys())[0])
+
+    @torch.no_grad()
+    def _copy(self, source: Path, tensors: Mapping[str, Tensor]) -> None:
+        masters = self._named_masters()
+        check_shapes(source, expected=masters, found=tensors)
+        for name, parameter in masters.items():
+            parameter.copy_(tensors[name])
 
     def _checkpoint_activations(self) -> None:
         self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from nemo_rl_lora.config.adam import AdamSettings
 from nemo_rl_lora.lora.spec import LoraSpec
@@ -29,6 +29,13 @@ class PolicySetup:
     keep_reference: bool  # reference_logprobs will be asked for
     logprob_rows: int  # rows (or pairs) of a pass without gradient, where microbatches are filled by rows
     adam: AdamSettings
+    initial_adapter: Path | None = None  # a directory in PEFT's format, known to fit; None: A is drawn, B is zero
+    reference: Literal["base", "initial"] = "base"  # initial: the adapter as it was at the run's start
+
+    @property
+    def copies_reference(self) -> bool:
+        """Whether the reference is a copy of what is trained, and not the base, which is there anyway."""
+        return self.keep_reference and (self.spec is None or self.reference == "initial")
 
 
 class Policy(Protocol):
@@ -37,7 +44,7 @@ class Policy(Protocol):
         ...
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
-        """The same with the adapter switched off: [B, T] fp32."""
+        """The same of the reference, the base or the initial adapter: [B, T] fp32."""
         ...
 
     def train_step(self, batch: Batch, loss_fn: LossFn) -> StepOutput:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.types import SyncMode, TensorInfo, WeightsRef
 
 DIGEST_BYTES_PER_TENSOR = 1 << 20
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,24 @@ def make_ref(version: int, mode: SyncMode, entries: Mapping[str, LazyTensor], di
         num_bytes=sum(torch.Size(info.shape).numel() * info.dtype.itemsize for info in manifest),
         tensors=LazyTensors(entries),
     )
+
+
+def write_tensors(path: Path, ref: WeightsRef) -> None:
+    """A safetensors file of what a reference within this process offers, one tensor in memory at a time."""
+    assert ref.tensors is not None
+    header: dict[str, Any] = {}
+    end = 0
+    for info in ref.manifest:
+        begin, end = end, end + torch.Size(info.shape).numel() * info.dtype.itemsize
+        dtype = SAFETENSORS_NAMES[info.dtype]
+        header[info.name] = {"dtype": dtype, "shape": list(info.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for info in ref.manifest:
+            tensor = ref.tensors[info.name].detach().to("cpu", info.dtype).contiguous()
+            file.write(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:

@@ -8,7 +8,7 @@ the length, biases outside q, k and v, shared experts, quantized weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.lora.spec import LoraSpec
-from nemo_rl_lora.lora.targets import module_matches
+from nemo_rl_lora.lora.targets import AdaptedModule, module_matches
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -247,6 +247,18 @@ def refuse_expert_targets(spec: LoraSpec, family: Family, config_key: str) -> No
                 f"which transformers holds in one tensor a layer, so an adapter there has no module to be loaded "
                 f"into. Target q_proj, k_proj, v_proj and o_proj, or 'all-linear', which leaves experts out."
             )
+
+
+def adapter_problems(adapted: Sequence[AdaptedModule], megatron: MegatronConfig, config_key: str) -> list[str]:
+    """A paragraph where tensor-parallel ranks cannot share an adapter: A of a column-parallel layer is split by dim."""
+    tp = megatron.tensor_model_parallel_size
+    broken = [m for m in adapted if m.dim % tp and m.name.rsplit(".", 1)[-1] not in ("o_proj", "down_proj")]
+    if not broken:
+        return []
+    return [
+        f"{config_key}.dim={broken[0].dim}: tensor-parallel ranks share A of {broken[0].name} by its dim, so "
+        f"{_KEY}.tensor_model_parallel_size={tp} must divide it. Use a multiple of {tp}."
+    ]
 
 
 def _divisors(number: int) -> str:

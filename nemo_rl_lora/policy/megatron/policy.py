@@ -2,7 +2,7 @@
 
 The twin of policy/dtensor.py: the same verbs in the same order, and the same numbers. With an adapter, only A and B
 are trained, as fp32 masters; the base weights are never written, and the reference policy is the same model with the
-adapters switched off. Without one, all weights are trained: fp32 masters beside weights in `policy.precision`, and a
+adapters switched off, or with a copy of the initial ones. Without one, all weights are trained: fp32 masters beside weights in `policy.precision`, and a
 reference, where it is needed, is a copy of the base in memory.
 
 Of the processes that share a model, each makes the same calls with the same whole batch; the first one writes files
@@ -11,6 +11,7 @@ and has the weights that are published.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,8 @@ from nemo_rl_lora.config.lora import lora_block_key
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.lora.dialects import spec_to_peft_config
 from nemo_rl_lora.lora.files import (
+    ADAPTER_DIRECTORY,
+    REFERENCE_DIRECTORY,
     check_shapes,
     read_adapter,
     read_moments,
@@ -97,8 +100,9 @@ class MegatronPolicy:
         for layer in self._model.modules():
             if isinstance(layer, Layer):
                 layer.recompute, layer.switch = config.megatron_cfg.activation_checkpointing, self._switch
-        needs_copy = setup.spec is None and setup.keep_reference
-        self._reference = copies_on_cpu(self._weights.parameters) if needs_copy else None
+        if setup.initial_adapter is not None:
+            self._read_adapter(setup.initial_adapter)
+        self._reference = copies_on_cpu(self._compared()) if setup.copies_reference else None
         self._optimizer = MasterAdam(list(self._trained.masters().values()), setup.adam)
 
     def logprobs(self, batch: Batch) -> Tensor:
@@ -116,7 +120,7 @@ class MegatronPolicy:
         return self._ranks.total(out)
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
-        """The same with the adapter switched off; in full fine-tuning, with the base weights in place."""
+        """The same with the adapter switched off, or with the copied reference in place."""
         with self._as_reference():
             return self.logprobs(batch)
 
@@ -176,8 +180,11 @@ class MegatronPolicy:
         )
 
     def save(self, path: Path) -> None:
-        """adapter/ (PEFT files) or weights/ (a Hugging Face model), and optimizer/."""
-        tensors = self._trained.canonical(_itself)
+        """adapter/ (PEFT files) or weights/ (a Hugging Face model), reference_adapter/ if copied, and optimizer/."""
+        tensors, reference = self._trained.canonical(_itself), None
+        if self._setup.spec is not None and self._reference is not None:
+            with self._as_reference():
+                reference = self._trained.canonical(_itself)
         first, second = (self._trained.canonical(partial(self._moment, index=index)) for index in (0, 1))
         if not self._ranks.is_first:
             return
@@ -185,7 +192,9 @@ class MegatronPolicy:
             save_tensors(self._setup.model_path, self._hf_config, tensors, path / "weights")
         else:
             peft = spec_to_peft_config(self._setup.spec, self._setup.base_model_name, self.adapted)
-            write_adapter(path / "adapter", tensors, peft)
+            write_adapter(path / ADAPTER_DIRECTORY, tensors, peft)
+            if reference is not None:
+                write_adapter(path / REFERENCE_DIRECTORY, reference, peft)
         aliases = self._trained.aliases
         moments = {name: (first[name], second[name]) for name in first if name not in aliases}
         write_moments(path / "optimizer", moments, self._optimizer.num_steps, aliases=aliases)
@@ -195,14 +204,12 @@ class MegatronPolicy:
         present = self._trained.canonical(_itself)
         if self._setup.spec is None:
             with open_checkpoint(path / "weights") as slices:
-                saved = {name: slices[name][:].float() for name in present}
+                self._copy(path, {name: slices[name][:].float() for name in present})
         else:
-            saved, _ = read_adapter(path / "adapter", expected=present.keys())
-        check_shapes(path, expected=present, found=saved)
-        with torch.no_grad():
-            for master, tensor in self._trained.masters_from(saved):
-                master.copy_(tensor)
-        self._trained.apply()
+            if self._reference is not None:
+                self._read_adapter(path / REFERENCE_DIRECTORY)
+                self._reference = copies_on_cpu(self._compared())
+            self._read_adapter(path / ADAPTER_DIRECTORY)
         if (path / "optimizer").is_dir():
             moments, self._optimizer.num_steps = read_moments(
                 path / "optimizer", expected=present.keys(), aliases=self._trained.aliases
@@ -301,10 +308,24 @@ class MegatronPolicy:
         return plan_context(micro.segments, micro.num_tokens, self._ranks.context_group)
 
     def _as_reference(self) -> AbstractContextManager[None]:
-        if self._switch is not None:
-            return self._switch.off()
-        assert self._reference is not None, "a full fine-tuning policy was built without a reference"
-        return holding(self._weights.parameters, self._reference)
+        if self._reference is not None:
+            return holding(self._compared(), self._reference)
+        assert self._switch is not None, "a full fine-tuning policy was built without a reference"
+        return self._switch.off()
+
+    def _compared(self) -> dict[str, nn.Parameter]:
+        """What a copied reference replaces: the weights that the layers read."""
+        return self._weights.parameters if self._setup.spec is None else self._trained.masters()
+
+    def _read_adapter(self, directory: Path) -> None:
+        self._copy(directory, read_adapter(directory, expected=self._trained.canonical(_itself).keys())[0])
+
+    @torch.no_grad()
+    def _copy(self, source: Path, tensors: Mapping[str, Tensor]) -> None:
+        check_shapes(source, expected=self._trained.canonical(_itself), found=tensors)
+        for master, tensor in self._trained.masters_from(tensors):
+            master.copy_(tensor)
+        self._trained.apply()
 
     def _moment(self, master: nn.Parameter, index: int) -> Tensor:
         return self._optimizer.moments_of(master)[index]

@@ -1,0 +1,99 @@
+"""A policy in two Ray actors is the policy of one process, and fails aloud."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+
+import pytest
+import ray
+import torch
+
+from nemo_rl_lora.algorithms.losses import make_policy_loss
+from nemo_rl_lora.config.loss_fn import LossFnConfig
+from nemo_rl_lora.distributed.policy_group import PolicyGroup
+from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
+from nemo_rl_lora.policy.weights import digest_of
+from tests.policy.conftest import groups_batch, tiny_model  # noqa: F401 (fixtures)
+from tests.policy.megatron.twins import distance, random_adapter, set_masters
+from tests.policy.test_dtensor import make_policy, relative, spec
+
+GRPO = make_policy_loss(LossFnConfig(reference_policy_kl_penalty=0.0))
+
+
+def two_processes(config, setup) -> PolicyGroup:
+    return PolicyGroup(config, setup, 2)
+
+
+@pytest.fixture(scope="module")
+def twins(tiny_model, tmp_path_factory):  # noqa: F811
+    """One policy in this process and one in two others, with the same adapter, whose B is not zero."""
+    one = make_policy(tiny_model("llama"), backend=MegatronPolicy, spec=spec())
+    set_masters(one, random_adapter(one))
+    checkpoint = tmp_path_factory.mktemp("checkpoint")
+    one.save(checkpoint)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    group = make_policy(tiny_model("llama"), backend=two_processes, spec=spec())
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    group.load(checkpoint)
+    yield one, group
+    group.close()
+    assert not ray.is_initialized()
+
+
+def test_logprobs_are_those_of_one_process(twins, groups_batch):  # noqa: F811
+    one, group = twins
+    assert relative(group.logprobs(groups_batch), one.logprobs(groups_batch)) <= 1e-5
+    assert relative(group.reference_logprobs(groups_batch), one.reference_logprobs(groups_batch)) <= 1e-5
+    assert group.adapted == one.adapted
+
+
+@pytest.mark.parametrize("mode", ["merged", "adapter"])
+def test_what_is_published_lies_in_a_file_until_the_next(twins, mode):
+    one, group = twins
+    expected, ref = one.publish(3, mode), group.publish(3, mode)
+    assert replace(ref, path=None, tensors=None) == replace(expected, tensors=None)
+    assert list(ref.tensors) == list(expected.tensors)
+    assert all(torch.equal(ref.tensors[name], expected.tensors[name]) for name in expected.tensors)
+    assert len(ref.tensors) == len(expected.tensors)
+    if mode == "adapter":
+        assert digest_of(ref.tensors) == ref.digest
+    group.publish(4, mode)
+    assert not ref.path.exists()
+
+
+def test_a_step_and_a_checkpoint_are_those_of_one_process(twins, groups_batch, tmp_path):  # noqa: F811
+    one, group = twins
+    for _ in range(2):
+        expected, output = one.train_step(groups_batch, GRPO), group.train_step(groups_batch, GRPO)
+        assert output.loss == pytest.approx(expected.loss, abs=1e-5)
+        assert output.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+        assert output.metrics == pytest.approx(expected.metrics, rel=1e-4, abs=1e-5)
+    group.save(tmp_path)
+    resumed = make_policy(one._setup.model_path, backend=MegatronPolicy, spec=spec())
+    resumed.load(tmp_path)
+    weights, others = (policy._trained.canonical(lambda master: master) for policy in (resumed, one))
+    assert distance(weights, others) <= 1e-4
+    assert resumed._optimizer.num_steps == 2
+
+
+def test_numbers_that_are_not_finite_stop_every_process_and_end_none(twins, groups_batch):  # noqa: F811
+    _, group = twins
+    broken = replace(groups_batch, advantages=torch.full((7,), float("nan")))
+    before = group.publish(0, "adapter").digest
+    with pytest.raises(FloatingPointError, match="The optimizer has not moved"):
+        group.train_step(broken, GRPO)
+    assert group.publish(0, "adapter").digest == before
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_as_by_one_process(twins, tmp_path):
+    _, group = twins
+    with pytest.raises(ValueError, match="adapter_config.json"):
+        group.load(tmp_path)
+
+
+def test_a_process_that_ends_is_named(twins, groups_batch):  # noqa: F811, last: it ends the group
+    _, group = twins
+    ray.kill(group._ranks[1])
+    with pytest.raises(RuntimeError, match="training process 1 of 2 ended"):
+        group.logprobs(groups_batch)
