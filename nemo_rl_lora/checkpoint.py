@@ -33,7 +33,7 @@ import yaml
 from nemo_rl_lora.config.checkpointing import CheckpointingConfig
 from nemo_rl_lora.step_files import (
     TMP_PREFIX,
-    damaged,
+    DamagedError,
     flush,
     flush_tree,
     is_full,
@@ -53,8 +53,9 @@ LOCK_FILE = ".lock"
 FORMAT_VERSION = 1
 STEP_PREFIX = "step_"
 SET_ASIDE_PREFIX = "set_aside_"
+_REPLACED_PREFIX = f"{TMP_PREFIX}old_"
 
-SaveReason = Literal["period", "epoch", "end", "signal", "deadline", "threshold"]
+SaveReason = Literal["period", "epoch", "end", "signal", "deadline", "threshold", "failure"]
 
 _PERIODS = ("max_num_steps", "max_num_epochs", "val_period", "val_at_start", "val_at_end", "val_batches")
 _SAVING = (
@@ -66,6 +67,7 @@ _SAVING = (
     "save_optimizer",
     "checkpoint_must_save_by",
     "load_path",
+    "on_damage",
 )
 # What may differ between a run and its continuation: exact dotted keys, and whole sections.
 FREE_KEYS = (
@@ -113,6 +115,10 @@ class TrainingInfo:
     counters: Mapping[str, float] = field(default_factory=dict)  # totals since step 0, such as num_tokens
     metrics: Mapping[str, float | None] = field(default_factory=dict)  # "train:reward", "val:accuracy"
     model_source: str = ""  # where the base weights came from
+    base_digest: str | None = None  # base_identity.py; None where they are not in safetensors files
+    spec: Mapping[str, Any] | None = None  # of the adapter; None where all weights are trained
+    initial_adapter: Mapping[str, str] | None = None  # policy.adapter.init_from, as it was found
+    seeds: Mapping[str, int] = field(default_factory=dict)  # by dotted key; filled in when saved
     reason: SaveReason = "period"
     has_optimizer: bool = True
     versions: Mapping[str, str] = field(default_factory=package_versions)
@@ -178,6 +184,10 @@ class Checkpointer:
             return
         probe_directory(self._directory, "checkpointing.checkpoint_dir", required_bytes=required_bytes)
         self._take_lock()
+        for old in self._directory.glob(f"{_REPLACED_PREFIX}*"):
+            final = old.with_name(old.name.removeprefix(_REPLACED_PREFIX))
+            if not final.exists():  # the run ended after it took the name away, and before it gave it to the new one
+                old.rename(final)
         for stale in self._directory.glob(f"{TMP_PREFIX}*"):
             logger.warning(f"removing {stale}, left by a run that ended while it was saving")
             shutil.rmtree(stale)
@@ -191,12 +201,25 @@ class Checkpointer:
     def find_resume(self) -> ResumePoint | None:
         """The step to continue from, or None for a new run. Reads only.
 
-        ValueError where the checkpoint is damaged, belongs to another configuration, or `load_path` names
-        nothing.
+        ValueError where the checkpoint is damaged (and `on_damage` does not allow the one before it), belongs to
+        another configuration, or `load_path` names nothing.
         """
-        path = self._resume_path()
-        if path is None:
-            return None
+        candidates = self._resume_paths()
+        if self._config.on_damage == "stop":
+            candidates = candidates[:1]
+        for number, path in enumerate(candidates, 1):
+            try:
+                return self._open(path)
+            except DamagedError as error:
+                if number == len(candidates):
+                    raise
+                logger.warning(
+                    f"{error.path} {error.what}: the checkpoint is damaged, and checkpointing.on_damage=previous "
+                    "continues from the step before it"
+                )
+        return None
+
+    def _open(self, path: Path) -> ResumePoint:
         verify_files(path, (INFO_FILE, CONFIG_FILE))
         info = _read_info(path)
         self._refuse_other_config(path)
@@ -211,6 +234,16 @@ class Checkpointer:
                 f"checkpointing.load_path={self._config.load_path!r}: {point.path} was saved with "
                 "checkpointing.save_optimizer=false and cannot be continued. Name a step that has its optimizer state "
                 "with checkpointing.load_path, or set checkpointing.load_path=none to start over."
+            )
+
+    def refuse_other_base(self, point: ResumePoint, base_digest: str | None) -> None:
+        """ValueError where a step was trained on other base weights than those that are there now."""
+        trained_on = point.info.base_digest
+        if trained_on is not None and trained_on != base_digest:
+            raise ValueError(
+                f"checkpointing.load_path={self._config.load_path!r}: {point.path} was trained on other base weights "
+                f"({point.info.model_source}; digest {trained_on[:12]}, now {(base_digest or 'none')[:12]}). Put those "
+                "back to continue that run, or name another checkpointing.checkpoint_dir for a new one."
             )
 
     def best_step(self) -> Path | None:
@@ -239,6 +272,7 @@ class Checkpointer:
         final = self._directory / f"{STEP_PREFIX}{info.step}"
         temporary = self._directory / f"{TMP_PREFIX}{STEP_PREFIX}{info.step}"
         self._set_aside_other_steps()
+        logger.info(f"saving {final}")
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
@@ -262,6 +296,7 @@ class Checkpointer:
 
     def _write_records(self, directory: Path, info: TrainingInfo) -> None:
         record = asdict(info)
+        record["seeds"] = _seeds(self._resolved)
         record["has_optimizer"] = self._config.save_optimizer
         record["saved_at"] = info.saved_at or datetime.now(UTC).isoformat(timespec="seconds")
         record["metrics"] = {name: _finite(value) for name, value in info.metrics.items()}
@@ -270,20 +305,26 @@ class Checkpointer:
         (directory / CONFIG_FILE).write_text(config_text(self._resolved), encoding="utf-8")
         write_checksums(directory)
 
-    def _resume_path(self) -> Path | None:
+    def _resume_paths(self) -> list[Path]:
+        """The step to continue from, and those before it, newest first; empty for a new run."""
         load_path = self._config.load_path
         if load_path == "none":
-            return None
+            return []
         if load_path == "auto":
-            return newest_step(self._directory) if self._config.enabled else None
+            return _newest_first(self._directory) if self._config.enabled else []
         named = Path(load_path)
-        path = named if (named / INFO_FILE).is_file() else newest_step(named)
-        if path is None:
+        paths = _newest_first(named)
+        if (number := _step_of(named)) is not None and named.is_dir():
+            steps = step_directories(named.parent)
+            paths = [named, *(path for step, path in reversed(steps) if step < number)]
+        elif (named / INFO_FILE).is_file():
+            paths = [named]
+        if not paths:
             raise ValueError(
                 f"checkpointing.load_path={load_path!r}: is no checkpoint: there is neither {INFO_FILE} nor "
                 f"a {STEP_PREFIX}N directory. Name a step or a run, or write auto or none."
             )
-        return path
+        return paths
 
     def _refuse_other_config(self, path: Path) -> None:
         saved = yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -404,12 +445,16 @@ def config_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> 
 
 def step_directories(directory: Path) -> list[tuple[int, Path]]:
     """(step, path) of the complete steps in a directory, oldest first."""
-    found = []
-    for path in directory.glob(f"{STEP_PREFIX}*"):
-        number = path.name.removeprefix(STEP_PREFIX)
-        if number.isdecimal() and path.is_dir():
-            found.append((int(number), path))
-    return sorted(found)
+    return sorted((number, path) for path in directory.glob("*/") if (number := _step_of(path)) is not None)
+
+
+def _step_of(path: Path) -> int | None:
+    number = path.name.removeprefix(STEP_PREFIX)
+    return int(number) if path.name.startswith(STEP_PREFIX) and number.isdecimal() else None
+
+
+def _newest_first(directory: Path) -> list[Path]:
+    return [path for _, path in reversed(step_directories(directory))]
 
 
 def newest_step(directory: Path) -> Path | None:
@@ -425,7 +470,7 @@ def config_text(resolved_config: Mapping[str, Any]) -> str:
 
 def _replace(temporary: Path, final: Path) -> None:
     """Give a written directory its name; what had the name (the same step, saved before) goes."""
-    old = final.with_name(f"{TMP_PREFIX}old_{final.name}")
+    old = final.with_name(f"{_REPLACED_PREFIX}{final.name}")
     if final.exists():
         final.rename(old)
     temporary.rename(final)
@@ -442,7 +487,7 @@ def _read_info(directory: Path) -> TrainingInfo:
     try:
         return TrainingInfo(**record)
     except TypeError as error:
-        raise damaged(directory, INFO_FILE, f"does not have the fields of a checkpoint ({error})") from error
+        raise DamagedError(directory, INFO_FILE, f"does not have the fields of a checkpoint ({error})") from error
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -452,6 +497,15 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, item in value.items():
         flat |= _flatten(item, f"{prefix}.{key}" if prefix else str(key))
     return flat
+
+
+def _seeds(value: Any, prefix: str = "") -> dict[str, int]:
+    """Dotted key -> value, of every key called seed."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found: dict[str, int] = {}
+    for key, item in items:
+        found |= {prefix + key: item} if key == "seed" else _seeds(item, f"{prefix}{key}.")
+    return found
 
 
 def _is_free(key: str) -> bool:

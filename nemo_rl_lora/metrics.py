@@ -27,6 +27,7 @@ from typing import Any, Literal, Protocol
 
 from nemo_rl_lora.config.logger import LoggerConfig
 from nemo_rl_lora.gpu_monitor import GpuMonitor, has_gpus
+from nemo_rl_lora.step_digests import DIGESTS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 ROLLOUTS_FILE = "rollouts.md"
 RUN_LOG_FILE = "run.log"
-Split = Literal["train", "validation", "ray"]  # "ray": the machines, under NeMo RL's name
+Split = Literal["train", "validation", "checkpoint", "ray"]  # "ray": the machines, under NeMo RL's name
 TIMING = "timing/"
 
 _EXPERIMENT = re.compile(r"exp_(\d+)")
@@ -141,6 +142,11 @@ class RunLog:
         period = self._config.plot.period
         if self._draw is not None and split == "train" and period and step % period == 0:
             self._draw(self.directory)
+
+    def log_digests(self, step: int, digests: Mapping[str, str]) -> None:
+        """Append a step's digests to digests.jsonl."""
+        with (self.directory / DIGESTS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **digests}) + "\n")
 
     def log_rollouts(self, step: int, samples: Sequence[RolloutSample], *, split: Split = "train") -> None:
         """Append some completions to rollouts.md, as `logger.rollout_samples` says."""

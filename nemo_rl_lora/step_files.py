@@ -21,6 +21,19 @@ TMP_PREFIX = "tmp_"
 LOW_SPACE_BYTES = 64 * 1024
 
 
+class DamagedError(ValueError):
+    """A file of a step is not what was saved. `what` says how, after the file's name."""
+
+    def __init__(self, directory: Path, name: str, what: str) -> None:
+        super().__init__(
+            f"{directory / name}: {what}: the checkpoint is damaged. Remove {directory} or set "
+            "checkpointing.on_damage=previous to continue from the step before it, name another step with "
+            "checkpointing.load_path, or start over with checkpointing.load_path=none."
+        )
+        self.path = directory / name
+        self.what = what
+
+
 def probe_directory(directory: Path, key: str, *, required_bytes: int = 0) -> None:
     """Make a directory and write into it, to learn now what would fail later. ValueError under the config's
     `key`.
@@ -60,7 +73,7 @@ def write_checksums(directory: Path) -> None:
 
 
 def verify_files(directory: Path, names: Iterable[str] | None = None) -> None:
-    """Compare files with checksums.json, all of them or those named. ValueError names the file that differs.
+    """Compare files with checksums.json, all of them or those named. DamagedError names the file that differs.
 
     Files that were added later are no concern of it.
     """
@@ -68,34 +81,25 @@ def verify_files(directory: Path, names: Iterable[str] | None = None) -> None:
     for name in sums if names is None else names:
         path = directory / name
         if name not in sums or not path.is_file():
-            raise damaged(directory, name, "is missing")
+            raise DamagedError(directory, name, "is missing")
         expected, found = sums[name], _digest(path)
         if found["bytes"] != expected["bytes"]:
-            raise damaged(directory, name, f"has {found['bytes']:,} bytes instead of {expected['bytes']:,}")
+            raise DamagedError(directory, name, f"has {found['bytes']:,} bytes instead of {expected['bytes']:,}")
         if found["sha256"] != expected["sha256"]:
-            raise damaged(directory, name, "has other contents than when it was saved (sha256 differs)")
+            raise DamagedError(directory, name, "has other contents than when it was saved (sha256 differs)")
 
 
 def read_json_file(directory: Path, name: str) -> dict[str, Any]:
-    """A JSON object among the files of a step. ValueError where it is missing or damaged."""
+    """A JSON object among the files of a step. DamagedError where it is missing or damaged."""
     try:
         content = json.loads((directory / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise damaged(directory, name, "is missing") from None
+        raise DamagedError(directory, name, "is missing") from None
     except (OSError, ValueError) as error:
-        raise damaged(directory, name, f"cannot be read ({error})") from error
+        raise DamagedError(directory, name, f"cannot be read ({error})") from error
     if not isinstance(content, dict):
-        raise damaged(directory, name, "holds no JSON object")
+        raise DamagedError(directory, name, "holds no JSON object")
     return content
-
-
-def damaged(directory: Path, name: str, what: str) -> ValueError:
-    """The error of a damaged file, with the ways out."""
-    return ValueError(
-        f"{directory / name}: {what}: the checkpoint is damaged. Remove {directory} to continue from the "
-        "step before it, name another step with checkpointing.load_path, or start over with "
-        "checkpointing.load_path=none."
-    )
 
 
 def _file_names(directory: Path) -> list[str]:

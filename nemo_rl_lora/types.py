@@ -191,7 +191,12 @@ class WeightsRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReceipt:
-    """What a generation engine says of a sync it finished."""
+    """What a generation engine says of a sync it finished.
+
+    `digest` is the ref's, given once the engine's digest of every tensor that it received is the one that was sent.
+    `verdict`: whether the engine's kernels show this version; `undecided` where it shows the same numbers as the one
+    before it or the base, so that the bytes alone decide; None where no engine was probed.
+    """
 
     version: int
     mode: SyncMode
@@ -199,3 +204,5 @@ class SyncReceipt:
     num_tensors: int
     num_bytes: int
     seconds: float
+    verdict: Literal["confirmed", "undecided"] | None = None
+    proof_seconds: float = 0.0  # of `seconds`, what comparing and probing took

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.driver import Ended, run_driver
+from nemo_rl_lora.export.command import export_main, parse_arguments
+from tests.driver import Ended, TinyRun, run_driver
 from tests.evaluation_runs import run_eval, save_peft_adapter
 from tools.config_cli import main as config_cli
 
@@ -110,7 +111,7 @@ def test_command_of_the_docs_runs(command, tmp_path, tiny_llama, capsys):
 def test_the_pages_show_commands():
     shown = {command.page for command in ALL}
     assert {"README.md", "configuration.md", "lora.md", "environments.md"} <= shown
-    assert {"sft.md", "dpo.md", "grpo.md", "eval.md", "data.md"} <= shown
+    assert {"sft.md", "dpo.md", "grpo.md", "eval.md", "data.md", "export.md"} <= shown
 
 
 def test_readme_opens_with_two_commands():
@@ -278,11 +279,38 @@ def run_evaluation(command: Command, place: Place, capsys) -> None:
     assert (results["num_prompts"], len(results["models"])) == (2, 1 + num_adapters)
 
 
+def run_export(command: Command, place: Place, capsys) -> None:
+    """Checkpoints of the tiny model stand in for those that the page names; what is made is opened."""
+    run = TinyRun(root=place.root, model=place.tiny_model, algorithm="sft")
+    assert (
+        run("checkpointing.save_period=1", "checkpointing.metric_name=null", "policy.optimizer.kwargs.lr=0.02").code
+        == 0
+    )
+    arguments = list(command.arguments)
+    arguments[1] = str(run.checkpoints / ("" if "--all" in arguments else "step_2"))
+    arguments[3] = str(place.root / "out")
+    assert (command.arguments[0], command.arguments[2]) == ("--adapter-ckpt", "--hf-ckpt-path")
+    assert export_main(parse_arguments(None, arguments)) == 0
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    if "--adapter-only" in arguments:
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place.tiny_model), place.root / "out")
+        return
+    outputs = [place.root / "out" / step for step in run.steps()] if "--all" in arguments else [place.root / "out"]
+    for output in outputs:
+        AutoModelForCausalLM.from_pretrained(output)
+        report = json.loads((output / "export_report.json").read_text())
+        assert 0 < report["accuracy"]["worst_ratio"] <= 1
+        assert ("logits" in report) == ("--verify-logits" in arguments)
+
+
 RUNNERS: dict[str, Callable[..., None]] = {
     "examples/run_eval.py": run_evaluation,
     "examples/run_grpo.py": run_training,
     "examples/run_sft.py": run_training,
     "examples/run_dpo.py": run_training,
     "tools/config_cli.py": run_config_cli,
+    "tools/convert_lora_to_hf.py": run_export,
     "pytest": run_pytest,
 }

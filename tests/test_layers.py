@@ -10,7 +10,7 @@ PACKAGE = ROOT / "nemo_rl_lora"
 
 # From the bottom to the top. A file may import from lower layers and from its own room.
 LAYERS = [
-    ["types", "randomness", "lora", "gguf", "packaged_model", "step_files"],
+    ["types", "randomness", "lora", "gguf", "packaged_model", "step_files", "base_identity", "step_digests"],
     ["config", "model_source"],
     [
         "data",
@@ -26,7 +26,8 @@ LAYERS = [
         "algorithms.advantages",
     ],
     ["policy.protocol", "generation.protocol", "checkpoint"],
-    ["algorithms", "policy", "generation"],
+    ["algorithms", "policy", "generation", "export"],
+    ["distributed"],
     ["evaluation"],
     ["plan", "evaluation_report"],
     ["build"],

@@ -8,9 +8,9 @@ import peft
 import pytest
 import torch
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
+from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, Qwen3Config, Qwen3MoeConfig
 
-from nemo_rl_lora.config.loader import load_config
+from nemo_rl_lora.config.loader import CONFIG_DIR, load_config
 from nemo_rl_lora.lora.files import adapter_tensor_name, write_adapter, write_moments
 from nemo_rl_lora.plan import make_plan, print_plan
 from nemo_rl_lora.plan.render import human_bytes
@@ -239,3 +239,119 @@ def test_bytes_are_shown_exactly_and_scaled():
     assert human_bytes(None) == "-"
     assert human_bytes(1536) == "1,536 (1.5 KiB)"
     assert human_bytes(828_375_040) == "828,375,040 (790.0 MiB)"
+
+
+def test_a_plan_says_what_each_megatron_rank_holds(tmp_path):
+    LlamaConfig(**{**TINY, "num_hidden_layers": 4, "tie_word_embeddings": True}).save_pretrained(tmp_path)
+    sizes = ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2", "num_layers_in_first_pipeline_stage=1"]
+    plan = _plan(
+        tmp_path,
+        "policy.backend=megatron",
+        "policy.lora.dim=4",
+        "cluster.gpus_per_node=4",
+        *(f"policy.megatron_cfg.{size}" for size in sizes),
+    )
+    assert plan.problems == ()
+    first, last = plan.rank_parts
+    assert (first.layers, last.layers, first.num_tp_ranks) == (range(1), range(1, 4), 2)
+    # Of a layer: q and o 32 x 32, k and v 16 x 32, three of 48 x 32, halved; and two norms of 32, whole.
+    layer = (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32) // 2 + 2 * 32
+    embeddings = 64 * 32 // 2  # the tied head is on both stages
+    assert (first.num_params, last.num_params) == (layer + embeddings, 3 * layer + 32 + embeddings)
+    adapter = 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)) // 2
+    assert (first.num_adapter_params, last.num_adapter_params) == (adapter, 3 * adapter)
+    assert 2 * (first.num_adapter_params + last.num_adapter_params) == plan.num_trainable_params
+    assert f"0 0-1 0 0 - {first.num_params:,} {first.num_adapter_params:,}" in _text(plan)
+
+
+def test_a_plan_says_which_experts_a_rank_holds(tmp_path):
+    Qwen3MoeConfig(
+        **{key: value for key, value in TINY.items() if key != "architectures"},
+        architectures=["Qwen3MoeForCausalLM"],
+        head_dim=8,
+        moe_intermediate_size=24,
+        num_experts=6,
+        num_experts_per_tok=2,
+    ).save_pretrained(tmp_path)
+    overrides = ["policy.backend=megatron", "policy.lora.dim=4", "cluster.gpus_per_node=2"]
+    plan = _plan(tmp_path, *overrides, "policy.megatron_cfg.expert_model_parallel_size=2")
+    assert plan.problems == ()
+    assert [part.experts for part in plan.rank_parts] == [range(3), range(3, 6)]
+    effects = {effect.key: effect.effective for effect in plan.effects}
+    assert effects["policy.megatron_cfg.moe_router_load_balancing_type"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["tensor_model_parallel_size=4"], "policy.megatron_cfg.tensor_model_parallel_size=4: must divide the model's"),
+        (["tensor_model_parallel_size=2", "peft.dim=5"], "policy.megatron_cfg.peft.dim=5: tensor-parallel ranks share"),
+        (["pipeline_model_parallel_size=4"], "policy.megatron_cfg.pipeline_model_parallel_size=4: must divide"),
+        (["context_parallel_size=3"], "are 1 x 1 x 3 = 3, which must divide the 4 training processes"),
+        (["expert_model_parallel_size=2"], "policy.megatron_cfg.expert_model_parallel_size=2: LlamaForCausalLM has no"),
+    ],
+)
+def test_sizes_that_the_model_or_the_processes_do_not_have_are_refused(tiny, overrides, problem):
+    lora = ["peft.enabled=true", "enabled=true", *overrides]
+    plan = _plan(
+        tiny,
+        "policy.dtensor_cfg.enabled=false",
+        "cluster.gpus_per_node=4",
+        *(f"policy.megatron_cfg.{override}" for override in lora),
+    )
+    assert any(problem in sentence for sentence in plan.problems), plan.problems
+
+
+LLAMA_8B = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    tie_word_embeddings=False,
+    architectures=["LlamaForCausalLM"],
+)
+QWEN3_8B = Qwen3Config(
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=151936,
+    max_position_embeddings=32768,
+    tie_word_embeddings=False,
+    architectures=["Qwen3ForCausalLM"],
+)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "trainable_per_layer"),
+    [
+        ("sft-llama3.1-8b-1n8g-megatron-lora", LLAMA_8B, 128 * (2 * 8192 + 2 * 5120 + 3 * 18432)),
+        ("dpo-llama3.1-8b-instruct-1n8g-megatron-lora", LLAMA_8B, 128 * (2 * 8192 + 2 * 5120 + 3 * 18432)),
+        ("grpo-qwen3-8b-base-1n8g-megatron-lora", QWEN3_8B, 128 * (2 * 8192 + 2 * 5120 + 3 * 16384)),
+    ],
+)
+def test_megatron_recipes_plan(tmp_path, recipe, model, trainable_per_layer):
+    """On models of the same shapes, whose weights are not there."""
+    model.save_pretrained(tmp_path)
+    file = CONFIG_DIR / "recipes" / "llm" / f"{recipe}.yaml"
+    config = load_config(file, [f"policy.model_name={tmp_path}"], recipe.split("-")[0])
+    plan = make_plan(config)
+    assert plan.backend == "megatron"
+    assert plan.problems == ()
+    (part,) = plan.rank_parts  # eight data-parallel ranks, each with the whole model
+    assert part.num_params == plan.num_params
+    assert part.num_adapter_params == plan.num_trainable_params == trainable_per_layer * model.num_hidden_layers
+
+
+def test_the_megatron_recipe_of_another_architecture_is_counted_and_refused(tmp_path):
+    NemotronHConfig(num_hidden_layers=4, architectures=["NemotronHForCausalLM"]).save_pretrained(tmp_path)
+    file = CONFIG_DIR / "recipes" / "llm" / "grpo-nanov3-30BA3B-2n8g-megatron-lora.yaml"
+    plan = make_plan(load_config(file, [f"policy.model_name={tmp_path}"], "grpo"))
+    assert plan.num_params > 0
+    assert plan.num_trainable_params > 0
+    assert any("its architecture is NemotronHForCausalLM" in problem for problem in plan.problems)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from nemo_rl_lora.algorithms.advantages import advantages_from_config, keep_groups, shaped_rewards
+from nemo_rl_lora.algorithms.held_groups import HELD_FILE, HeldGroup, hold, load_held, save_held, with_held_logprobs
 from nemo_rl_lora.algorithms.loop import StepDone, Validated, mean_outputs
 from nemo_rl_lora.algorithms.losses import PolicyLoss
 from nemo_rl_lora.algorithms.rollout import (
@@ -33,7 +34,8 @@ from nemo_rl_lora.environments.protocol import Environment
 from nemo_rl_lora.generation.protocol import Generation, generate
 from nemo_rl_lora.metrics import RolloutSample, RunLog, Stopwatch
 from nemo_rl_lora.policy.protocol import Policy
-from nemo_rl_lora.types import Batch, Prompt, RolloutGroup
+from nemo_rl_lora.step_digests import token_digest
+from nemo_rl_lora.types import Batch, Prompt, RolloutGroup, SyncReceipt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,7 @@ class GrpoParts:
     generation: Generation
     environments: Mapping[str, Environment]
     loader: RowLoader[Prompt]
+    prompts: Sequence[Prompt]  # what the loader draws from, by index
     validation: PromptSet | None
     rollout_params: RolloutParams
     validation_params: RolloutParams
@@ -60,6 +63,9 @@ class GrpoWork:
         self.parts = parts
         self._config = parts.config.grpo
         self._served_version = -1
+        self._receipt_metrics: dict[str, float] = {}
+        self._held: list[HeldGroup] = []  # for the next step, oldest first
+        self._sampled = ""  # digest of the token ids of the newest rollout
         self._step = 0  # complete steps
         self._watch = Stopwatch()  # of the step that is being done
 
@@ -73,13 +79,14 @@ class GrpoWork:
         self.parts.log.log_rollouts(step + 1, _samples(groups))
         metrics |= {
             **mean_outputs(outputs),
+            **self._receipt_metrics,
             "mean_prompt_length": float(batch.prompt_length.float().mean()),
             "global_valid_toks": float(batch.denominators.num_loss_tokens),
             "global_valid_seqs": float(batch.denominators.num_sequences),
             "generation_tokens_per_second": metrics["num_sampled_tokens"] / max(sampling_seconds, 1e-9),
         }
         counts = {"num_tokens": float(batch.sequence_length.sum()), "num_completions": float(len(batch.token_ids))}
-        return StepDone(metrics=metrics, counts=counts)
+        return StepDone(metrics=metrics, counts=counts, tokens=self._sampled)
 
     def validate(self, step: int, watch: Stopwatch) -> Validated | None:
         """Sample the validation prompts and score them."""
@@ -106,10 +113,13 @@ class GrpoWork:
         return Validated(metrics=metrics, samples=_samples(groups), reached=self._reached(metrics))
 
     def save(self, directory: Path) -> None:
-        """Nothing: what GRPO draws follows from the seed and the step."""
+        """The groups that wait for the next step; all else that GRPO draws follows from the seed and the step."""
+        if self._config.keep_surplus_groups:
+            save_held(directory / HELD_FILE, self._held)
 
     def load(self, directory: Path) -> None:
-        """Nothing."""
+        """Read them back."""
+        self._held = load_held(directory / HELD_FILE, self.parts.prompts)
 
     def _reached(self, metrics: Mapping[str, float]) -> str | None:
         name, threshold = self._config.stop_at_validation_metric, self._config.stop_at_validation_threshold
@@ -124,12 +134,36 @@ class GrpoWork:
 
     def _gather(self) -> tuple[list[RolloutGroup], Batch, dict[str, float]]:
         """The groups that this step trains on, as a batch with everything that the loss needs."""
-        parts, config = self.parts, self._config
+        config = self._config
         self._sync()
+        num_groups = config.num_prompts_per_step
+        held, waiting = self._held[:num_groups], self._held[num_groups:]
+        num_fresh = num_groups - len(held)
+        sampled, fresh, metrics = self._sample(num_fresh)
+        surplus = fresh[num_fresh:]
+        if config.keep_surplus_groups:
+            self._held = [*waiting, *hold(surplus, self.parts.policy)]
+            metrics |= {"num_reused_groups": float(len(held)), "num_held_groups": float(len(self._held))}
+        if config.use_dynamic_sampling:
+            num_kept = len(fresh) if config.keep_surplus_groups else num_fresh
+            metrics["num_discarded_groups"] = float(len(sampled) - num_kept)
+        trained = [*(one.group for one in held), *fresh[:num_fresh]]
+        metrics |= _sampling_metrics(sampled)
+        metrics["reward"] = float(rewards_of(sampled or trained).mean())
+        metrics["filtered_reward"] = float(rewards_of(trained).mean())
+        self._sampled = token_digest(
+            (*group.prompt.token_ids, *completion.token_ids) for group in sampled for completion in group.completions
+        )
+        return trained, self._batch(trained, held, metrics), metrics
+
+    def _sample(self, num_needed: int) -> tuple[list[RolloutGroup], list[RolloutGroup], dict[str, float]]:
+        """Roll out until so many groups can be trained on: all groups, those of them, and the environments' metrics."""
+        parts, config = self.parts, self._config
         kept: list[RolloutGroup] = []
         sampled: list[RolloutGroup] = []
-        metrics: dict[str, float] = {}
-        for attempt in range(config.dynamic_sampling_max_gen_batches if config.use_dynamic_sampling else 1):
+        metrics: dict[str, float] = {"num_gen_batches": 0.0} if config.use_dynamic_sampling else {}
+        num_attempts = config.dynamic_sampling_max_gen_batches if config.use_dynamic_sampling else 1
+        for attempt in range(num_attempts if num_needed > 0 else 0):
             parts.console.stage("generating")
             prompts = next(parts.loader)
             with self._watch.measure("generation"):
@@ -139,24 +173,19 @@ class GrpoWork:
                 groups, scores = score(completed, parts.environments)
             self._check_versions(groups)
             sampled += groups
-            metrics = {name: metrics.get(name, 0.0) + value for name, value in scores.items()}
+            metrics |= {name: metrics.get(name, 0.0) + value for name, value in scores.items()}
             kept += [group for group in groups if self._teaches(group)] if config.use_dynamic_sampling else groups
-            if len(kept) >= config.num_prompts_per_step:
+            if config.use_dynamic_sampling:
+                metrics["num_gen_batches"] = attempt + 1.0
+            if len(kept) >= num_needed:
                 break
-        else:
+        if len(kept) < num_needed:
             raise ValueError(
                 f"grpo.dynamic_sampling_max_gen_batches={config.dynamic_sampling_max_gen_batches}: so many rollouts "
-                f"gave {len(kept)} groups with unequal rewards of {config.num_prompts_per_step} needed at step "
+                f"gave {len(kept)} groups with unequal rewards of {num_needed} needed at step "
                 f"{self._step + 1}. Use prompts of fitting difficulty, or raise it."
             )
-        if config.use_dynamic_sampling:
-            metrics["num_gen_batches"] = attempt + 1.0
-            metrics["num_discarded_groups"] = float(len(sampled) - config.num_prompts_per_step)
-        kept = kept[: config.num_prompts_per_step]
-        metrics |= _sampling_metrics(sampled)
-        metrics["reward"] = float(rewards_of(sampled).mean())
-        metrics["filtered_reward"] = float(rewards_of(kept).mean())
-        return kept, self._batch(kept, metrics), metrics
+        return sampled, kept, metrics
 
     def _sync(self) -> None:
         """Give the engine the weights as they are now, unless it already has them."""
@@ -174,8 +203,12 @@ class GrpoWork:
                 "No rollout was used."
             )
         self._served_version = self._step
+        self._receipt_metrics = _receipt_metrics(receipt)
 
-    def _batch(self, groups: Sequence[RolloutGroup], metrics: dict[str, float]) -> Batch:
+    def _batch(
+        self, groups: Sequence[RolloutGroup], held: Sequence[HeldGroup], metrics: dict[str, float]
+    ) -> Batch:
+        """The groups, of which the held ones come first, with everything that the loss needs."""
         parts, config = self.parts, self._config
         with self._watch.measure("advantage_calculation"):
             completions = [completion for group in groups for completion in group.completions]
@@ -192,8 +225,9 @@ class GrpoWork:
             parts.console.stage("logprobs")
             if parts.loss.needs_reference:
                 batch = replace(batch, reference_logprobs=parts.policy.reference_logprobs(batch))
-            if parts.loss.needs_old_logprobs and len(self._slices(batch)) > 1:
+            if held or (parts.loss.needs_old_logprobs and len(self._slices(batch)) > 1):
                 batch = replace(batch, old_logprobs=parts.policy.logprobs(batch))
+                batch = with_held_logprobs(batch, held)
         parts.console.stage("training")
         metrics |= {
             "advantages/mean": float(advantages.mean()),
@@ -231,12 +265,20 @@ class GrpoWork:
 def _sampling_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """Lengths of everything that was sampled, whether it is trained on or not."""
     completions = [completion for group in groups for completion in group.completions]
+    if not completions:
+        return {"num_sampled_tokens": 0.0}
     num_tokens = float(sum(len(completion.token_ids) for completion in completions))
     return {
         "num_sampled_tokens": num_tokens,
         "mean_completion_length": num_tokens / len(completions),
         "truncation_rate": sum(c.finish_reason == "length" for c in completions) / len(completions),
     }
+
+
+def _receipt_metrics(receipt: SyncReceipt) -> dict[str, float]:
+    """What the last sync moved, and what it took to prove it."""
+    metrics = {"sync_bytes": float(receipt.num_bytes), "timing/sync_proof": receipt.proof_seconds}
+    return metrics if receipt.verdict is None else metrics | {"sync_confirmed": float(receipt.verdict == "confirmed")}
 
 
 def _samples(groups: Sequence[RolloutGroup]) -> list[RolloutSample]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,9 +16,12 @@ from nemo_rl_lora.checkpoint import Checkpointer, ResumePoint, SaveDeadline, Sav
 from nemo_rl_lora.config.master import MasterConfig
 from nemo_rl_lora.console import TrainingConsole
 from nemo_rl_lora.data.order import RowLoader
+from nemo_rl_lora.generation.protocol import GenerationFailed
+from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.metrics import RolloutSample, RunLog, Stopwatch
 from nemo_rl_lora.policy.protocol import Policy
 from nemo_rl_lora.run_control import StopRequest
+from nemo_rl_lora.step_digests import tensor_digests
 from nemo_rl_lora.types import StepOutput
 
 
@@ -48,15 +51,20 @@ class RunParts:
     log: RunLog
     console: TrainingConsole
     model_source: str
+    base_digest: str | None
+    spec: LoraSpec | None
+    initial_adapter: Mapping[str, str] | None  # where a new run's adapter came from
     tokenizer: Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone:
-    """What a step did. `counts` are added to the run's totals; `num_tokens` is one of them."""
+    """What a step did. `counts` are added to the run's totals; `num_tokens` is one of them. `tokens` is the
+    step_digests.token_digest of what was drawn."""
 
     metrics: Mapping[str, float]
     counts: Mapping[str, float]
+    tokens: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +117,7 @@ class TrainingLoop:
         self._newest: dict[str, float | None] = {}
         self._watch = Stopwatch()
         self._checkpoint: Path | None = None
+        self._initial_adapter = parts.initial_adapter
         self._deadline = SaveDeadline(parts.config.checkpointing.must_save_by_seconds)
         self._longest_seconds = 0.0  # of a step with the validation and the save that came with it
         self._validated_step = -1
@@ -129,9 +138,16 @@ class TrainingLoop:
             except StopIteration:
                 outcome = f"completed: no rows are left after step {self._step}"
                 break
+            except GenerationFailed:
+                if self._parts.config.checkpointing.enabled and self._step > 0 and not self._is_saved():
+                    self._save("failure")
+                raise
             self._step += 1
             self._position = self._parts.loader.state()
             self._record(done)
+            if self._parts.config.logger.record_digests:
+                tensors = tensor_digests(self._parts.policy.save, self._parts.log.directory)
+                self._parts.log.log_digests(self._step, {"tokens": done.tokens, **tensors})
             reached = self._validate() if self._validation_is_due() else None
             reason = self._why_save(stop, reached is not None, time.monotonic() - started)
             if reason is not None:
@@ -225,10 +241,17 @@ class TrainingLoop:
             counters=dict(self._counters),
             metrics=dict(self._newest),
             model_source=parts.model_source,
+            base_digest=parts.base_digest,
+            spec=None if parts.spec is None else asdict(parts.spec),
+            initial_adapter=self._initial_adapter,
             reason=reason,
         )
-        with self._watch.measure("checkpointing"):
-            self._checkpoint = parts.checkpointer.save(info, self._write)
+        started = time.perf_counter()
+        self._checkpoint = parts.checkpointer.save(info, self._write)
+        seconds = time.perf_counter() - started
+        self._watch.add("checkpointing", seconds)
+        num_bytes = sum(path.stat().st_size for path in self._checkpoint.rglob("*") if path.is_file())
+        parts.log.log(self._step, "checkpoint", {"num_bytes": num_bytes, "timing/save": seconds})
 
     def _write(self, directory: Path) -> None:
         policy_directory = directory / "policy"
@@ -243,6 +266,7 @@ class TrainingLoop:
         self._parts.loader.from_state(resume.info.data_position)
         self._step = resume.step
         self._checkpoint = resume.path
+        self._initial_adapter = resume.info.initial_adapter
         self._counters |= resume.info.counters
         self._newest = dict(resume.info.metrics)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from nemo_rl_lora.algorithms.grpo import GrpoParts, GrpoWork
 from nemo_rl_lora.algorithms.losses import make_policy_loss
 from nemo_rl_lora.algorithms.rollout import RolloutParams, validation_sampling
 from nemo_rl_lora.build.start import RunContext
-from nemo_rl_lora.config.generation import GenerationConfig
+from nemo_rl_lora.config.generation import GenerationConfig, chosen_engine
 from nemo_rl_lora.config.grpo import GrpoConfig
 from nemo_rl_lora.config.master import GrpoMaster
 from nemo_rl_lora.console import KeyMetric
@@ -21,7 +22,6 @@ from nemo_rl_lora.data.prompts import PromptSet, load_prompt_sets
 from nemo_rl_lora.environments.protocol import Environment
 from nemo_rl_lora.environments.registry import check_prompts, make_environments
 from nemo_rl_lora.generation.protocol import Generation
-from nemo_rl_lora.plan import chosen_engine
 from nemo_rl_lora.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ class GrpoRecipe:
         )
 
     def work(self, context: RunContext) -> GrpoWork:
+        assert self._train is not None, "load_data comes first"
         generation = self._build_generation(context)
         context.cleanup.callback(generation.close)
         for environment in self._environments.values():
@@ -134,6 +135,7 @@ class GrpoRecipe:
                 generation=generation,
                 environments=self._environments,
                 loader=context.loader,
+                prompts=self._train,
                 validation=self._validation,
                 rollout_params=rollout_params,
                 validation_params=validation_params,
@@ -152,6 +154,23 @@ class GrpoRecipe:
 
             assert config.replay_path is not None, "checked by GenerationConfig"
             return ReplayGeneration(Path(config.replay_path), context.start.tokenizer)
+        if backend == "vllm":
+            from nemo_rl_lora.generation.vllm import ServedModel, VllmGeneration, engine_settings, start_engine
+
+            model = ServedModel(
+                path=context.start.source.path,
+                name=self.config.policy.model_name,
+                tokenizer=context.start.tokenizer,
+                spec=context.start.spec,
+                adapted=policy.adapted,
+            )
+            settings = engine_settings(config, model, self.config.policy.hf_config_overrides)
+            if config.colocated.enabled:
+                return VllmGeneration(model, settings, partial(start_engine, settings))
+            from nemo_rl_lora.distributed.engine_process import EngineProcess
+
+            start = partial(EngineProcess, settings, config.timeout_seconds)
+            return VllmGeneration(model, settings, start, config.max_generation_failures)
         from nemo_rl_lora.generation.in_process import InProcessGeneration
 
         return InProcessGeneration(

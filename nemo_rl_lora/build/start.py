@@ -9,14 +9,17 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from nemo_rl_lora.algorithms.loop import LoopSettings, RunParts, TrainingLoop, Work
+from nemo_rl_lora.base_identity import base_digest
+from nemo_rl_lora.build.warm_start import InitialAdapter, check_initial_adapter
 from nemo_rl_lora.checkpoint import Checkpointer, ResumePoint, is_finished, probe_directory
-from nemo_rl_lora.config.adam import adam_settings
+from nemo_rl_lora.config.adam import adam_settings, constant
+from nemo_rl_lora.config.lora import lora_spec_from_policy
 from nemo_rl_lora.config.master import DpoMaster, GrpoMaster, MasterConfig, SftMaster
 from nemo_rl_lora.config.megatron_rules import megatron_adam_settings
 from nemo_rl_lora.config.policy import ModelConfig
@@ -30,10 +33,11 @@ from nemo_rl_lora.plan import make_plan
 from nemo_rl_lora.policy.protocol import PolicySetup
 
 if TYPE_CHECKING:
+    from nemo_rl_lora.distributed.policy_group import PolicyGroup
     from nemo_rl_lora.policy.dtensor import DTensorPolicy
     from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
 
-    RunPolicy = DTensorPolicy | MegatronPolicy
+    RunPolicy = DTensorPolicy | MegatronPolicy | PolicyGroup
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -116,6 +120,8 @@ class CheckedStart:
     checkpointer: Checkpointer
     resume: ResumePoint | None
     num_steps: int
+    base_digest: str | None  # of the weights in `source`; None where they are not in safetensors files
+    initial_adapter: InitialAdapter | None  # what a new run starts from; None where it continues
 
     @property
     def config(self) -> MasterConfig:
@@ -157,8 +163,13 @@ def check_start(config: MasterConfig) -> CheckedStart:
     checkpointer = Checkpointer(config.checkpointing, config.model_dump(mode="json", by_alias=True))
     checkpointer.prepare(required_bytes=plan.sizes.checkpoint_bytes)
     resume = checkpointer.find_resume()
+    digest = base_digest(source.path)
     if resume is not None and not is_finished(resume, num_steps):
         checkpointer.refuse_without_optimizer(resume)
+        checkpointer.refuse_other_base(resume, digest)
+    initial = None
+    if resume is None and plan.spec is not None:
+        initial = check_initial_adapter(config.policy, plan.spec, source, digest)
     return CheckedStart(
         recipe=recipe,
         source=source,
@@ -168,6 +179,8 @@ def check_start(config: MasterConfig) -> CheckedStart:
         checkpointer=checkpointer,
         resume=resume,
         num_steps=num_steps,
+        base_digest=digest,
+        initial_adapter=initial,
     )
 
 
@@ -203,6 +216,9 @@ def build_run(start: CheckedStart, log: RunLog, cleanup: ExitStack) -> Run:
         log=log,
         console=console,
         model_source=start.source.description,
+        base_digest=start.base_digest,
+        spec=start.spec,
+        initial_adapter=None if start.initial_adapter is None else start.initial_adapter.record,
         tokenizer=start.tokenizer,
     )
     work = recipe.work(context)
@@ -254,7 +270,15 @@ def plan_checks(config: MasterConfig) -> list[tuple[str, Callable[[], str]]]:
             checked.append(config.checkpointing.checkpoint_dir)
         return f"{' and '.join(checked)} can be written"
 
-    return [("tokenizer", tokenizer), ("data", data), ("directories", directories)]
+    def initial_adapter() -> str:
+        spec = lora_spec_from_policy(config.policy)
+        assert spec is not None, "checked by MasterConfig"
+        source = resolve_model(config.policy.model_name, weights=False)
+        found = check_initial_adapter(config.policy, spec, source, base_digest(source.path))
+        return str(found)
+
+    warm = [("initial adapter", initial_adapter)] if config.policy.adapter.init_from else []
+    return [("tokenizer", tokenizer), ("data", data), *warm, ("directories", directories)]
 
 
 def tokenizer_of(config: ModelConfig, source: ModelSource) -> Any:
@@ -267,7 +291,9 @@ def tokenizer_of(config: ModelConfig, source: ModelSource) -> Any:
 
 def _build_policy(start: CheckedStart) -> RunPolicy:
     config, recipe = start.config.policy, start.recipe
+    num_processes = start.config.cluster.num_nodes * start.config.cluster.gpus_per_node
     lora, is_megatron = start.spec is not None, config.active_backend == "megatron"
+    adam = megatron_adam_settings(start.config, lora=lora) if is_megatron else adam_settings(config, lora=lora)
     setup = PolicySetup(
         model_path=start.source.path,
         base_model_name=config.model_name,
@@ -276,8 +302,12 @@ def _build_policy(start: CheckedStart) -> RunPolicy:
         temperature=recipe.temperature,
         keep_reference=recipe.needs_reference,
         logprob_rows=recipe.logprob_rows,
-        adam=megatron_adam_settings(start.config, lora=lora) if is_megatron else adam_settings(config, lora=lora),
+        adam=adam if config.adapter.trainable else replace(adam, lr_at=partial(constant, 0.0)),
+        initial_adapter=None if start.initial_adapter is None else start.initial_adapter.directory,
+        reference=config.adapter.reference or "base",
     )
+    if start.initial_adapter is not None:
+        logger.info(f"policy.adapter.init_from: {start.initial_adapter}")
     if not is_megatron:
         from nemo_rl_lora.policy.dtensor import DTensorPolicy
 
@@ -285,4 +315,8 @@ def _build_policy(start: CheckedStart) -> RunPolicy:
     with warnings.catch_warnings():  # megatron-core says of each optional package that it is not there
         warnings.simplefilter("ignore")
         from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
+    if num_processes > 1:
+        from nemo_rl_lora.distributed.policy_group import PolicyGroup
+
+        return PolicyGroup(config, setup, num_processes)
     return MegatronPolicy(config, setup)

@@ -4,7 +4,7 @@ here."""
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -48,6 +48,10 @@ class CheckpointingConfig(Section):
     load_path: str = "auto"
     """Where to continue from: `auto` (the newest complete step of `checkpoint_dir`, or the start), `none`
     (the start; steps of an earlier run are set aside), or the directory of a step or of a run."""
+
+    on_damage: Literal["stop", "previous"] = "stop"
+    """When a file of the step to continue from is damaged: `stop`, or continue from the `previous` undamaged step. No
+    NeMo RL key."""
 
     model_save_format: Annotated[
         str | None, Fixed("safetensors", None, remedy="Leave it out: weights are saved as safetensors.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -12,7 +13,20 @@ _NO_PORTS = "Engines of one run find each other without fixed ports: remove the 
 _NO_NIXL = "Weights are not moved by NIXL: remove the key."
 _NO_HTTP_REFIT = "Weights are not moved over HTTP or ZeroMQ: remove the key."
 _NO_FP8 = "FP8 rollouts are not part of this product: remove the key."
-_NO_SPLIT = "The engine shares the trainer's devices: remove the key."
+_NO_SPLIT = "The engine has no devices of its own: remove the key."
+
+
+def chosen_engine(asked: str) -> tuple[str, str]:
+    """The engine that samples on this machine, and why."""
+    if asked != "auto":
+        return asked, "as asked for"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "in_process", "there is no GPU"
+    if importlib.util.find_spec("vllm") is None:
+        return "in_process", "vLLM is not installed: uv run --extra vllm"
+    return "vllm", "there is a GPU"
 
 
 class NixlConfig(Section):
@@ -72,10 +86,10 @@ class VllmConfig(Section):
     """NeMo RL: layers that FP8 leaves alone, at the end."""
     num_first_layers_in_bf16: Annotated[int, Fixed(0, remedy=_NO_FP8)] = 0
     """NeMo RL: layers that FP8 leaves alone, at the start."""
-    enable_vllm_metrics_logger: bool = True
-    """Log the engine's own counters."""
-    vllm_metrics_logger_interval: float = Field(default=0.5, gt=0)
-    """Seconds between two readings of the engine's counters."""
+    enable_vllm_metrics_logger: Annotated[bool, Fixed(True, False, remedy="Set it to true or false.")] = True
+    """NeMo RL: log the engine's counters; here the run's metrics say what the engine did, at either value."""
+    vllm_metrics_logger_interval: Annotated[float, Fixed(0.5, remedy="The run's metrics are logged each step.")] = 0.5
+    """NeMo RL: seconds between two readings of the engine's counters."""
     http_refit_api_key_env_var: Annotated[str | None, Fixed(None, remedy=_NO_HTTP_REFIT)] = None
     """NeMo RL: environment variable with the key of its HTTP transfer."""
     reset_encoder_cache_after_weight_update: Annotated[
@@ -100,8 +114,9 @@ class ColocatedResources(Section):
 class ColocatedConfig(Section):
     """Whether the engine shares the trainer's devices."""
 
-    enabled: Annotated[bool, Fixed(True, remedy=_NO_SPLIT)] = True
-    """Trainer and engine take turns on the same devices."""
+    enabled: bool = True
+    """true: the engine runs in the trainer's process. false: vLLM runs in a process of its own, which is started again
+    if it dies; weights reach it through a file in shared memory."""
     resources: ColocatedResources = ColocatedResources()
     """NeMo RL: the devices of an engine that does not share."""
 
@@ -112,7 +127,7 @@ class EngineConfig(Section):
     lora_sync: Literal["merged", "adapter"] = "merged"
     """What a sync moves: weights with the adapter merged in, or A and B alone. No NeMo RL key."""
     max_concurrent_sequences: int = Field(default=128, ge=1)
-    """Completions that the in-process engine decodes at once; a group is never split, so a larger one runs alone.
+    """Completions that are decoded at once; the in-process engine never splits a group, so a larger one runs alone.
     Each holds 2 x layers x key-value heads x head size values of cache per token. No NeMo RL key."""
     max_new_tokens: int = Field(default=512, ge=1)
     """Longest completion."""
@@ -132,7 +147,8 @@ class GenerationConfig(EngineConfig):
     """How completions are sampled. The `val_` keys hold for validation, the others for training rollouts."""
 
     backend: Literal["auto", "in_process", "vllm", "replay"] = "auto"
-    """auto: in_process on a CPU, vllm on CUDA; replay serves the rollouts of replay_path. NeMo RL has only vllm."""
+    """auto: vllm on CUDA where it is installed, else in_process; replay serves the rollouts of replay_path. NeMo RL
+    has only vllm."""
     replay_path: str | None = None
     """JSONL file of rollouts for backend=replay. No NeMo RL key."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -161,6 +177,10 @@ class GenerationConfig(EngineConfig):
     """Further arguments of vLLM's engine."""
     colocated: ColocatedConfig = ColocatedConfig()
     """Whether the engine shares the trainer's devices."""
+    max_generation_failures: int = Field(default=2, ge=0)
+    """How often in a row an engine in its own process is started again before the run stops. No NeMo RL key."""
+    timeout_seconds: float = Field(default=1800, gt=0, allow_inf_nan=False)
+    """Longest wait for an engine in its own process: for its start, a sync, or a rollout. No NeMo RL key."""
 
     @model_validator(mode="after")
     def _training_draws_from_the_full_distribution(self) -> GenerationConfig:

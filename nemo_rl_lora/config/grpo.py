@@ -148,6 +148,10 @@ class GrpoConfig(Section):
     """Rollouts that dynamic sampling may take for one step before it gives up."""
     batch_multiplier: float = Field(default=1, ge=1)
     """Dynamic sampling rolls out this many times num_prompts_per_step at once."""
+    keep_surplus_groups: bool = False
+    """What dynamic sampling kept beyond num_prompts_per_step is trained in the next step, oldest first, with the
+    log-probabilities of the policy that sampled it in the loss's ratio; false: dropped, as NeMo RL does. No NeMo RL
+    key."""
     reward_shaping: RewardShapingConfig = RewardShapingConfig()
     """Rewards by length."""
     adv_estimator: AdvEstimatorConfig = AdvEstimatorConfig()
@@ -201,6 +205,11 @@ class GrpoConfig(Section):
                 f"grpo.batch_multiplier={self.batch_multiplier!r}: rolls out more prompts than a step keeps. "
                 "Set grpo.use_dynamic_sampling=true or grpo.batch_multiplier=1."
             )
+        if self.keep_surplus_groups and not self.use_dynamic_sampling:
+            raise ValueError(
+                "grpo.keep_surplus_groups=True: there are none, since every group of a rollout is trained. "
+                "Set grpo.use_dynamic_sampling=true or grpo.keep_surplus_groups=false."
+            )
         return self
 
 
@@ -220,6 +229,12 @@ def check_rollout_against_loss(grpo: GrpoConfig, loss_fn: LossFnConfig, train_gl
             f"loss_fn.force_on_policy_ratio=True: needs one optimizer step per rollout, and a rollout of "
             f"{num_rows} completions makes {num_rows // train_global_batch_size}. "
             f"Set policy.train_global_batch_size={num_rows} or loss_fn.force_on_policy_ratio=false."
+        )
+    if grpo.keep_surplus_groups and (loss_fn.force_on_policy_ratio or loss_fn.objective == "reinforce"):
+        key = "force_on_policy_ratio" if loss_fn.force_on_policy_ratio else "disable_ppo_ratio"
+        raise ValueError(
+            f"grpo.keep_surplus_groups=True: an earlier policy has sampled those groups, and loss_fn.{key}=true leaves "
+            f"out the ratio that accounts for it. Set grpo.keep_surplus_groups=false or loss_fn.{key}=false."
         )
     if grpo.skip_reference_policy_logprobs_calculation and loss_fn.reference_policy_kl_penalty != 0:
         raise ValueError(

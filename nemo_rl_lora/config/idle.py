@@ -14,8 +14,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from nemo_rl_lora.config.errors import show
+from nemo_rl_lora.config.generation import chosen_engine
 from nemo_rl_lora.config.loader import usual_sections
 from nemo_rl_lora.config.master import MasterConfig
+
+_PROCESS_KEYS = ("max_generation_failures", "timeout_seconds")
+_VLLM_KEYS = ("vllm_cfg", "vllm_kwargs", *_PROCESS_KEYS)
 
 
 def idle_problems(config: MasterConfig) -> list[str]:
@@ -37,14 +41,22 @@ def idle_problems(config: MasterConfig) -> list[str]:
             "policy.backend=megatron trains. Remove the change: the Megatron backend has policy.megatron_cfg.",
             judged=lambda key: key != "lora_cfg",  # a block that is off
         )
-    if policy.generation is not None and policy.generation.backend != "vllm":
+    if policy.generation is not None and chosen_engine(policy.generation.backend)[0] != "vllm":
         problems += _problem(
             config,
             policy.generation,
             "policy.generation",
             f"completions do not come from vLLM (policy.generation.backend={policy.generation.backend}). Remove the "
             "change.",
-            judged=lambda key: key in ("vllm_cfg", "vllm_kwargs"),
+            judged=lambda key: key in _VLLM_KEYS,
+        )
+    elif policy.generation is not None and policy.generation.colocated.enabled:
+        problems += _problem(
+            config,
+            policy.generation,
+            "policy.generation",
+            "the engine runs in the trainer's process (policy.generation.colocated.enabled=true). Remove the change.",
+            judged=lambda key: key in _PROCESS_KEYS,
         )
     return problems
 

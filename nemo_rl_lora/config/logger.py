@@ -112,6 +112,10 @@ class LoggerConfig(Section):
     monitor_gpus: bool = True
     """Record memory and utilization of the GPUs of this machine. Without a GPU there is nothing to record."""
 
+    record_digests: bool = False
+    """Write digests.jsonl: after every step, the digest of each tensor that a checkpoint would hold and of the token
+    ids, for `tools/verify_resume.py`. It takes about as long as a save without its flush to disk. No NeMo RL key."""
+
     num_val_samples_to_print: Annotated[int, Field(ge=0)] = 0
     """Completions of each validation that the console shows."""
 

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
+from nemo_rl_lora.config.adapter_start import check_adapter_start
 from nemo_rl_lora.config.base import Section
 from nemo_rl_lora.config.checkpointing import CheckpointingConfig
 from nemo_rl_lora.config.cluster import ClusterConfig
@@ -16,6 +17,7 @@ from nemo_rl_lora.config.errors import suggestion
 from nemo_rl_lora.config.evaluation import EvalConfig, EvalPolicy, check_evaluation_data, check_evaluation_sampling
 from nemo_rl_lora.config.grpo import GrpoConfig, check_rollout_against_loss
 from nemo_rl_lora.config.logger import LoggerConfig
+from nemo_rl_lora.config.lora import lora_spec_from_policy
 from nemo_rl_lora.config.loss_fn import LossFnConfig
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.config.sft import SftConfig
@@ -39,6 +41,17 @@ class MasterConfig(Section):
     """Where metrics go."""
     cluster: ClusterConfig = ClusterConfig()
     """How many processes train."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with a reference."""
+        return False
+
+    @model_validator(mode="after")
+    def _adapter_can_start(self) -> MasterConfig:
+        has_adapter = lora_spec_from_policy(self.policy) is not None
+        check_adapter_start(self.policy.adapter, has_adapter=has_adapter, needs_reference=self.needs_reference)
+        return self
 
     @model_validator(mode="after")
     def _something_to_train_on(self) -> MasterConfig:
@@ -86,6 +99,10 @@ class DpoMaster(MasterConfig):
     dpo: DpoConfig = DpoConfig()
     """The DPO loop and its loss."""
 
+    @property
+    def needs_reference(self) -> bool:
+        return self.dpo.preference_loss_weight > 0
+
 
 class GrpoMaster(MasterConfig):
     """Group relative policy optimization."""
@@ -98,6 +115,10 @@ class GrpoMaster(MasterConfig):
     """The policy-gradient loss."""
     env: EnvConfig = EnvConfig()
     """The environments that score completions."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss_fn.reference_policy_kl_penalty != 0
 
     @model_validator(mode="after")
     def _rollout_fits_the_loss(self) -> GrpoMaster:

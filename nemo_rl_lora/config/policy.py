@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from nemo_rl_lora.config.adapter_start import AdapterStartConfig
 from nemo_rl_lora.config.base import Fixed, Section
 from nemo_rl_lora.config.dtensor import DTensorConfig
 from nemo_rl_lora.config.generation import GenerationConfig
@@ -104,6 +105,8 @@ class PolicyConfig(ModelConfig):
     """Where to train. null: the one of dtensor_cfg.enabled and megatron_cfg.enabled that is true. No NeMo RL key."""
     lora: UnifiedLora | None = None
     """The adapter, for whichever backend is on; null where a native block has it. No NeMo RL key."""
+    adapter: AdapterStartConfig = AdapterStartConfig()
+    """Where the adapter starts from. No NeMo RL key."""
     train_global_batch_size: int = Field(default=32, ge=1)
     """Rows of an optimizer step."""
     train_micro_batch_size: int = Field(default=1, ge=1)

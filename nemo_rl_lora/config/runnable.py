@@ -1,10 +1,11 @@
 """What this version cannot run, though the configuration is valid. Asked by `--plan` and by every start.
 
-It reads the configuration alone: no machine and no model.
+It reads the configuration, and of the machine only whether there is a GPU; no model.
 """
 
 from __future__ import annotations
 
+from nemo_rl_lora.config.generation import chosen_engine
 from nemo_rl_lora.config.idle import idle_problems
 from nemo_rl_lora.config.master import MasterConfig
 from nemo_rl_lora.config.megatron_rules import megatron_problems
@@ -15,7 +16,7 @@ def check_runnable(config: MasterConfig) -> list[str]:
     return [
         *_backend_problems(config),
         *_world_problems(config),
-        *_generation_problems(config),
+        *_engine_problems(config),
         *idle_problems(config),
     ]
 
@@ -24,19 +25,31 @@ def _backend_problems(config: MasterConfig) -> list[str]:
     return megatron_problems(config) if config.policy.active_backend == "megatron" else []
 
 
+def _engine_problems(config: MasterConfig) -> list[str]:
+    generation = config.policy.generation
+    if generation is None or generation.colocated.enabled or chosen_engine(generation.backend)[0] == "vllm":
+        return []
+    return [
+        f"policy.generation.colocated.enabled=False: only vLLM runs in a process of its own, and "
+        f"policy.generation.backend={generation.backend!r}. Set policy.generation.backend=vllm, or "
+        f"policy.generation.colocated.enabled=true."
+    ]
+
+
 def _world_problems(config: MasterConfig) -> list[str]:
     problems = []
     cluster, parallel = config.cluster, config.policy.dtensor_cfg
-    if cluster.gpus_per_node * cluster.num_nodes > 1:
-        key, value = (
-            ("gpus_per_node", cluster.gpus_per_node) if cluster.gpus_per_node > 1 else ("num_nodes", cluster.num_nodes)
-        )
+    if cluster.num_nodes > 1:
         problems.append(
-            f"cluster.{key}={value}: this version trains in one process, and {cluster.num_nodes} x "
-            f"{cluster.gpus_per_node} are asked for. Set cluster.gpus_per_node=1 cluster.num_nodes=1."
+            f"cluster.num_nodes={cluster.num_nodes}: this version trains on one node. Set cluster.num_nodes=1."
         )
     if config.policy.active_backend != "dtensor":
         return problems
+    if cluster.gpus_per_node > 1:
+        problems.append(
+            f"cluster.gpus_per_node={cluster.gpus_per_node}: the DTensor backend of this version trains in one "
+            f"process. Set cluster.gpus_per_node=1, or policy.backend=megatron."
+        )
     for key in ("tensor_parallel_size", "context_parallel_size", "dp_replicate_size"):
         size = getattr(parallel, key)
         if size > 1:
@@ -49,13 +62,3 @@ def _world_problems(config: MasterConfig) -> list[str]:
             "version has one. Set policy.dtensor_cfg.sequence_parallel=false."
         )
     return problems
-
-
-def _generation_problems(config: MasterConfig) -> list[str]:
-    generation = config.policy.generation
-    if generation is None or generation.backend != "vllm":
-        return []
-    return [
-        "policy.generation.backend='vllm': this version samples in the training process. "
-        "Set policy.generation.backend=auto."
-    ]

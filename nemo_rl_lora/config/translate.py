@@ -7,6 +7,7 @@ they stand (lora/foreign.py). Raises ConfigError where the file holds no adapter
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -24,7 +25,10 @@ def translate_file(file: Path) -> str:
     heading = f"# {file}: {found.dialect}{', ' + found.key if found.key else ''}\n"
     if found.spec.fused == "shared":
         heading += "# One A for each fused layer: Megatron backend only.\n"
-    return heading + yaml.safe_dump({"policy": {"lora": unified_from_spec(found.spec)}}, sort_keys=False)
+    policy: dict[str, Any] = {"lora": unified_from_spec(found.spec)}
+    if found.init_from is not None:
+        policy["adapter"] = {"init_from": found.init_from}
+    return heading + yaml.safe_dump({"policy": policy}, sort_keys=False)
 
 
 def read_adapter_description(file: Path) -> Translation:
@@ -53,4 +57,5 @@ def _of_nemo_rl(file: Path) -> Translation:
         raise ConfigError(str(error)) from error
     if spec is None:
         raise ConfigError(f"{file}: enables no adapter. Set enabled: true in its LoRA block.")
-    return Translation(dialect="NeMo RL", key=lora_block_key(config.policy), spec=spec)
+    start = config.policy.adapter.init_from
+    return Translation(dialect="NeMo RL", key=lora_block_key(config.policy), spec=spec, init_from=start)

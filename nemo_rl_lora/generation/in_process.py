@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nemo_rl_lora.generation.decode import Adapter, CausalDecoder, Decoder, unsupported_reason
 from nemo_rl_lora.generation.plain import PlainDecoder
-from nemo_rl_lora.generation.protocol import Ticket
+from nemo_rl_lora.generation.protocol import Ticket, check_request
 from nemo_rl_lora.generation.sampling import sample, uniforms
 from nemo_rl_lora.types import Completion, CompletionGroup, GroupRequest, SyncReceipt, WeightsRef
 
@@ -84,7 +84,7 @@ class InProcessGeneration:
         self._done: dict[Ticket, CompletionGroup] = {}
 
     def submit(self, request: GroupRequest) -> Ticket:
-        self._check(request)
+        check_request(request, self._vocabulary, self._max_context)
         self._tickets += 1
         ticket = Ticket(self._tickets)
         self._waiting.append((ticket, request))
@@ -138,25 +138,6 @@ class InProcessGeneration:
         self._decoder.reset()
         self._waiting.clear()
         self._done.clear()
-
-    def _check(self, request: GroupRequest) -> None:
-        prompt, sampling = request.prompt, request.sampling
-        label = f"prompt {prompt.index}"
-        if not prompt.token_ids or not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < self._vocabulary:
-            raise ValueError(f"{label}: needs token ids from 0 to {self._vocabulary - 1}, at least one")
-        if len(prompt.token_ids) >= self._max_context:
-            raise ValueError(
-                f"{label}: {len(prompt.token_ids)} tokens leave no room below the model's "
-                f"max_position_embeddings={self._max_context}. Lower data.max_input_seq_length."
-            )
-        if request.num_completions < 1 or len(request.seeds) != request.num_completions:
-            raise ValueError(f"{label}: {len(request.seeds)} seeds for {request.num_completions} completions")
-        if sampling.max_new_tokens < 1 or sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
-            raise ValueError(f"{label}: {sampling!r} needs max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1")
-        if sampling.top_k is not None and sampling.top_k < 1:
-            raise ValueError(f"{label}: top_k={sampling.top_k} must be at least 1, or None")
-        if "" in sampling.stop_strings:
-            raise ValueError(f"{label}: an empty stop string would end every completion")
 
     @torch.inference_mode()
     def _run(self) -> None:

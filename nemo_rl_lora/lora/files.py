@@ -11,6 +11,7 @@ whole directories) and knows nothing of a model.
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -23,6 +24,9 @@ from torch import Tensor
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"
+ADAPTER_DIRECTORY = "adapter"
+REFERENCE_DIRECTORY = "reference_adapter"  # the initial adapter, where it is the reference
 MOMENTS_FILE = "adapter.safetensors"
 FIRST_MOMENT = ".exp_avg"
 SECOND_MOMENT = ".exp_avg_sq"
@@ -64,14 +68,18 @@ def write_adapter(directory: Path, tensors: Mapping[str, Tensor], peft_config: M
 def read_adapter(
     directory: Path, *, expected: Collection[str] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (CPU, fp32) and the PEFT config of an adapter directory.
+    """The tensors (CPU, fp32) and the PEFT config of an adapter directory, of safetensors or of torch's pickle.
 
     `expected` holds the names that must be there, all of them and no other. ValueError names the file that is
     missing or damaged, or the first names that differ.
     """
     config = _read_json(directory / ADAPTER_CONFIG_FILE)
     path = directory / ADAPTER_FILE
-    tensors, _ = _read_tensors(path)
+    if not path.is_file() and (directory / PICKLED_FILE).is_file():
+        path = directory / PICKLED_FILE
+        tensors = _read_pickled(path)
+    else:
+        tensors, _ = _read_tensors(path)
     _check_pairs(tensors, str(path))
     if expected is not None:
         check_names(str(path), expected=expected, found=tensors)
@@ -208,6 +216,19 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: cannot be read ({error}). {_WAY_OUT}") from error
     return tensors, metadata
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    """PEFT's older format, by torch's loader that builds tensors and runs nothing."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return {str(name): tensor.to(torch.float32, copy=True) for name, tensor in content.items()}
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{path}: holds something other than tensors, or is damaged ({reason}). It was not read further: use an "
+            f"adapter saved as {ADAPTER_FILE}."
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def fit_adapter(
     *,
     tied_head: bool,
     model_name: str,
+    model_key: str = "policy.model_name",
 ) -> tuple[LoraSpec, tuple[AdaptedModule, ...]]:
     """The adapter's spec and the modules that it changes. ValueError where names or shapes are not the base's."""
     spec = spec_from_peft_config(peft_config)
@@ -56,7 +57,7 @@ def fit_adapter(
         remedy = "Use one whose two files belong together, made for this model."
         if made_for and made_for != model_name:
             remedy = f"It was made for {made_for}: use it on that."
-        raise ValueError(f"does not fit policy.model_name={model_name!r}: {mismatch}. {remedy}")
+        raise ValueError(f"does not fit {model_key}={model_name!r}: {mismatch}. {remedy}")
     return spec, adapted
 
 

@@ -38,8 +38,11 @@ _VERL_MEGATRON_DEFAULTS = {
     "lora_B_init_method": "zero",
     "a2a_experimental": False,
     "dtype": None,
+    "adapter_path": None,
 }
-_VERL_MEGATRON_OFF = {"merge": False, "adapter_path": None, "fully_sharded_loras": False}
+_VERL_MEGATRON_OFF = {"merge": False, "fully_sharded_loras": False}
+# What each dialect calls the adapter to start from.
+_START_KEYS = ("lora_adapter", "lora_adapter_path", "adapter_path")
 _CANONICAL_NAMES = {
     "linear_q": "q_proj",
     "linear_k": "k_proj",
@@ -60,12 +63,12 @@ class Translation:
     dialect: str
     key: str  # dotted key of the block within the document; empty when the document is the block
     spec: LoraSpec
+    init_from: str | None = None  # the adapter to start from, `policy.adapter.init_from` here
 
 
 def spec_from_veomni(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
     """`lora_config`: names are substrings of the full name; A is drawn as by PEFT; no dropout."""
     _refuse_unknown(block, ("rank", "alpha", "lora_modules", "lora_adapter"), key_prefix)
-    _refuse_start(block, "lora_adapter", key_prefix)
     _require_keys(block, ("rank", "alpha", "lora_modules"), key_prefix)
     targets = substring_globs(block["lora_modules"], f"{key_prefix}.lora_modules")
     fixed = {**_NO_PATTERNS, "excludes": (), "dropout": 0.0, "dropout_position": "pre", "A_init": "uniform"}
@@ -76,7 +79,6 @@ def spec_from_verl(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
     """verl's FSDP keys (`lora_rank`, `lora_alpha`, ...): a PEFT adapter without dropout."""
     own = {k: v for k, v in block.items() if k.startswith("lora_") or k in ("target_modules", "exclude_modules")}
     _refuse_unknown(own, (*_VERL_DEFAULTS, "lora_adapter_path"), key_prefix)
-    _refuse_start(own, "lora_adapter_path", key_prefix)
     block = _VERL_DEFAULTS | own
     _refuse_off(block, "lora_rank", key_prefix)
     return spec_from_keys(
@@ -161,7 +163,9 @@ def translate(document: Mapping[str, Any]) -> Translation:
         for place in places:
             block = _at(document, place)
             if block is not None and all(mark in block for mark in marks):
-                return Translation(dialect=dialect, key=place, spec=parse(block, place or dialect.split()[0].lower()))
+                spec = parse(block, place or dialect.split()[0].lower())
+                start = next((block[key] for key in _START_KEYS if block.get(key) is not None), None)
+                return Translation(dialect=dialect, key=place, spec=spec, init_from=start)
     raise ValueError(
         f"document={list(document)!r}: holds no LoRA settings known here. Give a PEFT adapter_config.json, or YAML of "
         f"NeMo RL (policy.dtensor_cfg.lora_cfg, policy.megatron_cfg.peft, policy.lora), VeOmni (model.lora_config), "
@@ -187,14 +191,6 @@ def _refuse_unknown(block: Mapping[str, Any], known: tuple[str, ...], key_prefix
     for key, value in block.items():
         if key not in known:
             raise ValueError(f"{key_prefix}.{key}={value!r}: is no key known here. Known: {', '.join(known)}.")
-
-
-def _refuse_start(block: Mapping[str, Any], key: str, key_prefix: str) -> None:
-    if key in block and block[key] is not None:
-        raise ValueError(
-            f"{key_prefix}.{key}={block[key]!r}: names weights to start from, which are no part of an adapter's "
-            f"description. Remove it, and translate the adapter_config.json of that directory instead."
-        )
 
 
 def _refuse_off(block: Mapping[str, Any], key: str, key_prefix: str) -> None:

@@ -13,18 +13,27 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nemo_rl_lora.config.generation import chosen_engine
 from nemo_rl_lora.config.lora import kernels_off_because, lora_block_key, lora_spec_from_policy
 from nemo_rl_lora.config.runnable import check_runnable
+from nemo_rl_lora.generation.vllm import vllm_problems
 from nemo_rl_lora.lora.spec import LoraSpec, require_adapter_dtype
 from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets
 from nemo_rl_lora.model_source import resolve_model
 from nemo_rl_lora.plan.model_shapes import ModelShapes, adapted_types, left_out_types, read_model_shapes
-from nemo_rl_lora.plan.nouns import Check, Effect, Plan, Sizes
-from nemo_rl_lora.policy.megatron.families import parallel_problems, read_family, refuse_expert_targets
+from nemo_rl_lora.plan.nouns import Check, Effect, Plan, RankPart, Sizes
+from nemo_rl_lora.plan.rank_parts import rank_parts
+from nemo_rl_lora.policy.megatron.families import (
+    adapter_problems,
+    parallel_problems,
+    read_family,
+    refuse_expert_targets,
+)
 from nemo_rl_lora.policy.segment_attention import layout_problems, supports_segments
 
 if TYPE_CHECKING:
     from nemo_rl_lora.config.master import MasterConfig
+    from nemo_rl_lora.config.megatron import MegatronConfig
     from nemo_rl_lora.config.policy import PolicyConfig
 
 NamedCheck = tuple[str, Callable[[], str]]
@@ -47,6 +56,7 @@ def make_plan(config: MasterConfig, checks: Sequence[NamedCheck] = ()) -> Plan:
     num_trainable = shapes.num_params if spec is None else sum(t.num_trainable_params for t in types)
     passed, problems = _run_checks(checks)
     sizes = _sizes(config, shapes, adapted, num_trainable)
+    rank_parts, megatron_problems = _megatron(config, spec, shapes, adapted)
     return Plan(
         model_name=policy.model_name,
         model_source=source.description,
@@ -59,12 +69,15 @@ def make_plan(config: MasterConfig, checks: Sequence[NamedCheck] = ()) -> Plan:
         num_params=shapes.num_params,
         num_trainable_params=num_trainable,
         sizes=sizes,
+        rank_parts=rank_parts,
         effects=_effects(config, spec, shapes),
         checks=(_world_size(config), *passed),
         problems=(
             *check_runnable(config),
             *layout_problems(policy, shapes.config),
-            *_megatron_problems(config, spec, shapes),
+            *_engine_problems(policy, spec, adapted, shapes),
+            *megatron_problems,
+            *_device_problems(config),
             *problems,
         ),
         unchecked=_unchecked(config, sizes, [name for name, _ in checks]),
@@ -118,9 +131,28 @@ def _effects(config: MasterConfig, spec: LoraSpec | None, shapes: ModelShapes) -
     effects = [_shared_prefix(config.policy, shapes)]
     if spec is not None and config.policy.active_backend == "dtensor":
         effects.insert(0, _kernels(config.policy, spec))
+    if config.policy.active_backend == "megatron" and shapes.stacked:
+        effects += _expert_effects(config.policy.megatron_cfg)
     if config.policy.generation is not None:
         effects.append(_generation(config.policy.generation.backend))
     return tuple(effects)
+
+
+def _expert_effects(megatron: MegatronConfig) -> list[Effect]:
+    balancing = Effect(
+        key="policy.megatron_cfg.moe_router_load_balancing_type",
+        requested=megatron.moe_router_load_balancing_type,
+        effective="none",
+        reason="the loss is the algorithm's own, as on the DTensor backend",
+    )
+    cuda = torch.cuda.is_available()
+    dispatcher = Effect(
+        key="policy.megatron_cfg.moe_token_dispatcher_type",
+        requested=megatron.moe_token_dispatcher_type,
+        effective=megatron.moe_token_dispatcher_type if cuda else "allgather",
+        reason="as asked for" if cuda else "the other one runs on CUDA alone",
+    )
+    return [balancing, dispatcher]
 
 
 def _kernels(policy: PolicyConfig, spec: LoraSpec) -> Effect:
@@ -136,13 +168,17 @@ def _kernels(policy: PolicyConfig, spec: LoraSpec) -> Effect:
 
 def _shared_prefix(policy: PolicyConfig, shapes: ModelShapes) -> Effect:
     asked = policy.shared_prefix.enabled
-    possible = supports_segments(shapes.config, policy.max_total_sequence_length)
+    supported = supports_segments(shapes.config, policy.max_total_sequence_length)
+    split = policy.active_backend == "megatron" and policy.megatron_cfg.context_parallel_size > 1
+    possible = supported and not split
     cap = f"rows of up to {policy.shared_prefix.max_row_tokens} tokens, above which the prompt is repeated"
     reasons = {
         (False, True): "not asked for",
         (False, False): "not asked for",
         (True, True): cap,
-        (True, False): f"{shapes.config.model_type} has sliding windows, dropout or an attention not known here",
+        (True, False): "context-parallel ranks share each sequence"
+        if split
+        else f"{shapes.config.model_type} has sliding windows, dropout or an attention not known here",
     }
     return Effect(
         key="policy.shared_prefix.enabled",
@@ -152,30 +188,46 @@ def _shared_prefix(policy: PolicyConfig, shapes: ModelShapes) -> Effect:
     )
 
 
-def chosen_engine(asked: str) -> tuple[str, str]:
-    """The engine that samples, and why."""
-    if asked != "auto":
-        return asked, "as asked for"
-    return "in_process", "this version samples in the training process"
-
-
 def _generation(backend: str) -> Effect:
     chosen, reason = chosen_engine(backend)
     return Effect(key="policy.generation.backend", requested=backend, effective=chosen, reason=reason)
 
 
-def _megatron_problems(config: MasterConfig, spec: LoraSpec | None, shapes: ModelShapes) -> list[str]:
-    """Why the Megatron backend cannot hold this model, or share it as asked."""
-    policy = config.policy
-    if policy.active_backend != "megatron":
+def _engine_problems(
+    policy: PolicyConfig, spec: LoraSpec | None, adapted: Sequence[AdaptedModule], shapes: ModelShapes
+) -> list[str]:
+    """Why vLLM, where it samples, could not serve this model or its adapter."""
+    if policy.generation is None or chosen_engine(policy.generation.backend)[0] != "vllm":
         return []
+    return vllm_problems(policy, spec, adapted, shapes.config)
+
+
+def _megatron(
+    config: MasterConfig, spec: LoraSpec | None, shapes: ModelShapes, adapted: Sequence[AdaptedModule]
+) -> tuple[tuple[RankPart, ...], list[str]]:
+    """What each process of the Megatron backend holds, and why it cannot hold this model, or share it as asked."""
+    policy, megatron = config.policy, config.policy.megatron_cfg
+    if policy.active_backend != "megatron":
+        return (), []
     try:
         family = read_family(shapes.config, policy.model_name, policy.max_total_sequence_length)
         if spec is not None:
             refuse_expert_targets(spec, family, lora_block_key(policy))
     except ValueError as error:
-        return [str(error)]
-    return parallel_problems(family, policy.megatron_cfg, config.cluster.num_nodes * config.cluster.gpus_per_node)
+        return (), [str(error)]
+    num_processes = config.cluster.num_nodes * config.cluster.gpus_per_node
+    problems = parallel_problems(family, megatron, num_processes)
+    problems += adapter_problems(adapted, megatron, lora_block_key(policy))
+    if problems or num_processes == 1:
+        return (), problems
+    return rank_parts(family, megatron, adapted, shared_a=spec is not None and spec.fused == "shared"), []
+
+
+def _device_problems(config: MasterConfig) -> list[str]:
+    wanted, found = config.cluster.gpus_per_node, torch.cuda.device_count()
+    if not found or wanted <= found:  # on a CPU, processes share it
+        return []
+    return [f"cluster.gpus_per_node={wanted}: this machine has {found} GPU(s). Set cluster.gpus_per_node={found}."]
 
 
 def _world_size(config: MasterConfig) -> Check:

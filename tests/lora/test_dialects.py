@@ -440,8 +440,8 @@ def test_veomni_names_are_substrings_and_its_init_is_pefts():
     assert found.spec == LoraSpec(
         dim=64, alpha=32, dropout_position="pre", targets=("*attn.q*", "*to_out.0*"), A_init="uniform"
     )
-    message = _message(translate, {"lora_config": {**document["model"]["lora_config"], "lora_adapter": "./step_500"}})
-    assert message.startswith("lora_config.lora_adapter='./step_500': names weights to start from")
+    warm = translate({"lora_config": {**document["model"]["lora_config"], "lora_adapter": "./step_500"}})
+    assert (warm.spec, warm.init_from, found.init_from) == (found.spec, "./step_500", None)
     assert "lora_config.ranks=3: is no key" in _message(translate, {"lora_config": {"lora_modules": ["a"], "ranks": 3}})
 
 
@@ -449,7 +449,7 @@ def test_verl_describes_a_peft_adapter_of_all_linear_layers():
     found = translate({"actor_rollout_ref": {"model": {"path": "x", "lora_rank": 32, "exclude_modules": ["k_proj"]}}})
     assert found.spec == LoraSpec(dim=32, alpha=16, dropout_position="pre", excludes=("k_proj",), A_init="uniform")
     assert "lora_rank=0: means no adapter there" in _message(translate, {"model": {"lora_rank": 0}})
-    assert "lora_adapter_path='x'" in _message(translate, {"model": {"lora_rank": 1, "lora_adapter_path": "x"}})
+    assert translate({"model": {"lora_rank": 1, "lora_adapter_path": "x"}}).init_from == "x"
 
 
 def test_verl_on_megatron_shares_a_or_not_by_its_type():
@@ -457,6 +457,7 @@ def test_verl_on_megatron_shares_a_or_not_by_its_type():
     assert (shared.fused, shared.alpha, shared.dropout_position, shared.A_init) == ("shared", 32, "pre", "xavier")
     canonical = translate({"actor_rollout_ref": {"model": {"lora": {"rank": 16, "type": "canonical_lora"}}}}).spec
     assert canonical.fused == "canonical"
+    assert translate({"model": {"lora": {"rank": 16, "adapter_path": "x"}}}).init_from == "x"
     assert {m.name for m in _resolved(_llama(), canonical)} == {m.name for m in _resolved(_llama(), shared)}
     assert "type='dora'" in _message(translate, {"model": {"lora": {"rank": 16, "type": "dora"}}})
 

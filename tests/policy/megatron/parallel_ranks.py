@@ -37,6 +37,8 @@ class Case:
     layout: dict[str, Any] = field(default_factory=dict)  # of policy
     spec: LoraSpec | None
     loss: str = "grpo"
+    rounding: float = 1e-5  # fp32's, of sums in another order
+    after_steps: float = 1e-4  # AdamW divides by a root of small numbers
 
 
 def loss_of(name: str):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from safetensors.torch import load_file
 
+from nemo_rl_lora.config.loader import CONFIG_DIR, algorithm_of
 from tests.driver import Ended, TinyRun, run_driver
 
 NO_DTENSOR_BLOCK = "policy.dtensor_cfg.lora_cfg.enabled=false"
@@ -71,6 +73,44 @@ def test_the_engine_samples_from_the_adapter_that_is_trained(tiny_run, mode):
     assert all(line["gen_kl_error"] < 1e-4 for line in tiny_run.metrics())
 
 
+SPLIT = {
+    "sft": ["policy.megatron_cfg.pipeline_model_parallel_size=2", "policy.megatron_cfg.activation_checkpointing=true"],
+    "dpo": [],
+    "grpo": [],
+}
+
+
+def test_a_run_in_two_processes_is_the_run_of_one(run):
+    ended, expected = run("one", *MEGATRON)
+    assert ended.code == 0, ended.err
+    ended, actual = run("two", *MEGATRON, "cluster.gpus_per_node=2", *SPLIT[expected.algorithm])
+    assert ended.code == 0, ended.err
+    shared = [{name: value for name, value in line.items() if "tokens" not in name} for line in headline(actual)]
+    alone = [{name: value for name, value in line.items() if "tokens" not in name} for line in headline(expected)]
+    assert_same(shared, alone)  # a prompt that two processes need is computed by both
+    assert actual.steps() == expected.steps() == ["step_2"]
+
+
+CPU_RECIPES = CONFIG_DIR / "recipes" / "cpu"
+SMALL = {
+    "sft": ["policy.train_global_batch_size=2", "sft.val_batches=1", "sft.val_global_batch_size=2"],
+    "dpo": ["policy.train_global_batch_size=2", "dpo.val_batches=1", "dpo.val_global_batch_size=2"],
+    "grpo": ["grpo.num_prompts_per_step=2", "policy.train_global_batch_size=16", "grpo.max_val_samples=2"],
+}
+
+
+@pytest.mark.parametrize("recipe", sorted(CPU_RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_recipes_for_a_cpu_train_the_real_model(recipe, tmp_path):
+    algorithm = algorithm_of(recipe)
+    overrides = [f"{algorithm}.max_num_steps=1", f"{algorithm}.val_at_start=false", *SMALL[algorithm]]
+    places = [f"checkpointing.checkpoint_dir={tmp_path}/steps", f"logger.log_dir={tmp_path}/logs"]
+    ended = run_driver("--config", str(recipe), *overrides, *places, algorithm=algorithm)
+    assert ended.code == 0, ended.err
+    tensors = load_file(tmp_path / "steps" / "step_1" / "policy" / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 7 * 30
+    assert all(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name)
+
+
 def test_an_interrupted_run_goes_on_as_the_run_that_was_not(tiny_sft, tmp_path):
     settings = [*MEGATRON, "policy.lora.dropout=0.2"]
     whole = tiny_sft(*settings, "sft.max_num_steps=4", f"checkpointing.checkpoint_dir={tmp_path}/whole")
@@ -111,7 +151,9 @@ def test_a_plan_is_made_for_this_backend(tiny_run):
 @pytest.mark.parametrize(
     ("override", "error"),
     [
-        ("policy.megatron_cfg.tensor_model_parallel_size=2", "policy.megatron_cfg.tensor_model_parallel_size=2: "),
+        ("policy.megatron_cfg.pipeline_model_parallel_size=2", "which must divide the 1 training processes"),
+        ("policy.lora.dropout=1.5", "policy.lora.dropout"),
+        ("cluster.num_nodes=2", "cluster.num_nodes=2: this version trains on one node"),
         ("policy.megatron_cfg.use_gloo_process_groups=true", "policy.megatron_cfg.use_gloo_process_groups=True: "),
         ("policy.dtensor_cfg.activation_checkpointing=true", "policy.dtensor_cfg.activation_checkpointing=True: "),
         ("policy.lora.a2a=true", "policy.lora.a2a=True: "),

@@ -1,0 +1,190 @@
+"""The export's command line: flags to a request, and what came of it to the screen.
+
+Exit code: 0 done; 1 something failed while it was made; 2 a wrong input, before anything was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_rl_lora.run_control import EXIT_FAILURE, EXIT_OK
+
+if TYPE_CHECKING:
+    from nemo_rl_lora.export.convert import Export, ExportRequest, Progress
+
+DTYPES = ("float32", "bfloat16", "float16")
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]i?)?B?", re.IGNORECASE)
+_EXAMPLES = """examples:
+  a merged model:      --adapter-ckpt results/grpo/step_30 --hf-ckpt-path exported/merged
+  an adapter for PEFT: --adapter-ckpt results/grpo/step_30 --hf-ckpt-path exported/adapter --adapter-only
+  every step of a run: --adapter-ckpt results/grpo --hf-ckpt-path exported/all --all
+
+Exit code: 0 done, 1 failed while exporting, 2 a wrong input (nothing was written)."""
+
+
+def parse_arguments(doc: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags, NeMo RL's and ours."""
+    parser = argparse.ArgumentParser(
+        description=doc, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--adapter-ckpt", type=Path, required=True, help="a step (step_N), a PEFT directory; with --all, a run")
+    add("--hf-ckpt-path", type=Path, required=True, help="the directory to make; with --all, one in it for every step")
+    add("--hf-model-name", help="the base: a model name or directory (default: what the adapter says it is for)")
+    add("--base-ckpt", type=Path, help="a Hugging Face directory to read the base's weights from instead")
+    add("--adapter-only", action="store_true", help="export the adapter in PEFT's format; reads no base")
+    add("--all", action="store_true", help="every step of a run, the base read once; finished ones are skipped")
+    add("--overwrite", action="store_true", help="replace an earlier export")
+    add("--dtype", choices=DTYPES, help="of the merged weights (default: as the base stores each)")
+    add("--max-shard-size", metavar="SIZE", help="of a weights file, such as 500MB or 2GiB (default: 5GB)")
+    add("--no-verify", action="store_true", help="do not read the result back")
+    add("--verify-full", action="store_true", help="compare every row with fp64, in place of 16 of each weight")
+    add("--verify-logits", action="store_true", help="compare logits with base + adapter in PEFT; loads both models")
+    return parser.parse_args(argv)
+
+
+def export_main(arguments: argparse.Namespace) -> int:
+    """Export, show what was made, and return the exit code."""
+    _refuse_contradictions(arguments)
+    from rich.console import Console
+
+    from nemo_rl_lora.console import setup_logging
+    from nemo_rl_lora.export.convert import export
+
+    setup_logging()
+    console, started = Console(highlight=False), time.perf_counter()
+    with _progress() as progress:
+        exports = export(_request(arguments), progress)
+    print_exports(console, exports, time.perf_counter() - started)
+    return EXIT_FAILURE if any(item.status == "failed" for item in exports) else EXIT_OK
+
+
+def _request(arguments: argparse.Namespace) -> ExportRequest:
+    import torch
+
+    from nemo_rl_lora.export.convert import ExportRequest
+
+    return ExportRequest(
+        adapter=arguments.adapter_ckpt,
+        output=arguments.hf_ckpt_path,
+        model_name=arguments.hf_model_name,
+        base_directory=arguments.base_ckpt,
+        adapter_only=arguments.adapter_only,
+        all_steps=arguments.all,
+        overwrite=arguments.overwrite,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        max_shard_bytes=parse_size(arguments.max_shard_size or "5GB"),
+        verification="none" if arguments.no_verify else "full" if arguments.verify_full else "sampled",
+        verify_logits=arguments.verify_logits,
+    )
+
+
+def _refuse_contradictions(arguments: argparse.Namespace) -> None:
+    if arguments.no_verify and arguments.verify_full:
+        raise ValueError("--verify-full=True: contradicts --no-verify. Drop one of them.")
+    if not arguments.adapter_only:
+        return
+    for name in ("dtype", "max_shard_size", "no_verify", "verify_full", "verify_logits"):
+        if value := getattr(arguments, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{flag}={value!r}: is about merged weights, and --adapter-only merges none. Drop one of them."
+            )
+    if arguments.base_ckpt is not None:
+        sys.stderr.write("--base-ckpt is not needed with --adapter-only: no base is read.\n")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `500MB` (powers of 1000), `2GiB` (of 1024) or a plain number. ValueError names the flag."""
+    match = _SIZE.fullmatch(text.strip())
+    size = 0
+    if match is not None:
+        unit = (match["unit"] or "").upper()
+        factor = (1024 if unit.endswith("I") else 1000) ** (" KMGT".index(unit[0]) if unit else 0)
+        size = int(float(match["number"]) * factor)
+    if size < 1:
+        raise ValueError(
+            f"--max-shard-size={text!r}: must be a size of at least a byte. Write, for example, 500MB or 2GiB."
+        )
+    return size
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on a terminal, and nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    from nemo_rl_lora.export.convert import Progress
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        class Shown(Progress):
+            def stage(self, name: str, num_bytes: int) -> None:
+                for task in bar.task_ids:
+                    bar.remove_task(task)
+                bar.add_task(name, total=num_bytes or None)
+
+            def advance(self, num_bytes: int) -> None:
+                bar.advance(bar.task_ids[0], num_bytes)
+
+        yield Shown()
+
+
+def print_exports(console: Any, exports: Sequence[Export], seconds: float) -> None:
+    """A line for each output, its measurements, its warnings; what failed, last."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("output", "", "bytes", "changed", "largest error", "its bound", "worst"):
+        table.add_column(title, justify="left" if title in ("output", "") else "right", no_wrap=True)
+    for item in exports:
+        table.add_row(Text(item.output.name), item.status, *_figures(item.report))
+    console.print(table)
+    for item in exports:
+        if logits := item.report.get("logits"):
+            console.print(_logits_line(item, logits), soft_wrap=True)
+        for warning in item.report.get("warnings", ()):
+            console.print(Text(f"Warning: {item.output.name}: {warning}", style="yellow"), soft_wrap=True)
+    num_written = sum(item.status == "written" for item in exports)
+    place = exports[0].output if len(exports) == 1 else exports[0].output.parent
+    console.print(Text(f"{num_written} of {len(exports)} written in {seconds:.1f} s: {place}"), soft_wrap=True)
+    for item in exports:
+        if item.problem is not None:
+            sys.stderr.write(f"{item.output} failed: {item.problem}\n")
+
+
+def _figures(report: dict[str, Any]) -> list[str]:
+    if not report:
+        return ["-"] * 5
+    figures = [f"{sum(file['num_bytes'] for file in report['files']):,}"]
+    figures.append(f"{report['changed_fraction']:.2%}" if "changed_fraction" in report else "-")
+    if "accuracy" not in report:
+        return [*figures, "-", "-", "-"]
+    accuracy = report["accuracy"]
+    return [*figures, f"{accuracy['max_abs_error']:.3g}", f"{accuracy['bound']:.3g}", f"{accuracy['worst_ratio']:.3f}"]
+
+
+def _logits_line(item: Export, logits: dict[str, Any]) -> str:
+    return (
+        f"{item.output.name}: over {logits['num_tokens']} tokens, logits differ from those of base + adapter by "
+        f"{logits['mean_abs_error']:.2g} in the mean and {logits['max_abs_error']:.2g} at most (the adapter moves them "
+        f"by {logits['adapter_effect']:.2g}); the top token is the same at {logits['same_top_token']:.1%}."
+    )

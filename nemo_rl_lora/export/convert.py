@@ -1,0 +1,384 @@
+"""A checkpoint's adapter, or those of a whole run, to Hugging Face directories: merged models or PEFT adapters.
+
+Contract: everything that can be refused is refused before anything is written. An output is made beside its place as
+`tmp_export_<name>`, read back, flushed and renamed, so that it is whole or absent. Its export_report.json says what it
+was made from, by which a finished one is known again. The same inputs and options give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from nemo_rl_lora.base_identity import INDEX_FILE
+from nemo_rl_lora.checkpoint import STEP_PREFIX, step_directories
+from nemo_rl_lora.export.blocks import FLOAT_NAMES, FLOATS, PlannedShard, PlannedTensor, index_text, plan_shards
+from nemo_rl_lora.export.inputs import ADAPTER_FLAG, AdapterInput, Base, find_adapter, fit_to_base, open_base
+from nemo_rl_lora.export.logits import compare_logits
+from nemo_rl_lora.export.merged import Adapter, ExportError, MergedOutput, write_merged
+from nemo_rl_lora.export.verify import verify_merged
+from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, read_adapter
+from nemo_rl_lora.step_files import flush, flush_tree, probe_directory
+
+logger = logging.getLogger(__name__)
+
+OUTPUT_FLAG = "--hf-ckpt-path"
+REPORT_FILE = "export_report.json"
+TMP_PREFIX = "tmp_export_"
+_COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "merges.txt", "vocab.txt")
+_SPARE_BYTES = 1 << 20  # configurations, index, report
+
+Verification = Literal["none", "sampled", "full"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRequest:
+    """What a command line asks for."""
+
+    adapter: Path
+    output: Path
+    model_name: str | None = None
+    base_directory: Path | None = None
+    adapter_only: bool = False
+    all_steps: bool = False
+    overwrite: bool = False
+    dtype: torch.dtype | None = None  # None: as the base stores each tensor
+    max_shard_bytes: int = 5 * 10**9
+    verification: Verification = "sampled"
+    verify_logits: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Export:
+    """One output, from its checks to its end."""
+
+    source: Path
+    output: Path
+    status: Literal["planned", "written", "finished before", "failed"] = "planned"
+    problem: str | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def temporary(self) -> Path:
+        return self.output.with_name(TMP_PREFIX + self.output.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Checked:
+    """An export that can be made."""
+
+    export: Export
+    adapter: AdapterInput
+    fitted: Adapter | None  # None: adapter only
+    settings: Mapping[str, Any]  # what the output depends on
+
+
+class Progress:
+    """What is being done, for whoever shows it. This one shows nothing."""
+
+    def stage(self, name: str, num_bytes: int) -> None: ...
+
+    def advance(self, num_bytes: int) -> None: ...
+
+
+def export(request: ExportRequest, progress: Progress) -> list[Export]:
+    """Make every output that is asked for.
+
+    ValueError, before anything is written, for a wrong input. With `all_steps` a step that cannot be exported fails by
+    itself, and the others are made.
+    """
+    exports = _planned(request)
+    checked, base = _check(request, exports)
+    if all(item.status == "failed" for item in exports):
+        raise ValueError(exports[0].problem)
+    if not checked:
+        return exports
+    parent = checked[0].export.output.parent
+    if base is None:
+        probe_directory(parent, OUTPUT_FLAG)
+        for item in checked:
+            _guarded(item, lambda item=item: _copy_adapter(item, request))
+        return exports
+    if request.verify_logits:
+        _refuse_logits_without_means(base, checked)
+    shards = _plan(base, request)
+    num_bytes = sum(shard.num_bytes for shard in shards) + _SPARE_BYTES
+    probe_directory(parent, OUTPUT_FLAG, required_bytes=num_bytes * len(checked))
+    _merge(request, base, shards, checked, progress)
+    return exports
+
+
+def _planned(request: ExportRequest) -> list[Export]:
+    if not request.all_steps:
+        return [Export(source=request.adapter, output=request.output)]
+    steps = step_directories(request.adapter)
+    if not steps:
+        raise ValueError(
+            f"{ADAPTER_FLAG}={str(request.adapter)!r}: holds no {STEP_PREFIX}N directory, and --all converts every "
+            "one of them. Name the directory of a run (checkpointing.checkpoint_dir), or drop --all."
+        )
+    return [Export(source=path, output=request.output / path.name) for _, path in steps]
+
+
+def _check(request: ExportRequest, exports: Sequence[Export]) -> tuple[list[_Checked], Base | None]:
+    """What can be made, and the base it needs. What cannot is noted."""
+    base: Base | None = None
+    checked: list[_Checked] = []
+    for item in exports:
+        try:
+            _refuse_place(request, item)
+            adapter = find_adapter(item.source)
+            if base is None and not request.adapter_only:
+                base = open_base(request.model_name, request.base_directory, adapter)
+            made = _check_one(request, item, adapter, base)
+        except ValueError as error:
+            item.status, item.problem = "failed", str(error)
+        else:
+            checked += [made] if made is not None else []
+    return checked, base
+
+
+def _check_one(request: ExportRequest, item: Export, adapter: AdapterInput, base: Base | None) -> _Checked | None:
+    """None where the output is there already, made from the same inputs in the same way."""
+    inputs = [adapter.directory, *([base.directory] if base is not None else [])]
+    if inside := [path for path in inputs if path.resolve().is_relative_to(item.output.resolve())]:
+        raise ValueError(
+            f"{OUTPUT_FLAG}={str(item.output)!r}: holds {inside[0]}, which is read. Name another directory."
+        )
+    settings = {
+        "mode": "adapter" if base is None else "merged",
+        "adapter_sha256": adapter.sha256,
+        "base_name": request.model_name if base is None else base.name,
+        "base_digest": adapter.base_digest if base is None else base.digest,
+        "dtype": None if request.dtype is None else FLOAT_NAMES[request.dtype],
+        "max_shard_bytes": None if base is None else request.max_shard_bytes,
+        "hf_config_overrides": dict(adapter.config_overrides),
+        "verification": None if base is None else request.verification,
+        "verify_logits": request.verify_logits,
+    }
+    if request.all_steps and not request.overwrite and item.output.is_dir():
+        item.report = _finished_report(item.output, settings)
+        item.status = "finished before"
+        return None
+    fitted = None if base is None else Adapter.on_disk(adapter.directory, fit_to_base(adapter, base))
+    return _Checked(export=item, adapter=adapter, fitted=fitted, settings=settings)
+
+
+def _refuse_place(request: ExportRequest, item: Export) -> None:
+    flag, output = f"{OUTPUT_FLAG}={str(item.output)!r}", item.output
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise ValueError(f"{flag}: is a file. Name a directory that does not exist yet.")
+    if not (request.overwrite or request.all_steps):
+        raise ValueError(f"{flag}: exists already. Name another directory, or replace this one with --overwrite.")
+    if any(output.iterdir()) and not (output / REPORT_FILE).is_file():
+        raise ValueError(
+            f"{flag}: exists already and has no {REPORT_FILE}, so it is no export and is not replaced. Remove it "
+            "yourself, or name another directory."
+        )
+
+
+def _finished_report(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The report of an output that is whole and was made like this. ValueError for any other."""
+    report: dict[str, Any] = {}
+    try:
+        report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
+        found = report["settings"]
+        whole = all((output / file["name"]).stat().st_size == file["num_bytes"] for file in report["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        found, whole = {}, False
+    different = [key for key in settings if found.get(key) != settings[key]]
+    if different or not whole:
+        why = f"was made with another {different[0]}" if whole else "is not whole"
+        raise ValueError(f"{OUTPUT_FLAG}={str(output)!r}: exists already and {why}. Replace it with --overwrite.")
+    return report
+
+
+def _refuse_logits_without_means(base: Base, checked: Sequence[_Checked]) -> None:
+    if find_spec("peft") is None:
+        raise ValueError("--verify-logits=True: needs the Python package peft. Install it (it is in the group dev).")
+    for item in checked:
+        directory = item.adapter.tokenizer or base.directory
+        if not (directory / "tokenizer_config.json").is_file():
+            raise ValueError(
+                f"--verify-logits=True: {directory} has no tokenizer to write prompts with. Drop the flag, or add the "
+                "tokenizer's files."
+            )
+
+
+def _plan(base: Base, request: ExportRequest) -> tuple[PlannedShard, ...]:
+    wanted = None if request.dtype is None else FLOAT_NAMES[request.dtype]
+    planned = [
+        PlannedTensor(source=tensor, dtype=wanted if wanted and tensor.dtype in FLOATS else tensor.dtype)
+        for tensor in base.tensors.values()
+    ]
+    return plan_shards(planned, request.max_shard_bytes)
+
+
+def _merge(
+    request: ExportRequest, base: Base, shards: Sequence[PlannedShard], checked: Sequence[_Checked], progress: Progress
+) -> None:
+    outputs: list[tuple[_Checked, MergedOutput]] = []
+    for item in checked:
+        assert item.fitted is not None
+        outputs.append((item, MergedOutput(directory=item.export.temporary, adapter=item.fitted)))
+    base_bytes = sum(tensor.num_bytes for tensor in base.tensors.values())
+    try:
+        try:
+            for item in checked:
+                _make_temporary(item.export)
+                _copy_surroundings(item, base, request, shards)
+            progress.stage("merging", base_bytes)
+            write_merged(shards, [output for _, output in outputs], progress.advance)
+        except OSError as error:  # a full disk, a base that went away: it concerns every output
+            for _, output in outputs:
+                output.problem = str(error)
+        for item, output in outputs:
+            progress.stage(f"verifying {item.export.output.name}", base_bytes)
+            _guarded(item, lambda item=item, output=output: _finish(request, base, shards, (item, output), progress))
+    finally:
+        for item in checked:
+            shutil.rmtree(item.export.temporary, ignore_errors=True)
+
+
+def _guarded(item: _Checked, make: Callable[[], None]) -> None:
+    """A failure of one output is its own."""
+    try:
+        make()
+        item.export.status = "written"
+    except (ExportError, OSError, ValueError) as error:
+        item.export.status, item.export.problem = "failed", str(error)
+    finally:
+        shutil.rmtree(item.export.temporary, ignore_errors=True)
+
+
+def _finish(
+    request: ExportRequest,
+    base: Base,
+    shards: Sequence[PlannedShard],
+    made: tuple[_Checked, MergedOutput],
+    progress: Progress,
+) -> None:
+    item, output = made
+    if output.problem is not None:
+        raise ExportError(output.problem)
+    report: dict[str, Any] = {"settings": dict(item.settings), "base_source": base.description}
+    adapted_elements = sum(m.in_features * m.out_features for m in output.adapter.modules.values())
+    report["merged_modules"] = len(output.adapter.modules)
+    report["changed_fraction"] = sum(output.num_changed.values()) / adapted_elements
+    if request.verification != "none":
+        accuracy = verify_merged(
+            output.directory,
+            shards,
+            output.files,
+            output.adapter,
+            every_row=request.verification == "full",
+            on_bytes=progress.advance,
+        )
+        report["accuracy"] = {"rows": request.verification, **asdict(accuracy)}
+    if request.verify_logits:
+        progress.stage("comparing logits", 0)
+        found = compare_logits(base.directory, item.adapter.directory, output.directory, item.adapter.config_overrides)
+        report["logits"] = asdict(found)
+        if not found.is_closer_than_base:
+            raise ExportError(
+                f"the merged model is as far from base + adapter (mean |logit difference| {found.mean_abs_error:.2g}) "
+                f"as the base itself is ({found.adapter_effect:.2g}): rounding lost the adapter. Use --dtype float32."
+            )
+    report["warnings"] = _warnings(item, base, output)
+    report["files"] = [asdict(file) for file in output.files]
+    _publish(item.export, report)
+
+
+def _warnings(item: _Checked, base: Base, output: MergedOutput) -> list[str]:
+    warnings: list[str] = []
+    unchanged = sorted(name for name in output.adapter.modules if output.num_changed.get(name, 0) == 0)
+    if len(unchanged) == len(output.adapter.modules):
+        warnings.append(
+            "the merge changes nothing: every weight is the base's, because the adapter's B is zero or its update is "
+            "smaller than what the dtype resolves. Take a later step, or a wider --dtype."
+        )
+    elif unchanged:
+        warnings.append(f"the merge changes nothing in {len(unchanged)} of its modules, {unchanged[0]} among them.")
+    if item.adapter.base_digest is None:
+        warnings.append("the adapter does not record its base, so the base was checked by its names and shapes alone.")
+        if item.adapter.base_name not in (None, base.name):
+            warnings.append(f"by its adapter_config.json the adapter was made for {item.adapter.base_name}.")
+    return warnings
+
+
+def _copy_surroundings(item: _Checked, base: Base, request: ExportRequest, shards: Sequence[PlannedShard]) -> None:
+    """Configuration, generation configuration and tokenizer: the base's, the tokenizer as the run used it."""
+    target = item.export.temporary
+    for pattern in _COPIED:
+        for path in sorted(base.directory.glob(pattern)):
+            if path.name not in (INDEX_FILE, ADAPTER_CONFIG_FILE, REPORT_FILE):
+                shutil.copyfile(path, target / path.name)
+    config = dict(base.config) | dict(item.adapter.config_overrides)
+    if request.dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(request.dtype).removeprefix("torch.")
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _copy_tokenizer(item.adapter, target)
+    if (index := index_text(shards)) is not None:
+        (target / INDEX_FILE).write_text(index, encoding="utf-8")
+
+
+def _copy_tokenizer(adapter: AdapterInput, target: Path) -> None:
+    for path in sorted(adapter.tokenizer.iterdir()) if adapter.tokenizer is not None else ():
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
+
+
+def _copy_adapter(item: _Checked, request: ExportRequest) -> None:
+    """The adapter's files, tensors bit for bit, and the run's tokenizer."""
+    _make_temporary(item.export)
+    target, adapter = item.export.temporary, item.adapter
+    _copy_tokenizer(adapter, target)
+    shutil.copyfile(adapter.directory / ADAPTER_FILE, target / ADAPTER_FILE)
+    config = dict(adapter.peft_config)
+    if request.model_name is not None:
+        config["base_model_name_or_path"] = request.model_name
+    (target / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    read_adapter(target, expected=adapter.tensors.keys())
+    path = target / ADAPTER_FILE
+    if path.read_bytes() != (adapter.directory / ADAPTER_FILE).read_bytes():
+        raise ExportError(f"{path}: reads back otherwise than it was written. Check the disk.")
+    modules = {name.rsplit(".lora_", 1)[0] for name in adapter.tensors}
+    files = [{"name": ADAPTER_FILE, "num_bytes": path.stat().st_size}]
+    _publish(item.export, {"settings": dict(item.settings), "modules": len(modules), "warnings": [], "files": files})
+
+
+def _make_temporary(export: Export) -> None:
+    if export.temporary.exists():
+        logger.warning(f"removing {export.temporary}, left by an export that was ended")
+        shutil.rmtree(export.temporary)
+    export.temporary.mkdir(parents=True)
+
+
+def _publish(export: Export, report: dict[str, Any]) -> None:
+    """Write the report, flush, and give the directory its name."""
+    versions = {name: version(name) for name in ("nemo-rl-lora", "torch", "safetensors")}
+    export.report = {"format_version": 1, **report, "versions": versions}
+    text = json.dumps(export.report, indent=2, allow_nan=False)
+    (export.temporary / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+    flush_tree(export.temporary)
+    if export.output.exists():
+        doomed = export.output.with_name(f"{TMP_PREFIX}old_{export.output.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        export.output.rename(doomed)
+        export.temporary.rename(export.output)
+        shutil.rmtree(doomed)
+    else:
+        export.temporary.rename(export.output)
+    flush(export.output.parent)

@@ -1,0 +1,256 @@
+"""What an export starts from, checked before anything is written: adapters, and the base that they belong to.
+
+Contract: finding and checking an adapter reads no weight of a base; opening a base reads headers and the samples of its
+digest. Every ValueError names the flag. Loads no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from nemo_rl_lora.base_identity import StoredTensor, base_digest, stored_tensors
+from nemo_rl_lora.checkpoint import CONFIG_FILE, INFO_FILE
+from nemo_rl_lora.export.blocks import FLOATS
+from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, module_of, read_adapter
+from nemo_rl_lora.lora.fit import adapter_directory, fit_adapter
+from nemo_rl_lora.lora.names import OUTPUT_HEAD_NAMES, last_component
+from nemo_rl_lora.lora.targets import AdaptedModule, LinearModule
+from nemo_rl_lora.model_source import resolve_model
+from nemo_rl_lora.step_files import CHECKSUMS_FILE, read_json_file
+
+ADAPTER_FLAG = "--adapter-ckpt"
+MODEL_FLAG = "--hf-model-name"
+BASE_FLAG = "--base-ckpt"
+_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.\d+\..+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterInput:
+    """An adapter on disk that is whole, and what its step says of the run it is from."""
+
+    directory: Path
+    step: Path | None  # the step's directory; None for an adapter that is no checkpoint of ours
+    tensors: Mapping[str, Tensor]  # shapes alone, on the meta device
+    peft_config: Mapping[str, Any]
+    sha256: str
+    base_digest: str | None  # of the base that it was trained on, where that is recorded
+    model_source: str
+    config_overrides: Mapping[str, Any]  # policy.hf_config_overrides of the run
+
+    @property
+    def base_name(self) -> str | None:
+        return self.peft_config.get("base_model_name_or_path")
+
+    @property
+    def tokenizer(self) -> Path | None:
+        directory = None if self.step is None else self.step / "policy" / "tokenizer"
+        return directory if directory is not None and directory.is_dir() else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """The base's files, opened by their headers."""
+
+    name: str
+    directory: Path
+    description: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    digest: str
+
+
+def find_adapter(path: Path) -> AdapterInput:
+    """The adapter of a step's directory, of its policy/adapter, or of any PEFT directory, read once and checked."""
+    flag = f"{ADAPTER_FLAG}={str(path)!r}"
+    if (path / "policy" / "weights").is_dir():
+        raise ValueError(
+            f"{flag}: is a step of full fine-tuning and has no adapter. {path}/policy/weights is a Hugging Face model: "
+            "use it as it is."
+        )
+    try:
+        directory = adapter_directory(path)
+    except ValueError as error:
+        several = " --all converts every one." if "whole run" in str(error) else ""
+        raise ValueError(f"{flag}: {error}{several}") from None
+    step = directory.parent.parent if (directory.parent.parent / INFO_FILE).is_file() else None
+    if not (directory / ADAPTER_FILE).is_file() and (directory / "adapter_model.bin").is_file():
+        raise ValueError(
+            f"{flag}: holds adapter_model.bin, which can run code when it is read. Load it with PEFT where you trust "
+            "it, and save it again with save_pretrained, which writes adapter_model.safetensors."
+        )
+    if step is not None:
+        _refuse_damaged(step, directory, flag)
+    try:
+        tensors, peft_config = read_adapter(directory)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{flag}: {name} holds values that are not finite. Use an earlier step.")
+    info = {} if step is None else read_json_file(step, INFO_FILE)
+    return AdapterInput(
+        directory=directory,
+        step=step,
+        tensors={name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()},
+        peft_config=peft_config,
+        sha256=_sha256(directory / ADAPTER_CONFIG_FILE, directory / ADAPTER_FILE),
+        base_digest=info.get("base_digest"),
+        model_source=info.get("model_source", ""),
+        config_overrides={} if step is None else _config_overrides(step),
+    )
+
+
+def open_base(model_name: str | None, base_directory: Path | None, adapter: AdapterInput) -> Base:
+    """The base by its name or the adapter's own record of it, its weights from `base_directory` where that is given."""
+    name = model_name or adapter.base_name
+    if base_directory is None and not name:
+        raise ValueError(
+            f"{MODEL_FLAG}=None: {adapter.directory / ADAPTER_CONFIG_FILE} does not say which model it was made for. "
+            f"Name the base with {MODEL_FLAG}."
+        )
+    flag = MODEL_FLAG if base_directory is None else BASE_FLAG
+    source = resolve_model(str(base_directory or name), flag)
+    tensors, flag = stored_tensors(source.path), f"{flag}={str(base_directory or name)!r}"
+    digest = base_digest(source.path)
+    if digest is None:
+        raise ValueError(
+            f"{flag}: {source.path} holds no model.safetensors and no index of shards. Load the model with "
+            "transformers and save it again with save_pretrained."
+        )
+    config = _read_config(source.path / "config.json", flag)
+    if quantization := config.get("quantization_config"):
+        raise ValueError(
+            f"{flag}: its weights are quantized ({quantization.get('quant_method')}), and a sum of them and an update "
+            "would be rounded again. Name the unquantized base."
+        )
+    return Base(
+        name=name or str(base_directory),
+        directory=source.path,
+        description=source.description,
+        config=config,
+        tensors=tensors,
+        digest=digest,
+    )
+
+
+def fit_to_base(adapter: AdapterInput, base: Base) -> dict[str, AdaptedModule]:
+    """Weight name -> the module whose adapter changes it. ValueError where adapter and base do not belong together."""
+    if adapter.base_digest is not None and adapter.base_digest != base.digest:
+        trained_on = f" on {adapter.model_source}" if adapter.model_source else ""
+        raise ValueError(
+            f"{MODEL_FLAG}={base.name!r}: {base.directory} has other weights than those that {adapter.directory} was "
+            f"trained{trained_on}: their digest is {base.digest[:12]}, that of the base {adapter.base_digest[:12]}. "
+            f"Name the base with {MODEL_FLAG}, or the directory of its files with {BASE_FLAG}."
+        )
+    flag = f"{ADAPTER_FLAG}={str(adapter.directory)!r}"
+    modules = {module_of(name) for name in adapter.tensors}
+    heads = sorted(module for module in modules if last_component(module) in OUTPUT_HEAD_NAMES)
+    if heads and _has_tied_head(base):
+        raise ValueError(
+            f"{flag}: has an adapter on the output head {heads[0]}, which in {base.name} shares its weight with the "
+            "input embeddings: merged, it would change those too. Keep the two apart with --adapter-only."
+        )
+    _refuse_stacked_experts(modules, base, flag)
+    linears = _linears(modules, adapter, base)
+    try:
+        _, adapted = fit_adapter(
+            adapter.tensors,
+            adapter.peft_config,
+            linears,
+            tied_head=False,  # one is refused above
+            model_name=base.name,
+            model_key=MODEL_FLAG,
+        )
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
+    for module in adapted:
+        if (dtype := base.tensors[f"{module.name}.weight"].dtype) not in FLOATS:
+            raise ValueError(
+                f"{MODEL_FLAG}={base.name!r}: {module.name}.weight is stored as {dtype}, which cannot be merged. Name "
+                f"a base in {', '.join(FLOATS)}."
+            )
+    return {f"{module.name}.weight": module for module in adapted}
+
+
+def _has_tied_head(base: Base) -> bool:
+    from transformers import AutoConfig  # a config.json leaves out what is its class's default
+
+    return bool(AutoConfig.from_pretrained(base.directory).get_text_config().tie_word_embeddings)
+
+
+def _linears(modules: set[str], adapter: AdapterInput, base: Base) -> list[LinearModule]:
+    """The matrices of the base that the adapter's targets may mean.
+
+    "all-linear" means those that have tensors: files do not tell an embedding from a linear layer. A single expert is
+    one only for an adapter of experts: transformers holds them stacked, so that targets pass them by.
+    """
+    named = {name.removesuffix(".weight"): t for name, t in base.tensors.items() if len(t.shape) == 2}
+    everything = adapter.peft_config.get("target_modules") == "all-linear"
+    has_experts = any(_EXPERT.fullmatch(module) for module in modules)
+    return [
+        LinearModule(name=name, in_features=tensor.shape[1], out_features=tensor.shape[0])
+        for name, tensor in named.items()
+        if name in modules or not (everything or (_EXPERT.fullmatch(name) and not has_experts))
+    ]
+
+
+def _refuse_stacked_experts(modules: set[str], base: Base, flag: str) -> None:
+    for module in sorted(modules):
+        expert = _EXPERT.fullmatch(module)
+        stem = f"{expert['experts']}." if expert else f"{module}."
+        stacked = [name for name, t in base.tensors.items() if len(t.shape) == 3 and f"{name}.".startswith(stem)]
+        if stacked and f"{module}.weight" not in base.tensors:
+            raise ValueError(
+                f"{flag}: has an adapter on {module}, and the base holds those experts stacked in "
+                f"{stacked[0]} {list(base.tensors[stacked[0]].shape)}. An adapter of experts can only be merged into a "
+                "base that stores every expert's weight by itself: name such a copy with --base-ckpt."
+            )
+
+
+def _refuse_damaged(step: Path, directory: Path, flag: str) -> None:
+    """ValueError where the adapter's files are not those of the step's checksums."""
+    if not (step / CHECKSUMS_FILE).is_file():
+        return
+    sums = read_json_file(step, CHECKSUMS_FILE)
+    for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE):
+        path = directory / name
+        recorded = sums.get(path.relative_to(step).as_posix())
+        if recorded is not None and (not path.is_file() or _sha256(path) != recorded["sha256"]):
+            raise ValueError(
+                f"{flag}: {path} is not what was saved (its sha256 is not that of {step / CHECKSUMS_FILE}): it is "
+                "damaged. Use another step."
+            )
+
+
+def _config_overrides(step: Path) -> Mapping[str, Any]:
+    path = step / CONFIG_FILE
+    if not path.is_file():
+        return {}
+    policy = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("policy") or {}
+    return policy.get("hf_config_overrides") or {}
+
+
+def _sha256(*paths: Path) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_config(path: Path, flag: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{flag}: {path} cannot be read ({error}). Copy or download the model again.") from error

