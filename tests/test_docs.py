@@ -111,7 +111,7 @@ def test_command_of_the_docs_runs(command, tmp_path, tiny_llama, capsys):
 def test_the_pages_show_commands():
     shown = {command.page for command in ALL}
     assert {"README.md", "configuration.md", "lora.md", "environments.md"} <= shown
-    assert {"sft.md", "dpo.md", "grpo.md", "eval.md", "data.md", "export.md"} <= shown
+    assert {"sft.md", "dpo.md", "grpo.md", "eval.md", "data.md", "export.md", "megatron.md"} <= shown
 
 
 def test_readme_opens_with_two_commands():
