@@ -1,8 +1,9 @@
 """The DTensor backend: nemo-automodel's model and LoRA layers, trained with AdamW. One process in this version.
 
 With an adapter, only A and B are trained, as fp32 masters; the base weights are never written, and the reference
-policy is the same model with the adapters switched off, or with a copy of the initial ones. Without one, all weights are trained as fp32 masters with the
-computation in `policy.precision`, and a reference, where it is needed, is a copy of the base in memory.
+policy is the same model with the adapters switched off, or with a copy of the initial ones. Without one, all weights
+are trained as fp32 masters with the computation in `policy.precision`, and a reference, where it is needed, is a copy
+of the base in memory.
 """
 
 from __future__ import annotations

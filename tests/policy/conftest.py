@@ -67,8 +67,12 @@ def tiny_model(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def groups_batch() -> Batch:
+    return make_groups_batch()
+
+
+def make_groups_batch() -> Batch:
     """Two groups (3 and 4 rows), prompts of 9 and 14 tokens, one completion empty, lengths from 9 to 40."""
     generator = torch.Generator().manual_seed(1)
     prompt_length = torch.tensor([9, 9, 9, 14, 14, 14, 14])

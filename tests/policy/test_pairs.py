@@ -54,14 +54,22 @@ def make_batch(lengths: list[tuple[int, int]], groups: list[int], gap: int = 0) 
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def chats() -> Batch:
+    return make_chats()
+
+
+@pytest.fixture
+def pairs() -> Batch:
+    return make_pairs()
+
+
+def make_chats() -> Batch:
     lengths = [*zip(PROMPTS, (first for first, _ in ANSWERS), strict=True), (2, 31), (8, 4)]
     return make_batch(lengths, groups=list(range(6)), gap=3)
 
 
-@pytest.fixture(scope="session")
-def pairs() -> Batch:
+def make_pairs() -> Batch:
     lengths = [(prompt, answer) for prompt, answers in zip(PROMPTS, ANSWERS, strict=True) for answer in answers]
     return replace(make_batch(lengths, groups=[3, 3, 7, 7, 1, 1, 4, 4]), whole_groups=True)
 

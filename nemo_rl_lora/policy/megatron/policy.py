@@ -2,8 +2,8 @@
 
 The twin of policy/dtensor.py: the same verbs in the same order, and the same numbers. With an adapter, only A and B
 are trained, as fp32 masters; the base weights are never written, and the reference policy is the same model with the
-adapters switched off, or with a copy of the initial ones. Without one, all weights are trained: fp32 masters beside weights in `policy.precision`, and a
-reference, where it is needed, is a copy of the base in memory.
+adapters switched off, or with a copy of the initial ones. Without one, all weights are trained: fp32 masters beside
+weights in `policy.precision`, and a reference, where it is needed, is a copy of the base in memory.
 
 Of the processes that share a model, each makes the same calls with the same whole batch; the first one writes files
 and has the weights that are published.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -67,8 +68,18 @@ from nemo_rl_lora.policy.weights import offer
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
 
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What a microbatch adds to the loss and the metrics of its step."""
+
+    loss: float
+    metrics: dict[str, float]
+    num_tokens: int
+    num_padding_tokens: int
+
+
 class MegatronPolicy:
-    """A Policy (policy/protocol.py) on one device."""
+    """A Policy (policy/protocol.py) on one device, or one device's part of it."""
 
     def __init__(self, config: PolicyConfig, setup: PolicySetup) -> None:
         self._config = config
@@ -127,42 +138,40 @@ class MegatronPolicy:
     def train_step(self, batch: Batch, loss_fn: LossFn) -> StepOutput:
         """All microbatches, then one optimizer step. FloatingPointError before the optimizer moves on bad numbers."""
         self._optimizer.zero_grad(set_to_none=True)
-        width, share = batch.token_ids.shape[1], self._ranks.data_share
+        width, data = batch.token_ids.shape[1], self._ranks.data_share
         microbatches = self._microbatches(batch, "train")
 
         def stage(place: int, micro: Microbatch) -> Tensor:
-            index = place * share.number + share.index
+            index = place * data.number + data.index
             with dropout_of(self._switch, self._setup.seed, self._optimizer.num_steps, index):
                 return self._stage(place, micro)
 
-        def loss_of(_place: int, micro: Microbatch, hidden: Tensor) -> tuple[Tensor, tuple[float, dict[str, Tensor]]]:
+        def loss_of(_place: int, micro: Microbatch, hidden: Tensor) -> tuple[Tensor, _Share]:
+            num_tokens, num_padding = micro.num_tokens, micro.num_padding_tokens
             if len(micro.rows) == 0:  # there to keep step with other ranks
-                return hidden.float().sum() * 0.0, (0.0, {})
+                return hidden.float().sum() * 0.0, _Share(0.0, {}, num_tokens, num_padding)
             logprobs = self._logprob_rows(hidden, micro, width)
-            loss, shares = loss_fn(loss_inputs(batch, logprobs, micro.rows))
-            return loss, (loss.item(), shares)
+            loss, metrics = loss_fn(loss_inputs(batch, logprobs, micro.rows))
+            values = {name: float(value) for name, value in metrics.items()}
+            return loss, _Share(loss.item(), values, num_tokens, num_padding)
 
         found = run_microbatches(self._model, microbatches, stage, loss_of, backward=True)
-        total_loss = self._ranks.total(torch.tensor(sum(loss for loss, _ in found), dtype=torch.float64)).item()
+        shares = [share for of_rank in self._ranks.reported(found) for share in of_rank]
+        total_loss = sum(share.loss for share in shares)
         masters = self._trained.masters()
         self._ranks.sum_gradients(masters)
         grad_norm, lr = self._optimizer.move(total_loss, lambda _gradients: self._ranks.total_norm(masters))
         self._trained.apply()
         metrics: dict[str, float] = {}
-        for _, shares in found:
-            add_metrics(metrics, shares)
-        counts = [sum(m.num_tokens for m in microbatches), sum(m.num_padding_tokens for m in microbatches)]
-        reports = self._ranks.reported((metrics, counts))
-        metrics = {}
-        for shares, _ in reports:
-            add_metrics(metrics, shares)
+        for share in shares:
+            add_metrics(metrics, share.metrics)
         return StepOutput(
             loss=total_loss,
             grad_norm=grad_norm,
             lr=lr,
             metrics=metrics,
-            num_forward_tokens=sum(num for _, (num, _) in reports),
-            num_padding_tokens=sum(num for _, (_, num) in reports),
+            num_forward_tokens=sum(share.num_tokens for share in shares),
+            num_padding_tokens=sum(share.num_padding_tokens for share in shares),
         )
 
     def publish(self, version: int, mode: SyncMode) -> WeightsRef:

@@ -18,11 +18,11 @@ from nemo_rl_lora.algorithms.preference_loss import row_logprobs
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
 from nemo_rl_lora.types import Batch
-from tests.policy.conftest import LLAMA3, save_random_model
+from tests.policy.conftest import LLAMA3, make_groups_batch, save_random_model
 from tests.policy.megatron.parallel_ranks import Case, run_case, run_cases
 from tests.policy.megatron.twins import distance, random_adapter, set_masters
 from tests.policy.test_dtensor import make_policy, plain_logprobs, relative, spec
-from tests.policy.test_pairs import chats, pairs  # noqa: F401 (fixtures)
+from tests.policy.test_pairs import make_chats, make_pairs
 
 SIZES = {
     "hidden_size": 48,
@@ -123,10 +123,10 @@ class Found:
 
 
 @pytest.fixture(scope="module")
-def found(request, models, groups_batch, chats, pairs, tmp_path_factory):  # noqa: F811
+def found(request, models, tmp_path_factory):
     """case -> what was found, for the cases that this session asks about."""
     asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
-    batches = {"grpo": groups_batch, "sft": chats, "dpo": pairs}
+    batches = {"grpo": make_groups_batch(), "sft": make_chats(), "dpo": make_pairs()}
     results = {}
     for number in (2, 4):
         cases = [case for case in CASES if case.number == number and case.name in asked]
