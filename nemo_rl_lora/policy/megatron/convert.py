@@ -19,10 +19,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -222,23 +221,6 @@ def hf_tensors(
                 yield name, join(piece, weight.split_dim)
 
 
-def stack_experts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face tensors as transformers holds them in memory, where files and Megatron have a tensor per expert.
-
-    The experts of a layer must follow each other, as they do from `hf_tensors`; they are copied, the rest passes.
-    """
-    for block, run in groupby(tensors, key=lambda named: _experts_of(named[0])):
-        if block is None:
-            yield from run
-            continue
-        parts: dict[str, list[Tensor]] = {"gate_proj": [], "up_proj": [], "down_proj": []}
-        for name, tensor in run:
-            parts[name.split(".")[-2]].append(tensor)
-        gate_up = zip(parts["gate_proj"], parts["up_proj"], strict=True)
-        yield f"{block}.gate_up_proj", torch.stack([torch.cat(pair) for pair in gate_up])
-        yield f"{block}.down_proj", torch.stack(parts["down_proj"])
-
-
 def owners(name: str, layouts: Sequence[ParallelLayout]) -> list[int]:
     """The ranks whose shards make up a parameter or module, in the order of the shards; of replicas the first."""
     by_shard: dict[int, int] = {}
@@ -356,12 +338,6 @@ def check_checkpoint(family: Family, found: Mapping[str, Shape], where: str) -> 
 def _renumber(name: str, layers: int, experts: int) -> str:
     name = _LAYER.sub(lambda number: str(int(number[0]) + layers), name)
     return _EXPERT.sub(lambda number: str(int(number[0]) + experts), name)
-
-
-def _experts_of(hf_name: str) -> str | None:
-    """`model.layers.3.mlp.experts` of a tensor of one of its experts, None of any other."""
-    block, found, _ = hf_name.partition(".experts.")
-    return f"{block}.experts" if found else None
 
 
 def _has_part(name: str, parts: Collection[str]) -> bool:

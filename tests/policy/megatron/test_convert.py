@@ -26,7 +26,6 @@ from nemo_rl_lora.policy.megatron.convert import (
     separate,
     shard_adapter,
     share,
-    stack_experts,
     unshare,
 )
 from nemo_rl_lora.policy.megatron.families import read_family
@@ -277,18 +276,6 @@ def test_what_one_rank_holds_whole_is_not_copied_but_q_k_and_v(saved):
     for name, tensor in hf_tensors(family, layouts, lambda _rank, name, _shape: held[name]):
         is_shared = tensor.untyped_storage().data_ptr() in memory
         assert is_shared is not name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")), name
-
-
-def test_experts_are_stacked_as_transformers_holds_them(saved):
-    directory, family = saved("qwen3_moe", False), family_of("qwen3_moe", False)
-    layouts = layouts_of(family, (1, 1, 2, None))
-    with open_checkpoint(directory) as checkpoint:
-        ranks = [dict(megatron_tensors(family, own, checkpoint.__getitem__)) for own in layouts]
-    stacked = list(stack_experts(hf_tensors(family, layouts, lambda rank, name, shape: ranks[rank][name])))
-    held = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
-    assert len(stacked) == len(held)
-    for name, tensor in stacked:
-        assert torch.equal(tensor, held[name]), name
 
 
 def test_owners_leave_replicas_out():
