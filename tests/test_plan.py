@@ -279,6 +279,9 @@ def test_a_plan_says_which_experts_a_rank_holds(tmp_path):
     assert [part.experts for part in plan.rank_parts] == [range(3), range(3, 6)]
     effects = {effect.key: effect.effective for effect in plan.effects}
     assert effects["policy.megatron_cfg.moe_router_load_balancing_type"] == "none"
+    assert effects["policy.megatron_cfg.optimizer.use_distributed_optimizer"] == "off"
+    (problem,) = _plan(tmp_path, "policy.backend=megatron", "policy.generation.backend=in_process").problems
+    assert "the engine in this process takes no trained experts" in problem
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tests.driver import Ended, TinyRun, run_driver
 
 QUICK_START = Path(__file__).parents[1] / "examples" / "configs" / "quickstart" / "grpo.yaml"
 LORA = "policy.dtensor_cfg.lora_cfg"
+VLLM = ("policy.generation.backend=vllm", "+policy.hf_config_overrides.head_dim=32")  # a size that vLLM takes
 
 FILES = {
     "typo.yaml": f"defaults: {QUICK_START}\npolicy: {{presicion: float32}}\n",
@@ -113,11 +114,28 @@ WRONG = [
      "policy.megatron_cfg.enabled=True: one backend trains, and policy.dtensor_cfg.enabled is true as well.",
      "or one of the two flags to false."),
     ("more processes than one", ("cluster.gpus_per_node=8",),
-     "cluster.gpus_per_node=8: this version trains in one process, and 1 x 8 are asked for.",
-     "Set cluster.gpus_per_node=1 cluster.num_nodes=1."),
-    ("an engine of another version", ("policy.generation.backend=vllm",),
-     "policy.generation.backend='vllm': this version samples in the training process.",
-     "Set policy.generation.backend=auto."),
+     "cluster.gpus_per_node=8: the DTensor backend of this version trains in one process.",
+     "Set cluster.gpus_per_node=1, or policy.backend=megatron."),
+    ("an engine's own process without that engine", ("policy.generation.colocated.enabled=false",),
+     "policy.generation.colocated.enabled=False: only vLLM runs in a process of its own",
+     "or policy.generation.colocated.enabled=true."),
+    ("attention heads that vLLM does not take", ("policy.generation.backend=vllm",),
+     "policy.generation.backend='vllm': attention heads of 12 values, and vLLM takes (32, 64,",
+     "Set policy.generation.backend=in_process."),
+    ("more devices for the engine than there are",
+     (*VLLM, "policy.generation.vllm_cfg.tensor_parallel_size=2"),
+     "policy.generation.vllm_cfg.tensor_parallel_size=2: this version serves on one device.", "Set it to 1."),
+    ("an engine for shorter sequences than the policy's",
+     (*VLLM, "policy.generation.vllm_cfg.max_model_len=16"),
+     "policy.generation.vllm_cfg.max_model_len=16: below policy.max_total_sequence_length=",
+     "Raise the one or lower the other."),
+    ("an argument of vLLM that another key decides",
+     (*VLLM, "+policy.generation.vllm_kwargs.dtype=half"),
+     "policy.generation.vllm_kwargs.dtype='half': follows from other keys of policy.generation.", "Remove it."),
+    ("an adapter of a rank that vLLM does not serve",
+     (*VLLM, "policy.generation.lora_sync=adapter", f"{LORA}.dim=600"),
+     "policy.generation.lora_sync='adapter': vLLM serves ranks up to 512, and this adapter has 600.",
+     "Set policy.generation.lora_sync=merged."),
     ("truncated sampling in training", ("policy.generation.top_p=0.9",),
      "policy.generation.top_p=0.9: training rollouts must come from the full distribution",
      "set policy.generation.val_top_p=0.9."),
@@ -171,6 +189,18 @@ def test_wrong_input_is_refused_before_weights(tiny_run, no_weights, tmp_path, a
 
     assert_refused(ended, begins.format(tmp=tmp_path, model=tiny_run.model), ends.format(cwd=Path.cwd()))
     assert not tiny_run.steps()
+
+
+def test_vllm_without_its_extra_names_it(tiny_run, no_weights, monkeypatch):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "vllm" else found(name, *more))
+
+    ended = tiny_run(*VLLM)
+
+    begins = "policy.generation.backend='vllm': vLLM is not installed here. Run with its extra: `uv run --extra "
+    assert_refused(ended, begins, "`uv run --extra vllm ...` on NVIDIA GPUs.")
 
 
 def test_two_mistakes_are_both_said(tiny_run, no_weights):

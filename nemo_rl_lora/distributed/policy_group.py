@@ -34,6 +34,7 @@ from nemo_rl_lora.policy.weights import write_tensors
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
 _SHARED_MEMORY = Path("/dev/shm")
+_START_SECONDS = 300  # an actor's imports, on a busy machine
 _GRACE_SECONDS = 10
 
 
@@ -87,6 +88,9 @@ class FileTensors(Mapping[str, Tensor]):
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
@@ -108,16 +112,20 @@ class PolicyGroup:
             raise
 
     def _start(self, number: int) -> None:
-        place = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
-        self._directory = Path(tempfile.mkdtemp(prefix="nrl-weights-", dir=place))
+        self._directory = Path(tempfile.mkdtemp(prefix="nrl-weights-", dir=_room_for(self._setup.model_path)))
         self._cleanup.callback(shutil.rmtree, self._directory, ignore_errors=True)
         self._cleanup.enter_context(running_ray())
         num_threads = max(1, torch.get_num_threads() // number)
         actor = ray.remote(num_cpus=0, num_gpus=int(torch.cuda.is_available()))(_Rank)
         self._ranks = [actor.remote(rank, number, num_threads) for rank in range(number)]
-        for rank in self._ranks:
-            self._cleanup.callback(ray.kill, rank)
-        address = self._wait([self._ranks[0].free_address.remote()])[0]
+        self._cleanup.callback(self._end_ranks)
+        addresses = [rank.free_address.remote() for rank in self._ranks]
+        if late := ray.wait(addresses, num_returns=number, timeout=_START_SECONDS)[1]:
+            raise RuntimeError(
+                f"cluster.gpus_per_node={number}: {len(late)} of the training processes did not start within "
+                f"{_START_SECONDS} seconds. Free a GPU for each, or lower it."
+            )
+        address = self._wait(addresses)[0]
         self.adapted = self._wait([rank.build.remote(address, self._config, self._setup) for rank in self._ranks])[0]
 
     def logprobs(self, batch: Batch) -> Tensor:
@@ -175,17 +183,40 @@ class PolicyGroup:
         left = list(pending)
         while left:
             done, left = ray.wait(left)
-            try:
-                ray.get(done[0])
-            except RayError as error:
-                self._end_waiting(left)
-                if isinstance(error, RayTaskError) and error.cause is not None:
-                    raise error.cause from error
-                number, rank = len(self._ranks), pending.index(done[0])
-                raise RuntimeError(f"training process {rank} of {number} ended: {error}") from error
+            if _failure_of(done[0]) is not None:
+                raise self._failure(pending, done[0], left)
         return ray.get(pending)
 
-    def _end_waiting(self, left: list[Any]) -> None:
-        """After a failure: what all processes refuse leaves them as they were, but one that waits for another ends."""
-        if left and ray.wait(left, num_returns=len(left), timeout=_GRACE_SECONDS)[1]:
-            self.close()
+    def _failure(self, pending: list[Any], first: Any, left: list[Any]) -> Exception:
+        """What to raise: a process that is gone comes before those that lost it. Ends those that wait for another."""
+        waiting = ray.wait(left, num_returns=len(left), timeout=_GRACE_SECONDS)[1] if left else []
+        failures = [(rank, _failure_of(one)) for rank, one in enumerate(pending) if one not in waiting]
+        if waiting:
+            self._end_ranks()
+        for rank, error in failures:
+            if error is not None and not isinstance(error, RayTaskError):
+                return RuntimeError(f"training process {rank} of {len(pending)} ended: {error}")
+        error = _failure_of(first)
+        assert isinstance(error, RayTaskError), error
+        return error.cause if isinstance(error.cause, Exception) else error
+
+    def _end_ranks(self) -> None:
+        for rank in self._ranks:
+            ray.kill(rank)
+
+
+def _failure_of(result: Any) -> RayError | None:
+    """Why a result that is there is no result; None where it is one."""
+    try:
+        ray.get(result)
+    except RayError as error:
+        return error
+    return None
+
+
+def _room_for(model: Path) -> Path | None:
+    """Where a model's weights may lie for another process to read: shared memory where they fit, or else None."""
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    if not os.access(_SHARED_MEMORY, os.W_OK) or shutil.disk_usage(_SHARED_MEMORY).free < size:
+        return None
+    return _SHARED_MEMORY

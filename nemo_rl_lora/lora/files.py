@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,12 +168,12 @@ def check_names(where: str, *, expected: Collection[str], found: Collection[str]
     )
 
 
-def check_shapes(where: Path, *, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """ValueError naming the first tensor of `expected` whose shape in `found` is another."""
-    for name, tensor in expected.items():
-        if found[name].shape != tensor.shape:
+def check_shapes(where: Path, *, expected: Mapping[str, Sequence[int]], found: Mapping[str, Tensor]) -> None:
+    """ValueError naming the first tensor of `found` whose shape is another than expected."""
+    for name, shape in expected.items():
+        if tuple(found[name].shape) != tuple(shape):
             raise ValueError(
-                f"{where}: {name} has shape {tuple(found[name].shape)}, but this run trains {tuple(tensor.shape)}. "
+                f"{where}: {name} has shape {tuple(found[name].shape)}, but this run trains {tuple(shape)}. "
                 "Use the dim of the checkpoint or start a new run."
             )
 

@@ -131,11 +131,26 @@ def _effects(config: MasterConfig, spec: LoraSpec | None, shapes: ModelShapes) -
     effects = [_shared_prefix(config.policy, shapes)]
     if spec is not None and config.policy.active_backend == "dtensor":
         effects.insert(0, _kernels(config.policy, spec))
-    if config.policy.active_backend == "megatron" and shapes.stacked:
-        effects += _expert_effects(config.policy.megatron_cfg)
+    if config.policy.active_backend == "megatron":
+        effects += _megatron_effects(config, has_experts=bool(shapes.stacked))
     if config.policy.generation is not None:
         effects.append(_generation(config.policy.generation.backend))
     return tuple(effects)
+
+
+def _megatron_effects(config: MasterConfig, *, has_experts: bool) -> list[Effect]:
+    megatron = config.policy.megatron_cfg
+    effects = []
+    if config.cluster.gpus_per_node > 1:
+        effects.append(
+            Effect(
+                key="policy.megatron_cfg.optimizer.use_distributed_optimizer",
+                requested=str(megatron.optimizer.use_distributed_optimizer),
+                effective="off",
+                reason="every data-parallel rank keeps the moments of what it trains",
+            )
+        )
+    return [*effects, *_expert_effects(megatron)] if has_experts else effects
 
 
 def _expert_effects(megatron: MegatronConfig) -> list[Effect]:
@@ -218,16 +233,31 @@ def _megatron(
     num_processes = config.cluster.num_nodes * config.cluster.gpus_per_node
     problems = parallel_problems(family, megatron, num_processes)
     problems += adapter_problems(adapted, megatron, lora_block_key(policy))
+    if family.experts is not None and spec is None and _engine(policy) == "in_process":
+        problems.append(
+            f"policy.model_name={policy.model_name!r}: the engine in this process takes no trained experts from the "
+            f"Megatron backend. Train an adapter, set policy.generation.backend=vllm, or policy.backend=dtensor."
+        )
     if problems or num_processes == 1:
         return (), problems
     return rank_parts(family, megatron, adapted, shared_a=spec is not None and spec.fused == "shared"), []
 
 
+def _engine(policy: PolicyConfig) -> str | None:
+    """The engine that samples; None where nothing does."""
+    return None if policy.generation is None else chosen_engine(policy.generation.backend)[0]
+
+
 def _device_problems(config: MasterConfig) -> list[str]:
     wanted, found = config.cluster.gpus_per_node, torch.cuda.device_count()
-    if not found or wanted <= found:  # on a CPU, processes share it
+    own = config.policy.generation is not None and not config.policy.generation.colocated.enabled
+    if not found or wanted + own <= found:  # on a CPU, processes share it
         return []
-    return [f"cluster.gpus_per_node={wanted}: this machine has {found} GPU(s). Set cluster.gpus_per_node={found}."]
+    engine = ", and the engine needs one of its own" if own else ""
+    return [
+        f"cluster.gpus_per_node={wanted}: this machine has {found} GPU(s){engine}. Set "
+        f"cluster.gpus_per_node={found - own}."
+    ]
 
 
 def _world_size(config: MasterConfig) -> Check:

@@ -206,7 +206,7 @@ class DTensorPolicy:
     @torch.no_grad()
     def _copy(self, source: Path, tensors: Mapping[str, Tensor]) -> None:
         masters = self._named_masters()
-        check_shapes(source, expected=masters, found=tensors)
+        check_shapes(source, expected={name: master.shape for name, master in masters.items()}, found=tensors)
         for name, parameter in masters.items():
             parameter.copy_(tensors[name])
 

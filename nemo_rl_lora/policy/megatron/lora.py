@@ -33,6 +33,7 @@ from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.policy.adapter import DTYPES, AdapterSwitch, draw_a, keep_mask
 from nemo_rl_lora.policy.megatron.convert import (
+    Shape,
     Side,
     adapter_shard_shape,
     join_adapter,
@@ -276,6 +277,17 @@ class Adapters:
             whole = [join_adapter(held.layer, side, piece) for piece in pieces]
             canonical |= zip(held.tensor_names(side), whole, strict=True)
         return canonical
+
+    def shapes(self) -> dict[str, Shape]:
+        """The shape of every tensor of `canonical`."""
+        return {
+            adapter_tensor_name(module.name, side): (module.dim, module.in_features)
+            if side == "A"
+            else (module.out_features, module.dim)
+            for held in self._held
+            for side in SIDES
+            for module in held.modules
+        }
 
     def masters_from(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Every master with what canonical tensors say of it. ValueError where a shape or a shared A does not fit."""

@@ -142,7 +142,9 @@ class MegatronPolicy:
         microbatches = self._microbatches(batch, "train")
 
         def stage(place: int, micro: Microbatch) -> Tensor:
-            index = place * data.number + data.index
+            # A number of its own for what each rank drops: of data shares, and of the tokens of a sequence.
+            index = (place * data.number + data.index) * self._ranks.context_group.size()
+            index += self._ranks.context_group.rank()
             with dropout_of(self._switch, self._setup.seed, self._optimizer.num_steps, index):
                 return self._stage(place, micro)
 
@@ -190,30 +192,32 @@ class MegatronPolicy:
 
     def save(self, path: Path) -> None:
         """adapter/ (PEFT files) or weights/ (a Hugging Face model), reference_adapter/ if copied, and optimizer/."""
-        tensors, reference = self._trained.canonical(_itself), None
-        if self._setup.spec is not None and self._reference is not None:
-            with self._as_reference():
-                reference = self._trained.canonical(_itself)
-        first, second = (self._trained.canonical(partial(self._moment, index=index)) for index in (0, 1))
-        if not self._ranks.is_first:
-            return
+        tensors, is_first = self._trained.canonical(_itself), self._ranks.is_first
         if self._setup.spec is None:
-            save_tensors(self._setup.model_path, self._hf_config, tensors, path / "weights")
+            if is_first:
+                save_tensors(self._setup.model_path, self._hf_config, tensors, path / "weights")
         else:
             peft = spec_to_peft_config(self._setup.spec, self._setup.base_model_name, self.adapted)
-            write_adapter(path / ADAPTER_DIRECTORY, tensors, peft)
-            if reference is not None:
-                write_adapter(path / REFERENCE_DIRECTORY, reference, peft)
-        aliases = self._trained.aliases
-        moments = {name: (first[name], second[name]) for name in first if name not in aliases}
-        write_moments(path / "optimizer", moments, self._optimizer.num_steps, aliases=aliases)
+            if is_first:
+                write_adapter(path / ADAPTER_DIRECTORY, tensors, peft)
+            if self._reference is not None:
+                with self._as_reference():
+                    tensors = self._trained.canonical(_itself)
+                if is_first:
+                    write_adapter(path / REFERENCE_DIRECTORY, tensors, peft)
+        del tensors
+        first, second = (self._trained.canonical(partial(self._moment, index=index)) for index in (0, 1))
+        if is_first:
+            aliases = self._trained.aliases
+            moments = {name: (first[name], second[name]) for name in first if name not in aliases}
+            write_moments(path / "optimizer", moments, self._optimizer.num_steps, aliases=aliases)
 
     def load(self, path: Path) -> None:
         """Strictly what `save` of either backend wrote. Without moments the optimizer starts anew."""
-        present = self._trained.canonical(_itself)
+        names = self._trained.shapes().keys()
         if self._setup.spec is None:
             with open_checkpoint(path / "weights") as slices:
-                self._copy(path, {name: slices[name][:].float() for name in present})
+                self._copy(path, {name: slices[name][:].float() for name in names})
         else:
             if self._reference is not None:
                 self._read_adapter(path / REFERENCE_DIRECTORY)
@@ -221,7 +225,7 @@ class MegatronPolicy:
             self._read_adapter(path / ADAPTER_DIRECTORY)
         if (path / "optimizer").is_dir():
             moments, self._optimizer.num_steps = read_moments(
-                path / "optimizer", expected=present.keys(), aliases=self._trained.aliases
+                path / "optimizer", expected=names, aliases=self._trained.aliases
             )
             first, second = ({name: pair[index] for name, pair in moments.items()} for index in (0, 1))
             pairs = zip(self._trained.masters_from(first), self._trained.masters_from(second), strict=True)
@@ -237,16 +241,11 @@ class MegatronPolicy:
         """A Hugging Face model over the base parameters, which nobody may write; only its q, k and v are copies.
 
         Of a mixture of experts it is a second copy of the whole base, since transformers holds experts in one tensor a
-        layer. ValueError where such a mixture is trained without an adapter: its weights could not be sent there.
+        layer.
         """
         if self._family.experts is None:
             tensors = dict(self._weights.hf_tensors(lambda name: self._weights.parameters[name].detach()))
             return model_of_tensors(self._setup.model_path, self._hf_config, tensors)
-        if self._setup.spec is None:
-            raise ValueError(
-                f"policy.model_name={self._config.model_name!r}: the engine in this process takes no trained experts "
-                f"from the Megatron backend. Train an adapter, or set policy.backend=dtensor."
-            )
         return load_model(
             self._setup.model_path,
             dtype=self._compute_dtype,
@@ -327,11 +326,11 @@ class MegatronPolicy:
         return self._weights.parameters if self._setup.spec is None else self._trained.masters()
 
     def _read_adapter(self, directory: Path) -> None:
-        self._copy(directory, read_adapter(directory, expected=self._trained.canonical(_itself).keys())[0])
+        self._copy(directory, read_adapter(directory, expected=self._trained.shapes().keys())[0])
 
     @torch.no_grad()
     def _copy(self, source: Path, tensors: Mapping[str, Tensor]) -> None:
-        check_shapes(source, expected=self._trained.canonical(_itself), found=tensors)
+        check_shapes(source, expected=self._trained.shapes(), found=tensors)
         for master, tensor in self._trained.masters_from(tensors):
             master.copy_(tensor)
         self._trained.apply()

@@ -43,11 +43,11 @@ class Ranks:
         self.rank, self.number = dist.get_rank(), dist.get_world_size()
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.context_group = parallel_state.get_context_parallel_group()
-        # Ranks that share experts meet in every forward pass.
+        # Ranks that share experts, or an expert, meet in every forward pass.
         self.data_share = DataShare(
             index=parallel_state.get_data_parallel_rank(),
             number=parallel_state.get_data_parallel_world_size(),
-            in_step=parallel_state.get_expert_model_parallel_world_size() > 1,
+            in_step=parallel_state.get_expert_tensor_and_model_parallel_group().size() > 1,
         )
         self.layouts: tuple[ParallelLayout, ...] = (layout,)
         if self.number > 1:

@@ -1,8 +1,8 @@
-"""What megatron-core 0.16 needs changed to run where there is no CUDA. With CUDA nothing is touched.
+"""What megatron-core 0.16 needs changed to run where there is no CUDA, or no Transformer Engine.
 
-Contract: these modules see a `torch` whose current device is the CPU; the router finds that it has no Transformer
-Engine. tests/policy/megatron/test_shim.py shows for each spot that it fails without the shim, and so says when a
-release no longer needs it.
+Contract: without CUDA these modules see a `torch` whose current device is the CPU; without Transformer Engine the
+router finds that it has none. tests/policy/megatron/test_shim.py shows for each spot that it fails without the shim,
+and so says when a release no longer needs it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _ROUTER_KERNEL = "te_general_gemm"
 
 def install() -> None:
     """Change the spots, once or again."""
+    # The name is missing where its import fails, and is compared with None before it is used.
+    vars(importlib.import_module("megatron.core.transformer.moe.moe_utils")).setdefault(_ROUTER_KERNEL, None)
     if torch.cuda.is_available():
         return
     proxy = TorchWithoutCuda()
     for name in MODULES:
         vars(importlib.import_module(name))["torch"] = proxy
-    # The name is missing where its import fails, and is compared with None before it is used.
-    vars(importlib.import_module("megatron.core.transformer.moe.moe_utils")).setdefault(_ROUTER_KERNEL, None)

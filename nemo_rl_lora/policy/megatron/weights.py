@@ -69,14 +69,19 @@ class StageWeights:
     def hf_tensors(self, of: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Every Hugging Face tensor, on the first process, from what `of` says of each parameter's local name.
 
-        Where there are several processes, in fp32.
+        Where there are several processes, in fp32 and in the host's memory, which has to hold the whole model.
         """
 
         def read(rank: int, name: str, shape: Shape) -> Tensor:
             shard = Shard(rank=rank, shape=shape, read=lambda: of(name))
-            return self._ranks.fetch([shard], torch.float32)[0]
+            fetched = self._ranks.fetch([shard], torch.float32)[0]
+            return fetched if self._ranks.number == 1 or fetched.is_meta else fetched.cpu()
 
         return hf_tensors(self._family, self._ranks.layouts, read)
+
+    def hf_shapes(self) -> dict[str, Shape]:
+        """The shape of every Hugging Face tensor."""
+        return {name: weight.sources[name] for name, weight in self._holders.items()}
 
     def global_name(self, name: str) -> str:
         """The name that a parameter of this process has in the whole model."""
@@ -114,6 +119,10 @@ class AllWeights:
     def canonical(self, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         """`of` every master, under Hugging Face names."""
         return dict(self._weights.hf_tensors(lambda name: of(self._masters[name]).detach()))
+
+    def shapes(self) -> dict[str, Shape]:
+        """The shape of every tensor of `canonical`."""
+        return self._weights.hf_shapes()
 
     def masters_from(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Every master with what canonical tensors say of it."""

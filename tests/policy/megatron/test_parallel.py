@@ -50,13 +50,15 @@ MODELS = {
 }
 TP, PP, EP = (f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "expert"))
 CP = "context_parallel_size"
+ETP = "expert_tensor_parallel_size"
 SP = "sequence_parallel"
 PACKED = {"sequence_packing": {"enabled": True, "train_mb_tokens": 64, "logprob_mb_tokens": 64}}
 ALONE = {"train_micro_batch_size": 1, "shared_prefix": {"enabled": False}}
 BF16 = {"precision": "bfloat16"}
 ROUNDED = {"rounding": 0.1, "after_steps": 0.2}  # bf16 has 8 bits; log-probabilities differ by 1.5e-3
-# A router chooses: one process that packs its rows otherwise differs from itself by 4e-4 after three steps.
-CHOOSING = {"after_steps": 2e-3}
+# A router chooses: after three steps of its adapter, one process that packs its rows otherwise differs from itself by
+# 4e-4, and by more where the router itself is trained.
+CHOOSING = {"after_steps": 1e-2}
 SHARED = spec(targets=("linear_qkv", "linear_fc1", "linear_proj"), fused="shared")
 LORA, ATTENTION = spec(), spec(targets=("q_proj", "k_proj", "v_proj", "o_proj"))
 ONE_STAGE = spec(targets=("*.layers.3.*",))
@@ -87,6 +89,8 @@ TWO = [
     Case(name="dp2", number=2, sizes={}, layout=PACKED, spec=LORA),
     Case(name="dp2, dpo", number=2, sizes={}, spec=LORA, loss="dpo"),
     Case(name="ep2", number=2, family="experts", sizes={EP: 2}, spec=ATTENTION, **CHOOSING),
+    Case(name="etp2", number=2, family="experts", sizes={ETP: 2}, layout=PACKED, spec=ATTENTION, **CHOOSING),
+    Case(name="etp2, all weights", number=2, family="experts", sizes={ETP: 2}, layout=PACKED, spec=None, **CHOOSING),
     Case(name="tp2 sp, bf16", number=2, family="qwen3", sizes={TP: 2, SP: True}, layout=BF16, spec=LORA, **ROUNDED),
     Case(name="pp2, bf16", number=2, sizes={PP: 2}, layout={**ALONE, **BF16}, spec=LORA),
     Case(name="tp2 sp, all weights", number=2, family="qwen3", sizes={TP: 2, SP: True}, spec=None),
