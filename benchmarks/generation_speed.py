@@ -1,12 +1,13 @@
-"""Tokens per second of the in-process engine and of transformers' `generate`, in turn, on the same work.
+"""Tokens per second of our engines and of transformers' `generate`, in turn, on the same work.
 
 The work is a rollout of GRPO: P prompts (sums of two numbers, chat template), G completions each, a fixed number of
 tokens without an end of sequence, temperature 1. The engine samples from merged weights and from base + adapter
 (r = 16 on all linear layers, B not zero), `generate` from the base model. Every round runs each side once, so load
 on the machine falls on all; the ratio of medians is the result, and on a busy machine with one thread the tokens
-per CPU second. Prefill counts on all sides.
+per CPU second. Prefill counts on all sides. A process has one vLLM engine: compare.py runs `--sides vllm-merged` and
+`--sides vllm-adapter` in turn with the others.
 
-    python benchmarks/generation_speed.py [--prompts 8] [--completions 8] [--tokens 32] [--threads 2] [--rounds 3]
+    python benchmarks/generation_speed.py [--sides merged,adapter,transformers] [--prompts 8] [--completions 8] ...
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from nemo_rl_lora.config.generation import GenerationConfig
 from nemo_rl_lora.generation.in_process import InProcessGeneration
-from nemo_rl_lora.generation.protocol import generate
+from nemo_rl_lora.generation.protocol import Generation, generate
 from nemo_rl_lora.lora.merge import merged_weight
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
@@ -29,6 +33,7 @@ from nemo_rl_lora.model_source import resolve_model
 from nemo_rl_lora.types import GroupRequest, Prompt, SamplingParams, SyncMode, TensorInfo, WeightsRef
 
 DIM, SCALE = 16, 2.0
+SIDES = ("transformers", "merged", "adapter", "vllm-merged", "vllm-adapter")
 
 
 def adapted_modules(model: PreTrainedModel) -> list[AdaptedModule]:
@@ -71,7 +76,34 @@ def sum_prompts(tokenizer: object, count: int) -> list[tuple[int, ...]]:
     return prompts
 
 
-def engine_run(engine: InProcessGeneration, prompts: list[tuple[int, ...]], args: argparse.Namespace) -> int:
+def vllm_engine(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    adapted: list[AdaptedModule],
+    mode: SyncMode,
+    args: argparse.Namespace,
+) -> Generation:
+    """vLLM in this process, which stops at no token."""
+    from nemo_rl_lora.generation.vllm import ServedModel, VllmGeneration, engine_settings, start_engine
+
+    spec = LoraSpec(dim=DIM, alpha=DIM * SCALE)
+    model = ServedModel(path=path, name=args.model, tokenizer=tokenizer, spec=spec, adapted=adapted)
+    config = GenerationConfig.model_validate(
+        {
+            "backend": "vllm",
+            "lora_sync": mode,
+            "max_new_tokens": args.tokens,
+            "max_concurrent_sequences": args.prompts * args.completions,
+            "vllm_cfg": {"precision": args.dtype, "enforce_eager": True, "max_model_len": 512},
+        }
+    )
+    settings = engine_settings(config, model, {})
+    engine = VllmGeneration(model, settings, lambda: start_engine(settings))
+    engine._eos_token_ids = frozenset()
+    return engine
+
+
+def engine_run(engine: Generation, prompts: list[tuple[int, ...]], args: argparse.Namespace) -> int:
     requests = [
         GroupRequest(
             prompt=Prompt(index=i, token_ids=token_ids, text="", row={}, environment=""),
@@ -105,6 +137,7 @@ def transformers_run(model: PreTrainedModel, prompts: list[tuple[int, ...]], arg
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--sides", default="merged,adapter,transformers", help=f"of {', '.join(SIDES)}, by commas")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     for name, default in (("prompts", 8), ("completions", 8), ("tokens", 32), ("threads", 2), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -117,19 +150,29 @@ def main() -> None:
     prompts = sum_prompts(tokenizer, args.prompts)
     tokenizer.eos_token, model.generation_config.eos_token_id = None, None
     adapted = adapted_modules(model)
-    sides: dict[str, Callable[[], int]] = {"transformers": lambda: transformers_run(model, prompts, args)}
-    receipts = {}
-    for mode in ("merged", "adapter"):
-        engine = InProcessGeneration(
-            model,
-            tokenizer=tokenizer,
-            spec=LoraSpec(dim=DIM, alpha=DIM * SCALE),
-            adapted=adapted,
-            compute_dtype=dtype,
-            max_concurrent_sequences=args.prompts * args.completions,
-        )
-        receipts[mode] = engine.sync_weights(weights_ref(model, adapted, mode)).seconds
-        sides[mode] = lambda engine=engine: engine_run(engine, prompts, args)
+    sides: dict[str, Callable[[], int]] = {}
+    syncs: dict[str, list[float]] = {}
+    for side in args.sides.split(","):
+        if side == "transformers":
+            sides[side] = lambda: transformers_run(model, prompts, args)
+            continue
+        assert side in SIDES, side
+        mode: SyncMode = "adapter" if side.endswith("adapter") else "merged"
+        engine: Generation
+        if side.startswith("vllm"):
+            engine = vllm_engine(path, tokenizer, adapted, mode, args)
+        else:
+            engine = InProcessGeneration(
+                model,
+                tokenizer=tokenizer,
+                spec=LoraSpec(dim=DIM, alpha=DIM * SCALE),
+                adapted=adapted,
+                compute_dtype=dtype,
+                max_concurrent_sequences=args.prompts * args.completions,
+            )
+        ref = weights_ref(model, adapted, mode)
+        syncs[side] = [engine.sync_weights(replace(ref, version=version)).seconds for version in range(3)]
+        sides[side] = lambda engine=engine: engine_run(engine, prompts, args)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in sides}
     num_tokens: dict[str, int] = {}
@@ -146,10 +189,10 @@ def main() -> None:
             {
                 "tokens_per_s": {name: round(rate, 1) for name, rate in rates.items()},
                 "tokens_per_cpu_s": {name: round(rate, 1) for name, rate in per_cpu.items()},
-                "times_transformers": {name: round(rate / rates["transformers"], 2) for name, rate in rates.items()},
-                "sync_seconds": {name: round(s, 3) for name, s in receipts.items()},
+                "times_first": {name: round(rate / rates[next(iter(sides))], 2) for name, rate in rates.items()},
+                "sync_seconds": {name: [round(s, 3) for s in seconds] for name, seconds in syncs.items()},
                 "prompt_tokens": [len(p) for p in prompts],
-                "tokens": num_tokens["merged"],
+                "tokens": num_tokens,
                 "threads": args.threads,
                 "dtype": args.dtype,
             }

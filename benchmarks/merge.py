@@ -23,6 +23,7 @@ from measure import print_result, reset_peak, restart_tuned, rss_mib, versions
 DIM, ALPHA = 16, 32
 SHARD_BYTES = 5 * 10**8
 SHAPES = {  # layers, hidden, intermediate, heads, key-value heads, vocabulary
+    "135m": (30, 576, 1536, 9, 3, 49152),
     "1b": (22, 2048, 5632, 32, 4, 32000),
     "8b": (32, 4096, 14336, 32, 8, 128256),
 }

@@ -504,7 +504,7 @@ def _seeds(value: Any, prefix: str = "") -> dict[str, int]:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     found: dict[str, int] = {}
     for key, item in items:
-        found |= {prefix + key: item} if key == "seed" else _seeds(item, f"{prefix}{key}.")
+        found |= {f"{prefix}seed": item} if key == "seed" else _seeds(item, f"{prefix}{key}.")
     return found
 
 

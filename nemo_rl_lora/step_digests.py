@@ -27,15 +27,18 @@ def token_digest(rows: Iterable[Sequence[int]]) -> str:
 
 def tensor_digests(write: Callable[[Path], None], parent: Path) -> dict[str, str]:
     """`<file>: <tensor>` -> digest, of what `write` writes into a directory, which is then removed."""
-    found: dict[str, str] = {}
     with tempfile.TemporaryDirectory(dir=parent, prefix="tmp_digests_") as name:
-        directory = Path(name)
-        write(directory)
-        for path in sorted(directory.rglob("*.safetensors")):
-            with path.open("rb") as file:
-                for tensor in file_tensors(path).values():
-                    file.seek(tensor.offset)
-                    data = file.read(tensor.num_bytes)
-                    label = f"{path.relative_to(directory)}: {tensor.name}"
-                    found[label] = hashlib.sha256(data).hexdigest()[:_DIGITS]
+        write(Path(name))
+        return stored_digests(Path(name))
+
+
+def stored_digests(directory: Path) -> dict[str, str]:
+    """The same of what lies in a directory, such as `step_N/policy`."""
+    found: dict[str, str] = {}
+    for path in sorted(directory.rglob("*.safetensors")):
+        with path.open("rb") as file:
+            for tensor in file_tensors(path).values():
+                file.seek(tensor.offset)
+                digest = hashlib.sha256(file.read(tensor.num_bytes)).hexdigest()
+                found[f"{path.relative_to(directory)}: {tensor.name}"] = digest[:_DIGITS]
     return found

@@ -25,6 +25,14 @@ def test_the_digest_does_not_depend_on_shards_or_place(base, tmp_path):
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(sharded, max_shard_size="60KB")
     assert len(list(sharded.glob("model-*.safetensors"))) > 2
     assert base_digest(sharded) == base_digest(base)
+    tensors = load_file(base / "model.safetensors")
+    other, files = tmp_path / "other", ("model-1.safetensors", "model-2.safetensors")
+    other.mkdir()
+    weight_map = {name: files[i % 2] for i, name in enumerate(tensors)}
+    for file in files:
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, other / file)
+    (other / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert base_digest(other) == base_digest(base)
 
 
 @pytest.mark.parametrize("change", ["value", "name", "shape", "dtype"])

@@ -34,7 +34,7 @@ def test_every_file_compiles(path):
     compile(path.read_text(encoding="utf-8"), str(path), "exec")
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "memory_growth.py", "tuning_ours.py", "tuning_trl.py"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "memory_growth.py", "merge.py", "tuning_ours.py", "tuning_trl.py"])
 def test_a_script_shows_its_help_without_importing_torch(script):
     code = (
         "import runpy, sys\n"

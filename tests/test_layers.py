@@ -28,7 +28,7 @@ LAYERS = [
     ["policy.protocol", "generation.protocol", "checkpoint"],
     ["algorithms", "policy", "generation", "export"],
     ["distributed"],
-    ["evaluation"],
+    ["evaluation", "resume_check", "transcode"],
     ["plan", "evaluation_report"],
     ["build"],
     ["command_line"],

@@ -335,6 +335,14 @@ LOSS_CHANGES = [
         (WEIGHTS,),
         {"loss_fn.truncated_importance_sampling_type": "tis", "loss_fn.truncated_importance_sampling_ratio": 1.1},
     ),
+    (
+        (WEIGHTS,),
+        {
+            "loss_fn.truncated_importance_sampling_type": "icepop",
+            "loss_fn.truncated_importance_sampling_ratio": 1.1,
+            "loss_fn.truncated_importance_sampling_ratio_min": 0.9,
+        },
+    ),
     ((BY_SEQUENCE,), {"loss_fn.sequence_level_importance_ratios": True}),
     ((), {"loss_fn.token_level_loss": False}),
     ((), {"loss_fn.constant_length_normalizer": 7}),

@@ -75,7 +75,10 @@ class GrpoWork:
         groups, batch, metrics = self._gather()
         sampling_seconds = watch.seconds("generation")
         with watch.measure("policy_training"):
-            outputs = [self.parts.policy.train_step(part, self.parts.loss) for part in self._slices(batch)]
+            outputs = []
+            for part in self._slices(batch):
+                outputs.append(self.parts.policy.train_step(part, self.parts.loss))
+                self._require_parity(outputs[-1].metrics)
         self.parts.log.log_rollouts(step + 1, _samples(groups))
         metrics |= {
             **mean_outputs(outputs),
@@ -205,9 +208,19 @@ class GrpoWork:
         self._served_version = self._step
         self._receipt_metrics = _receipt_metrics(receipt)
 
-    def _batch(
-        self, groups: Sequence[RolloutGroup], held: Sequence[HeldGroup], metrics: dict[str, float]
-    ) -> Batch:
+    def _require_parity(self, metrics: Mapping[str, float]) -> None:
+        """RuntimeError where the engine's probabilities were too far from the trainer's."""
+        for name in ("gen_kl_error", "token_mult_prob_error"):
+            limit = getattr(self._generation_config.parity, f"max_{name}")
+            if limit is not None and not metrics[name] <= limit:
+                raise RuntimeError(
+                    f"policy.generation.parity.max_{name}={limit:g}: step {self._step + 1} has {metrics[name]:.4g}, so "
+                    f"the engine did not sample what the trainer computes. The step was not recorded. Try "
+                    f"policy.generation.lora_sync=adapter or policy.precision=float32; tools/parity.py shows where the "
+                    f"difference comes from."
+                )
+
+    def _batch(self, groups: Sequence[RolloutGroup], held: Sequence[HeldGroup], metrics: dict[str, float]) -> Batch:
         """The groups, of which the held ones come first, with everything that the loss needs."""
         parts, config = self.parts, self._config
         with self._watch.measure("advantage_calculation"):

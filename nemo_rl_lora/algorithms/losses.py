@@ -149,9 +149,7 @@ class PolicyLoss:
         """[b, T] or [b, 1]: the importance weight of the trainer against the engine; 1 where it is off."""
         if not self.config.use_importance_sampling_correction:
             return torch.ones_like(inputs.old_logprobs)
-        weights = _engine_weights(inputs, self.config)
-        bound = self.config.truncated_importance_sampling_ratio
-        return weights if bound is None else weights.clamp(max=bound)
+        return _bounded_weights(inputs, self.config)[0]
 
     def _reduce(self, per_token: Tensor, inputs: LossInputs) -> Tensor:
         """This microbatch's share of the loss that the config asks for. per_token: [b, T]."""
@@ -263,6 +261,26 @@ def _engine_weights(inputs: LossInputs, config: LossFnConfig) -> Tensor:
     return log_weight.exp()
 
 
+def _bounded_weights(inputs: LossInputs, config: LossFnConfig) -> tuple[Tensor, Tensor]:
+    """The engine's weights as the correction uses them, and where they were out of bounds: each [b, T] or [b, 1].
+
+    tis cuts a weight that is too large; icepop takes 0 for a token whose weight is out of bounds; seq-mask-tis takes 0
+    for every token of a row whose weights' geometric mean is.
+    """
+    weights, kind = _engine_weights(inputs, config), config.truncated_importance_sampling_type
+    low, high = config.truncated_importance_sampling_ratio_min, config.truncated_importance_sampling_ratio
+    if kind is None or high is None:
+        return weights, torch.zeros_like(weights, dtype=torch.bool)
+    if kind == "tis":
+        return weights.clamp(max=high), weights > high
+    judged = weights
+    if kind == "seq-mask-tis":
+        assert inputs.generation_logprobs is not None
+        judged = _row_mean(inputs.old_logprobs - inputs.generation_logprobs, inputs.loss_mask).exp().unsqueeze(1)
+    is_out = (judged > high) | (judged < (low or 0.0))
+    return torch.where(is_out, 0.0, weights), is_out
+
+
 def _ratio_metrics(terms: _PolicyTerms, inputs: LossInputs) -> dict[str, Tensor]:
     metrics = {
         "probs_ratio": _token_share(terms.ratio, inputs),
@@ -285,7 +303,7 @@ def _generation_metrics(inputs: LossInputs, config: LossFnConfig) -> dict[str, T
     kind = config.reference_policy_kl_type
     log_mixture = torch.logaddexp(trainer, engine) - math.log(2)
     js_divergence = (estimate_kl(log_mixture, trainer, "k3") + estimate_kl(log_mixture, engine, "k3")) / 2
-    weights = _engine_weights(inputs, config)
+    weights, is_out = _bounded_weights(inputs, config)
     entropy = -(inputs.logprobs - engine).exp() * inputs.logprobs
     metrics = {
         "token_mult_prob_error": _token_share((engine - trainer).abs().exp(), inputs),
@@ -294,11 +312,8 @@ def _generation_metrics(inputs: LossInputs, config: LossFnConfig) -> dict[str, T
         "js_divergence_error": _token_share(js_divergence, inputs),
         "approx_entropy": _token_share(entropy, inputs),
     }
-    bound = config.truncated_importance_sampling_ratio
-    if bound is not None:
-        is_over = (weights > bound).to(weights.dtype).expand_as(trainer)
-        metrics["is_oob_ratio"] = _token_share(is_over, inputs)
-        weights = weights.clamp(max=bound)
+    if config.truncated_importance_sampling_type is not None:
+        metrics["is_oob_ratio"] = _token_share(is_out.to(weights.dtype).expand_as(trainer), inputs)
     if config.sequence_level_importance_ratios:
         has_tokens = inputs.loss_mask.any(dim=1)
         share = weights.squeeze(1)[has_tokens].sum() / max(inputs.denominators.num_sequences, 1)

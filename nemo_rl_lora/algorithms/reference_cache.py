@@ -1,7 +1,7 @@
 """Reference log-probabilities of preference pairs, computed once per pair and kept for later epochs and resumes.
 
-The reference is the base model, so these values never change: a pair that comes again costs no pass, and a resumed
-run goes on with the very numbers of the run that was interrupted.
+The reference (the base, or the initial adapter) does not move, so these values never change: a pair that comes again
+costs no pass, and a resumed run goes on with the very numbers of the run that was interrupted.
 """
 
 from __future__ import annotations

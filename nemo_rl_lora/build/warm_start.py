@@ -89,9 +89,7 @@ def _checked(
     if spec.fused == "shared":
         _refuse_several_a(tensors, wanted, key)
     zero = [m for m in adapted if not tensors[adapter_tensor_name(m.name, "B")].any()]
-    return InitialAdapter(
-        directory=directory, digest=digest_of(tensors), num_modules=len(adapted), num_zero=len(zero)
-    )
+    return InitialAdapter(directory=directory, digest=digest_of(tensors), num_modules=len(adapted), num_zero=len(zero))
 
 
 def _refuse_damaged(step: Path, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""`policy.adapter`: where the adapter starts from, whether it moves, and what it is held to. No file is touched here."""
+"""`policy.adapter`: where the adapter starts from, whether it moves, and what it is held to. No file is touched."""
 
 from __future__ import annotations
 

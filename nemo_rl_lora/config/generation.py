@@ -121,6 +121,17 @@ class ColocatedConfig(Section):
     """NeMo RL: the devices of an engine that does not share."""
 
 
+class ParityConfig(Section):
+    """How far the engine's probabilities of what it sampled may be from the trainer's before the run stops. Measured in
+    the training pass, so at no cost; the optimizer has then moved once. No NeMo RL keys."""
+
+    max_gen_kl_error: float | None = Field(default=None, gt=0)
+    """Stop where a step's gen_kl_error is above it; null: do not look."""
+    max_token_mult_prob_error: float | None = Field(default=None, gt=1)
+    """Stop where a step's token_mult_prob_error, the mean of exp(|difference of logprobs|), is above it; null: do not
+    look."""
+
+
 class EngineConfig(Section):
     """An engine, and how it samples where nothing is trained on its completions: in validation and evaluation."""
 
@@ -175,6 +186,8 @@ class GenerationConfig(EngineConfig):
     """The vLLM engine."""
     vllm_kwargs: dict[str, Any] = {}
     """Further arguments of vLLM's engine."""
+    parity: ParityConfig = ParityConfig()
+    """Limits on the difference between engine and trainer."""
     colocated: ColocatedConfig = ColocatedConfig()
     """Whether the engine shares the trainer's devices."""
     max_generation_failures: int = Field(default=2, ge=0)

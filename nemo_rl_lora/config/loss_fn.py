@@ -60,16 +60,14 @@ class LossFnConfig(Section):
     use_importance_sampling_correction: bool = False
     """Weight the policy term by the ratio of the trainer's old policy to the generation engine: per token,
     or per sequence (the product over its tokens) with sequence_level_importance_ratios."""
-    truncated_importance_sampling_type: Annotated[
-        str | None, Fixed(None, "tis", remedy="'icepop' and 'seq-mask-tis' are not supported yet; use 'tis'.")
-    ] = None
-    """tis: the weight of the importance-sampling correction is cut at truncated_importance_sampling_ratio."""
+    truncated_importance_sampling_type: Literal["tis", "icepop", "seq-mask-tis"] | None = None
+    """What happens to a weight of the importance-sampling correction that is out of bounds. tis: it is cut at the upper
+    bound. icepop: the token counts as 0. seq-mask-tis: every token of a sequence counts as 0 whose weights' geometric
+    mean is out of bounds."""
     truncated_importance_sampling_ratio: float | None = Field(default=None, gt=0)
     """Upper bound of the importance-sampling weight; needs a type."""
-    truncated_importance_sampling_ratio_min: Annotated[
-        float | None, Fixed(None, remedy="It bounds 'icepop' and 'seq-mask-tis' only; set it to null.")
-    ] = None
-    """Lower bound, which no supported type has."""
+    truncated_importance_sampling_ratio_min: float | None = Field(default=None, gt=0)
+    """Lower bound, for icepop and seq-mask-tis."""
     sequence_level_importance_ratios: bool = False
     """GSPO: one ratio for the sequence, the geometric mean over its tokens."""
     token_level_loss: bool = True
@@ -173,6 +171,22 @@ class LossFnConfig(Section):
             raise ValueError(
                 f"loss_fn.truncated_importance_sampling_type={kind!r}: needs an upper bound. "
                 "Set loss_fn.truncated_importance_sampling_ratio, for example to 2.0."
+            )
+        low = self.truncated_importance_sampling_ratio_min
+        if kind in ("icepop", "seq-mask-tis") and (low is None or (ratio is not None and low >= ratio)):
+            raise ValueError(
+                f"loss_fn.truncated_importance_sampling_ratio_min={low!r}: {kind!r} needs a lower bound below "
+                f"loss_fn.truncated_importance_sampling_ratio={ratio!r}. Set it, for example to 0.5."
+            )
+        if kind in (None, "tis") and low is not None:
+            raise ValueError(
+                f"loss_fn.truncated_importance_sampling_ratio_min={low!r}: bounds 'icepop' and 'seq-mask-tis' only, "
+                f"and loss_fn.truncated_importance_sampling_type={kind!r}. Set it to null."
+            )
+        if kind == "seq-mask-tis" and self.sequence_level_importance_ratios:
+            raise ValueError(
+                "loss_fn.truncated_importance_sampling_type='seq-mask-tis': judges sequences and weights tokens, and "
+                "loss_fn.sequence_level_importance_ratios=True weights sequences. Use 'icepop', or set that to false."
             )
         if kind is None and ratio is not None:
             raise ValueError(

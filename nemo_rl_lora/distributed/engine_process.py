@@ -55,7 +55,7 @@ class EngineProcess:
             # Ray would give an actor one thread; the trainer waits while the engine works
             environment = {"env_vars": {"OMP_NUM_THREADS": str(torch.get_num_threads())}}
             actor = ray.remote(num_cpus=0, num_gpus=int(torch.cuda.is_available()), runtime_env=environment)(_Host)
-            self._host = actor.remote()
+            self._host: Any = actor.remote()
             self._cleanup.callback(ray.kill, self._host)
             self.block_tokens, self.pid = self._wait("start", self._host.start.remote(settings))
         except BaseException:

@@ -7,6 +7,7 @@ SIGTERM stay in place. Where Ray runs already, in this process or at RAY_ADDRESS
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -30,7 +31,7 @@ def running_ray() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     directory = None if "RAY_ADDRESS" in os.environ else tempfile.mkdtemp(prefix="nrl-")  # sockets need short names
     try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=directory)
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, _temp_dir=directory)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         yield

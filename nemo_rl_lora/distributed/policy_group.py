@@ -116,7 +116,7 @@ class PolicyGroup:
         self._cleanup.callback(shutil.rmtree, self._directory, ignore_errors=True)
         self._cleanup.enter_context(running_ray())
         num_threads = max(1, torch.get_num_threads() // number)
-        actor = ray.remote(num_cpus=0, num_gpus=int(torch.cuda.is_available()))(_Rank)
+        actor: Any = ray.remote(num_cpus=0, num_gpus=int(torch.cuda.is_available()))(_Rank)
         self._ranks = [actor.remote(rank, number, num_threads) for rank in range(number)]
         self._cleanup.callback(self._end_ranks)
         addresses = [rank.free_address.remote() for rank in self._ranks]

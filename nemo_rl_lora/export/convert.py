@@ -26,7 +26,7 @@ from nemo_rl_lora.export.inputs import ADAPTER_FLAG, AdapterInput, Base, find_ad
 from nemo_rl_lora.export.logits import compare_logits
 from nemo_rl_lora.export.merged import Adapter, ExportError, MergedOutput, write_merged
 from nemo_rl_lora.export.verify import verify_merged
-from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, read_adapter
+from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, read_adapter, write_adapter
 from nemo_rl_lora.step_files import flush, flush_tree, probe_directory
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def _check_one(request: ExportRequest, item: Export, adapter: AdapterInput, base
         item.report = _finished_report(item.output, settings)
         item.status = "finished before"
         return None
-    fitted = None if base is None else Adapter.on_disk(adapter.directory, fit_to_base(adapter, base))
+    fitted = None if base is None else Adapter.on_disk(adapter.weights_file, fit_to_base(adapter, base))
     return _Checked(export=item, adapter=adapter, fitted=fitted, settings=settings)
 
 
@@ -341,18 +341,20 @@ def _copy_tokenizer(adapter: AdapterInput, target: Path) -> None:
 
 
 def _copy_adapter(item: _Checked, request: ExportRequest) -> None:
-    """The adapter's files, tensors bit for bit, and the run's tokenizer."""
+    """The adapter's tensors, bit for bit, its configuration, and the run's tokenizer."""
     _make_temporary(item.export)
     target, adapter = item.export.temporary, item.adapter
     _copy_tokenizer(adapter, target)
-    shutil.copyfile(adapter.directory / ADAPTER_FILE, target / ADAPTER_FILE)
     config = dict(adapter.peft_config)
     if request.model_name is not None:
         config["base_model_name_or_path"] = request.model_name
-    (target / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    read_adapter(target, expected=adapter.tensors.keys())
+    tensors, _ = read_adapter(adapter.directory)
+    write_adapter(target, tensors, config)
     path = target / ADAPTER_FILE
-    if path.read_bytes() != (adapter.directory / ADAPTER_FILE).read_bytes():
+    if adapter.weights_file.name == ADAPTER_FILE:  # in its own dtypes and bytes
+        shutil.copyfile(adapter.weights_file, path)
+    found, _ = read_adapter(target, expected=tensors.keys())
+    if not all(torch.equal(found[name], tensor) for name, tensor in tensors.items()):
         raise ExportError(f"{path}: reads back otherwise than it was written. Check the disk.")
     modules = {name.rsplit(".lora_", 1)[0] for name in adapter.tensors}
     files = [{"name": ADAPTER_FILE, "num_bytes": path.stat().st_size}]

@@ -21,12 +21,12 @@ from torch import Tensor
 from nemo_rl_lora.base_identity import StoredTensor, base_digest, stored_tensors
 from nemo_rl_lora.checkpoint import CONFIG_FILE, INFO_FILE
 from nemo_rl_lora.export.blocks import FLOATS
-from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, module_of, read_adapter
+from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, PICKLED_FILE, module_of, read_adapter
 from nemo_rl_lora.lora.fit import adapter_directory, fit_adapter
 from nemo_rl_lora.lora.names import OUTPUT_HEAD_NAMES, last_component
 from nemo_rl_lora.lora.targets import AdaptedModule, LinearModule
 from nemo_rl_lora.model_source import resolve_model
-from nemo_rl_lora.step_files import CHECKSUMS_FILE, read_json_file
+from nemo_rl_lora.step_files import CHECKSUMS_FILE, DamagedError, read_json_file, verify_files
 
 ADAPTER_FLAG = "--adapter-ckpt"
 MODEL_FLAG = "--hf-model-name"
@@ -38,7 +38,7 @@ _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.\d+\..+")
 class AdapterInput:
     """An adapter on disk that is whole, and what its step says of the run it is from."""
 
-    directory: Path
+    weights_file: Path
     step: Path | None  # the step's directory; None for an adapter that is no checkpoint of ours
     tensors: Mapping[str, Tensor]  # shapes alone, on the meta device
     peft_config: Mapping[str, Any]
@@ -46,6 +46,10 @@ class AdapterInput:
     base_digest: str | None  # of the base that it was trained on, where that is recorded
     model_source: str
     config_overrides: Mapping[str, Any]  # policy.hf_config_overrides of the run
+
+    @property
+    def directory(self) -> Path:
+        return self.weights_file.parent
 
     @property
     def base_name(self) -> str | None:
@@ -83,11 +87,6 @@ def find_adapter(path: Path) -> AdapterInput:
         several = " --all converts every one." if "whole run" in str(error) else ""
         raise ValueError(f"{flag}: {error}{several}") from None
     step = directory.parent.parent if (directory.parent.parent / INFO_FILE).is_file() else None
-    if not (directory / ADAPTER_FILE).is_file() and (directory / "adapter_model.bin").is_file():
-        raise ValueError(
-            f"{flag}: holds adapter_model.bin, which can run code when it is read. Load it with PEFT where you trust "
-            "it, and save it again with save_pretrained, which writes adapter_model.safetensors."
-        )
     if step is not None:
         _refuse_damaged(step, directory, flag)
     try:
@@ -98,12 +97,13 @@ def find_adapter(path: Path) -> AdapterInput:
         if not tensor.isfinite().all():
             raise ValueError(f"{flag}: {name} holds values that are not finite. Use an earlier step.")
     info = {} if step is None else read_json_file(step, INFO_FILE)
+    weights_file = ADAPTER_FILE if (directory / ADAPTER_FILE).is_file() else PICKLED_FILE
     return AdapterInput(
-        directory=directory,
+        weights_file=directory / weights_file,
         step=step,
         tensors={name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()},
         peft_config=peft_config,
-        sha256=_sha256(directory / ADAPTER_CONFIG_FILE, directory / ADAPTER_FILE),
+        sha256=_sha256(directory / ADAPTER_CONFIG_FILE, directory / weights_file),
         base_digest=info.get("base_digest"),
         model_source=info.get("model_source", ""),
         config_overrides={} if step is None else _config_overrides(step),
@@ -221,15 +221,11 @@ def _refuse_damaged(step: Path, directory: Path, flag: str) -> None:
     """ValueError where the adapter's files are not those of the step's checksums."""
     if not (step / CHECKSUMS_FILE).is_file():
         return
-    sums = read_json_file(step, CHECKSUMS_FILE)
-    for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE):
-        path = directory / name
-        recorded = sums.get(path.relative_to(step).as_posix())
-        if recorded is not None and (not path.is_file() or _sha256(path) != recorded["sha256"]):
-            raise ValueError(
-                f"{flag}: {path} is not what was saved (its sha256 is not that of {step / CHECKSUMS_FILE}): it is "
-                "damaged. Use another step."
-            )
+    place = directory.relative_to(step).as_posix()
+    try:
+        verify_files(step, [f"{place}/{name}" for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE)])
+    except DamagedError as error:
+        raise ValueError(f"{flag}: {error.path} {error.what}: it is damaged. Use another step.") from error
 
 
 def _config_overrides(step: Path) -> Mapping[str, Any]:

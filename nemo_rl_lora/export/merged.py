@@ -27,7 +27,7 @@ from nemo_rl_lora.export.blocks import (
     row_blocks,
     rows_and_width,
 )
-from nemo_rl_lora.lora.files import ADAPTER_FILE, adapter_tensor_name
+from nemo_rl_lora.lora.files import ADAPTER_FILE, adapter_tensor_name, read_adapter
 from nemo_rl_lora.lora.merge import merged_weight
 from nemo_rl_lora.lora.targets import AdaptedModule
 
@@ -38,19 +38,22 @@ class ExportError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """A fitted adapter whose tensors stay on disk until they are needed."""
+    """A fitted adapter. Tensors in safetensors stay on disk until they are needed; PEFT's older format is held."""
 
     modules: Mapping[str, AdaptedModule]  # by weight name
-    stored: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor | Tensor]
 
     @classmethod
-    def on_disk(cls, directory: Path, modules: Mapping[str, AdaptedModule]) -> Adapter:
-        return cls(modules=modules, stored=file_tensors(directory / ADAPTER_FILE))
+    def on_disk(cls, weights_file: Path, modules: Mapping[str, AdaptedModule]) -> Adapter:
+        if weights_file.name == ADAPTER_FILE:
+            return cls(modules=modules, tensors=file_tensors(weights_file))
+        return cls(modules=modules, tensors=read_adapter(weights_file.parent)[0])
 
     def factors(self, weight: str) -> tuple[Tensor, Tensor]:
         """A [dim, in] and B [out, dim] of a weight, fp32."""
         module = self.modules[weight].name
-        a, b = (read_fp32(self.stored[adapter_tensor_name(module, side)]) for side in "AB")
+        found = [self.tensors[adapter_tensor_name(module, side)] for side in "AB"]
+        a, b = (tensor if isinstance(tensor, Tensor) else read_fp32(tensor) for tensor in found)
         return a, b
 
 

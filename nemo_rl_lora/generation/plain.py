@@ -53,7 +53,7 @@ class PlainDecoder:
         for hook in self.hooks:
             hook.remove()
         self.hooks = [
-            self.model.get_submodule(name).register_forward_hook(_adding(adapter)) for name, adapter in adapters.items()
+            self.model.get_submodule(name).register_forward_hook(adding(adapter)) for name, adapter in adapters.items()
         ]
 
     def admit(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
@@ -99,7 +99,7 @@ class PlainDecoder:
         return order
 
 
-def _adding(adapter: Adapter) -> Any:
+def adding(adapter: Adapter) -> Any:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + adapter.update(inputs[0]).to(output.dtype)
 

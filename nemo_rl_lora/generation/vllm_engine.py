@@ -6,6 +6,7 @@ whether the engine is right: it reports what it received and what it shows. The 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -137,7 +138,14 @@ class VllmEngine:
         return self._call("probe_adapter", names, ranks)
 
     def close(self) -> None:
-        self._llm.llm_engine.engine_core.shutdown()
+        # Not the core's own shutdown, now or when it is collected: that destroys every process group of this process,
+        # the trainer's among them.
+        client: Any = self._llm.llm_engine.engine_core
+        client._finalizer.detach()
+        core = client.engine_core
+        core.model_executor.shutdown()
+        core.scheduler.shutdown()
+        gc.unfreeze()  # what was made while the engine started
 
     def _call(self, method: str, *arguments: Any) -> Any:
         (answer,) = self._llm.collective_rpc(method, args=arguments)  # one worker

@@ -148,6 +148,32 @@ def test_importance_sampling_weights_are_truncated_and_counted() -> None:
     assert metrics["sampling_importance_ratio"].item() == pytest.approx(1.5, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "bounds", "loss", "share"),
+    [
+        # per token: 3 is above 2 and 0.4 below 0.5; what is left is 0.9 (advantage 1) and 1.5 (advantage -1)
+        ("icepop", (0.5, 2.0), (-0.9 + 1.5) / 4, 2 / 4),
+        # geometric means: (3 * 0.4 * 0.9)^(1/3) = 1.026 of the first row, 1.5 of the second
+        ("seq-mask-tis", (0.9, 1.2), (-3.0 - 0.4 - 0.9) / 4, 1 / 4),
+        ("seq-mask-tis", (1.03, 2.0), 1.5 / 4, 3 / 4),
+    ],
+)
+def test_weights_out_of_bounds_are_masked(kind, bounds, loss, share) -> None:
+    inputs = row_inputs([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]], [1.0, -1.0])
+    weights = torch.tensor([[3.0, 0.4, 0.9], [1.5, 1.0, 1.0]])
+    inputs = replace(inputs, generation_logprobs=inputs.old_logprobs - weights.log())
+    found, metrics = evaluate(
+        inputs,
+        **NO_KL,
+        use_importance_sampling_correction=True,
+        truncated_importance_sampling_type=kind,
+        truncated_importance_sampling_ratio_min=bounds[0],
+        truncated_importance_sampling_ratio=bounds[1],
+    )
+    assert found.item() == pytest.approx(loss, rel=1e-5)
+    assert metrics["is_oob_ratio"].item() == pytest.approx(share)
+
+
 def test_metrics_equal_numbers_by_hand() -> None:
     inputs = row_inputs(RATIOS, ADVANTAGES)
     engine = torch.where(inputs.loss_mask, inputs.old_logprobs + math.log(1.25), 0.0)
@@ -375,7 +401,28 @@ def test_a_loss_survives_pickling() -> None:
             {"constant_length_normalizer": 5, "token_level_loss": False},
             "loss_fn.constant_length_normalizer=5",
         ),
-        ({"truncated_importance_sampling_type": "icepop"}, "'icepop' and 'seq-mask-tis' are not supported"),
+        (
+            {"truncated_importance_sampling_type": "icepop", "truncated_importance_sampling_ratio": 2.0},
+            "ratio_min=None: 'icepop' needs a lower bound below",
+        ),
+        (
+            {
+                "truncated_importance_sampling_type": "tis",
+                "truncated_importance_sampling_ratio": 2.0,
+                "truncated_importance_sampling_ratio_min": 0.5,
+            },
+            "ratio_min=0.5: bounds 'icepop' and 'seq-mask-tis' only",
+        ),
+        (
+            {
+                "truncated_importance_sampling_type": "seq-mask-tis",
+                "truncated_importance_sampling_ratio": 2.0,
+                "truncated_importance_sampling_ratio_min": 0.5,
+                "sequence_level_importance_ratios": True,
+                "token_level_loss": False,
+            },
+            "judges sequences and weights tokens",
+        ),
         ({"truncated_importance_sampling_type": "tis"}, "needs an upper bound"),
         ({"truncated_importance_sampling_ratio": 2.0}, "has no effect without a type"),
         (

@@ -21,7 +21,7 @@ def test_quick_start_is_runnable(algorithm, backend) -> None:
         (["policy.dtensor_cfg.sequence_parallel=true"], "policy.dtensor_cfg.sequence_parallel=True"),
         (["cluster.gpus_per_node=8"], "cluster.gpus_per_node=8"),
         (["cluster.num_nodes=2"], "cluster.num_nodes=2"),
-        (["policy.generation.backend=vllm"], "policy.generation.backend='vllm'"),
+        (["policy.generation.colocated.enabled=false"], "policy.generation.colocated.enabled=False"),
     ],
 )
 def test_setting_that_cannot_run_is_named(overrides: list[str], key: str) -> None:
@@ -33,7 +33,7 @@ def test_setting_that_cannot_run_is_named(overrides: list[str], key: str) -> Non
 def test_recipe_for_two_nodes_loads_and_names_all_that_is_missing() -> None:
     file = CONFIG_DIR / "recipes" / "llm" / "grpo-nanov3-30BA3B-2n8g-megatron-lora.yaml"
     keys = [problem.split("=")[0] for problem in check_runnable(load_config(file, [], "grpo"))]
-    assert keys == ["cluster.gpus_per_node", "policy.generation.backend"]
+    assert keys == ["cluster.num_nodes"]
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,21 @@ def test_recipe_for_two_nodes_loads_and_names_all_that_is_missing() -> None:
             "policy.generation.vllm_cfg.gpu_memory_utilization=0.8",
             "policy.generation.vllm_cfg.gpu_memory_utilization=0.8",
         ),
-        ("+policy.generation.vllm_kwargs.max_num_seqs=4", "policy.generation.vllm_kwargs={'max_num_seqs': 4}"),
+        ("+policy.generation.vllm_kwargs.seed=4", "policy.generation.vllm_kwargs={'seed': 4}"),
+        ("policy.generation.timeout_seconds=60", "policy.generation.timeout_seconds=60.0"),
     ],
 )
 def test_value_that_nothing_reads_is_named(override: str, key: str) -> None:
     problems = check_runnable(load_config(None, [override], "grpo"))
     assert len(problems) == 1
     assert problems[0].startswith(f"{key}: is read by nothing")
+
+
+def test_what_an_engine_in_the_trainers_process_does_not_read_is_named() -> None:
+    overrides = ["policy.generation.backend=vllm", "policy.generation.max_generation_failures=5"]
+    (problem,) = check_runnable(load_config(None, overrides, "grpo"))
+    assert problem.startswith("policy.generation.max_generation_failures=5: is read by nothing")
+    assert check_runnable(load_config(None, [*overrides, "policy.generation.colocated.enabled=false"], "grpo")) == []
 
 
 def test_values_that_follow_from_others_are_no_change() -> None:

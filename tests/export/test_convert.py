@@ -135,7 +135,7 @@ def test_a_damaged_step_is_reported_and_the_others_are_exported(run, tmp_path, f
     path.write_bytes(data)
     ended = convert(run, tmp_path / "all", "--all", *flags)
     assert ended.code == 1
-    assert f"{path} is not what was saved" in ended.err
+    assert f"{path} has other contents than when it was saved" in ended.err
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["step_1", "step_3"]
     assert ended.out.count("written") == 3  # two rows and the sum
 

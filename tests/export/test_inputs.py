@@ -101,9 +101,18 @@ def test_all_needs_a_run(peft_adapter, tmp_path):
     refused(peft_adapter, tmp_path / "out", "--all", says="holds no step_N directory")
 
 
-def test_an_adapter_in_pickle_is_refused_by_name(adapter, tmp_path):
-    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    refused(adapter, tmp_path / "out", says="adapter_model.bin, which can run code when it is read")
+@pytest.mark.parametrize("flags", [(), ("--adapter-only",)])
+def test_an_adapter_in_pickle_is_read_without_running_it(adapter, peft_adapter, tmp_path, flags):
+    path = adapter / "adapter_model.safetensors"
+    torch.save(load_file(path), adapter / "adapter_model.bin")
+    path.unlink()
+    name = "adapter_model.safetensors" if flags else "model.safetensors"
+    out, expected = (converted(source, tmp_path / source.parent.name, *flags) for source in (adapter, peft_adapter))
+    one, other = load_file(out / name), load_file(expected / name)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in other)
+    torch.save({"code": Path}, adapter / "adapter_model.bin")
+    refused(adapter, tmp_path / "no", *flags, says="holds something other than tensors")
 
 
 def test_values_that_are_not_finite_are_refused(adapter, tmp_path):

@@ -55,7 +55,7 @@ def test_the_base_file_and_a_recipe_with_more_ranks_load() -> None:
         ({"backend": "replay"}, r"policy\.generation\.replay_path=None"),
         ({"replay_path": "a.jsonl"}, r"policy\.generation\.replay_path='a\.jsonl'"),
         ({"refit_transport": "nixl"}, "only None is supported"),
-        ({"colocated": {"enabled": False}}, "only True is supported"),
+        ({"colocated": {"resources": {"num_nodes": 2}}}, "only None is supported"),
         ({"vllm_cfg": {"kv_cache_dtype": "fp8"}}, "only 'auto' is supported"),
         ({"top_P": 1.0}, "Extra inputs"),
     ],

@@ -23,6 +23,7 @@ FAULTS = {
     "twice": r"q_proj\S* is with an update 2\.\d\d times the one sent",
     "alpha": r"q_proj\S* is with an update 0\.2\d times the one sent",
     "projection": r"show something else in 2 of \d+ probed tensors: \S*layers\.0\.self_attn\.k_proj",
+    "bytes": r"received other bytes in 1 of \d+ tensors: \S*layers\.1\.mlp\.down_proj",
     "prefix": r"kept its prefix cache",
     "shape": r"v_proj.weight': shape \(0, 64\), and the engine's is \(32, 64\). It keeps version",
 }

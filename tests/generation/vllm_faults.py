@@ -10,8 +10,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from nemo_rl_lora.generation.receipts import probed_span
 from nemo_rl_lora.generation.vllm_engine import VllmEngine
 from nemo_rl_lora.generation.vllm_worker import WorkerExtension
 
@@ -43,7 +44,17 @@ def load(worker, tensors):
 def receive_weights(worker, source):
     if NEXT["fault"] == "shape":
         source = {n: t[:-32] if "v_proj.weight" in n else t for n, t in source.items()}
+    if NEXT["fault"] == "bytes":
+        source = one_element_changed(source)
     return _receive(worker, source)
+
+
+def one_element_changed(tensors):
+    """One number of one tensor, where no probe looks."""
+    name = next(name for name in tensors if "1.mlp.down_proj" in name)
+    changed = tensors[name].clone()
+    changed[0, (probed_span(name, changed.shape[1]).stop + 1) % changed.shape[1]] += 1
+    return {**tensors, name: changed}
 
 
 def refresh_tied_head(worker, tensors):
@@ -89,6 +100,9 @@ class FaultyEngine(VllmEngine):
 
     def receive_adapter(self, directory):
         fault, before = NEXT["fault"], Path(directory).with_name("before")
+        if fault == "bytes":
+            file = Path(directory) / "adapter_model.safetensors"
+            save_file(one_element_changed(load_file(file)), file)
         if fault == "dropped":
             return self._call("receive_adapter", directory)
         if fault == "stale":

@@ -268,7 +268,7 @@ class Adapters:
 
         A shared A is a copy for each of its modules.
         """
-        places = [(held, side) for held in self._held for side in SIDES]
+        places: list[tuple[Held, Side]] = [(held, side) for held in self._held for side in SIDES]
         shards = [self._shards(held, side, of) for held, side in places]
         fetched = iter(self._ranks.fetch([shard for one in shards for shard in one], torch.float32))
         canonical: dict[str, Tensor] = {}

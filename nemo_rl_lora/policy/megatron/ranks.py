@@ -41,13 +41,13 @@ class Ranks:
         self.sequence_parallel = sequence_parallel
         self._has_copied_head = has_tied_head and layout.pp > 1
         self.rank, self.number = dist.get_rank(), dist.get_world_size()
-        self.tensor_group = parallel_state.get_tensor_model_parallel_group()
-        self.context_group = parallel_state.get_context_parallel_group()
+        self.tensor_group = _group(parallel_state.get_tensor_model_parallel_group())
+        self.context_group = _group(parallel_state.get_context_parallel_group())
         # Ranks that share experts, or an expert, meet in every forward pass.
         self.data_share = DataShare(
             index=parallel_state.get_data_parallel_rank(),
             number=parallel_state.get_data_parallel_world_size(),
-            in_step=parallel_state.get_expert_tensor_and_model_parallel_group().size() > 1,
+            in_step=_group(parallel_state.get_expert_tensor_and_model_parallel_group()).size() > 1,
         )
         self.layouts: tuple[ParallelLayout, ...] = (layout,)
         if self.number > 1:
@@ -103,14 +103,15 @@ class Ranks:
         for p in trained.values():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        all_data = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        all_data = _group(parallel_state.get_data_parallel_group(with_context_parallel=True))
         self._sum((p for name, p in trained.items() if "local_experts" not in name), all_data)
         if any("local_experts" in name for name in trained):
-            expert_data = parallel_state.get_expert_data_parallel_group()
+            expert_data = _group(parallel_state.get_expert_data_parallel_group())
             self._sum((p for name, p in trained.items() if "local_experts" in name), expert_data)
         self._sum((p for name, p in trained.items() if self._is_partial(name)), self.tensor_group)
         if self._has_copied_head and self.layout.pp_rank in (0, self.layout.pp - 1):
-            self._sum((p for name, p in trained.items() if name in _TIED), parallel_state.get_embedding_group())
+            embeddings = _group(parallel_state.get_embedding_group())
+            self._sum((p for name, p in trained.items() if name in _TIED), embeddings)
 
     def total_norm(self, named: Mapping[str, nn.Parameter]) -> Tensor:
         """The L2 norm of all gradients of the model, each element counted once, on every process."""
@@ -158,6 +159,12 @@ class Ranks:
         if self._has_copied_head and name == "output_layer.weight":
             return False
         return self.rank in owners(name, self.layouts)
+
+
+def _group(found: Any) -> dist.ProcessGroup:
+    """One of megatron-core's groups, which this process is in."""
+    assert isinstance(found, dist.ProcessGroup), found
+    return found
 
 
 def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
