@@ -308,6 +308,10 @@ def test_replayed_rollouts_train_as_the_recorded_run(tiny_run, monkeypatch, tmp_
         assert ended.code == 0, ended.err
 
     original, once, twice = (without_seconds(tiny_run.metrics(experiment=i)) for i in (1, 2, 3))
+    for line in original:
+        assert line["sync_bytes"] > 0
+    for line in (*original, *once, *twice):
+        line.pop("sync_bytes")  # recorded rollouts need no weights
     assert original == once == twice
     assert same(adapter(tmp_path / "once/step_2"), adapter(tiny_run.checkpoints / "step_2"))
 
