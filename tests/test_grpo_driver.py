@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from nemo_rl_lora.command_line import continue_command
 from nemo_rl_lora.generation import in_process
+from nemo_rl_lora.generation.protocol import GenerationFailed
 from nemo_rl_lora.generation.replay import write_replay
 from nemo_rl_lora.types import Completion, CompletionGroup, SyncReceipt
 from tests.driver import adapter, same, without_seconds
@@ -334,6 +335,22 @@ def test_a_rollout_of_stale_weights_stops_the_run(tiny_run, monkeypatch):
     assert "Traceback" in (tiny_run.logs / "exp_001" / "run.log").read_text()
     assert tiny_run.metrics() == []
     assert tiny_run.steps() == []
+
+
+def test_a_run_whose_engine_is_lost_for_good_leaves_a_checkpoint(tiny_run, monkeypatch):
+    class Lost(in_process.InProcessGeneration):
+        def collect(self, tickets):
+            if self._version == 2:
+                raise GenerationFailed("policy.generation.max_generation_failures=1: the engine ended, twice in a row.")
+            return super().collect(tickets)
+
+    monkeypatch.setattr(in_process, "InProcessGeneration", Lost)
+
+    ended = tiny_run("grpo.max_num_steps=4", "checkpointing.save_period=100")
+
+    assert ended.code == 1
+    assert "policy.generation.max_generation_failures=1: the engine ended" in ended.err
+    assert tiny_run.steps() == ["step_2"]
 
 
 def one_version_back(completion: Completion) -> Completion:

@@ -179,6 +179,24 @@ def test_grpo_trains_on_what_vllm_samples(tmp_path, mode, backend):
     assert {line["sync_bytes"] for line in lines} == {float(SYNC_BYTES[mode])}
 
 
+def test_a_stop_string_ends_a_completion(tmp_path):
+    run = TinyRun(root=tmp_path, model=make_driver_model(tmp_path / "model"))
+    letters = ",".join(chr(code) for code in range(ord("A"), ord("z")) if chr(code).isalpha())
+
+    ended = run(
+        "policy.generation.backend=vllm",
+        "policy.generation.vllm_cfg.enforce_eager=true",
+        f"policy.generation.stop_strings=[{letters}]",
+        "policy.generation.max_new_tokens=24",
+        "grpo.max_num_steps=1",
+    )
+
+    assert ended.code == 0, ended.err
+    (line,) = run.metrics()
+    assert line["truncation_rate"] < 0.5  # a random model writes one of 51 letters in one of five tokens
+    assert line["gen_kl_error"] < 1e-9
+
+
 def test_a_run_stops_before_a_rollout_is_used_where_the_engine_was_left_behind(tmp_path, monkeypatch):
     load = WorkerExtension._load
     loads = []
