@@ -1,5 +1,7 @@
 """What base weights are, whichever files they stand in: a digest over names, shapes, dtypes and sampled bytes.
 
+Here too is what this product knows of safetensors' headers.
+
 Contract: the digest is that of the tensors of a Hugging Face directory, sorted by name, so it does not depend on how
 they are sharded, nor on where the directory is. Only headers and samples are read: a changed value in a tensor above
 64 KiB is found if it lies in one of 16 evenly spread pages of 4 KiB, and other weights differ everywhere. Imports no
@@ -11,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -45,8 +47,11 @@ class StoredTensor:
 def base_digest(directory: Path) -> str | None:
     """SHA-256 of the weights of a Hugging Face directory; None where they are not in safetensors files."""
     tensors = stored_tensors(directory)
-    if not tensors:
-        return None
+    return digest_of_stored(tensors) if tensors else None
+
+
+def digest_of_stored(tensors: Mapping[str, StoredTensor]) -> str:
+    """The same of tensors whose headers have been read."""
     digest = hashlib.sha256()
     files: dict[Path, IO[bytes]] = {}
     try:
@@ -103,6 +108,18 @@ def file_tensors(path: Path) -> dict[str, StoredTensor]:
     if (size := path.stat().st_size) != expected:
         raise ValueError(f"{path}: has {size:,} bytes instead of {expected:,}. {_WAY_OUT}")
     return {tensor.name: tensor for tensor in sorted(tensors, key=lambda tensor: tensor.offset)}
+
+
+def header_bytes(entries: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """How a safetensors file of these tensors begins: (name, dtype, shape, number of bytes) in their order."""
+    header: dict[str, Any] = {METADATA: {"format": "pt"}}
+    end = 0
+    for name, dtype, shape, num_bytes in entries:
+        first, end = end, end + num_bytes
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [first, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % LENGTH_BYTES)  # the data begins aligned
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int) -> StoredTensor:

@@ -443,6 +443,12 @@ def config_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> 
     }
 
 
+def step_of_adapter(directory: Path) -> Path | None:
+    """The step that an adapter's directory is part of; None for an adapter that is no checkpoint of ours."""
+    step = directory.parent.parent
+    return step if (step / INFO_FILE).is_file() else None
+
+
 def step_directories(directory: Path) -> list[tuple[int, Path]]:
     """(step, path) of the complete steps in a directory, oldest first."""
     return sorted((number, path) for path in directory.glob("*/") if (number := _step_of(path)) is not None)

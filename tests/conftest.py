@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from pathlib import Path
+
 import pytest
 
 
@@ -14,6 +16,21 @@ def tiny_llama(tmp_path_factory):
     from tests.driver import make_tiny_llama
 
     return make_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """family -> directory of a random model in fp32."""
+    from tests.policy.conftest import CONFIGS, save_random_model
+
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = save_random_model(CONFIGS[family], tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return make
 
 
 @pytest.fixture

@@ -10,7 +10,17 @@ PACKAGE = ROOT / "nemo_rl_lora"
 
 # From the bottom to the top. A file may import from lower layers and from its own room.
 LAYERS = [
-    ["types", "randomness", "lora", "gguf", "packaged_model", "step_files", "base_identity", "step_digests"],
+    [
+        "types",
+        "randomness",
+        "lora",
+        "gguf",
+        "shared_memory",
+        "packaged_model",
+        "step_files",
+        "base_identity",
+        "step_digests",
+    ],
     ["config", "model_source"],
     [
         "data",

@@ -305,27 +305,22 @@ def test_sizes_that_the_model_or_the_processes_do_not_have_are_refused(tiny, ove
     assert any(problem in sentence for sentence in plan.problems), plan.problems
 
 
+EIGHT_B = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
 LLAMA_8B = LlamaConfig(
-    hidden_size=4096,
+    **EIGHT_B,
     intermediate_size=14336,
     num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
     vocab_size=128256,
     max_position_embeddings=131072,
-    tie_word_embeddings=False,
     architectures=["LlamaForCausalLM"],
 )
 QWEN3_8B = Qwen3Config(
-    hidden_size=4096,
+    **EIGHT_B,
     intermediate_size=12288,
     num_hidden_layers=36,
-    num_attention_heads=32,
-    num_key_value_heads=8,
     head_dim=128,
     vocab_size=151936,
     max_position_embeddings=32768,
-    tie_word_embeddings=False,
     architectures=["Qwen3ForCausalLM"],
 )
 

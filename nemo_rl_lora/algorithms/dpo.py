@@ -25,7 +25,6 @@ from nemo_rl_lora.data.order import RowLoader
 from nemo_rl_lora.data.preferences import PreferenceSet
 from nemo_rl_lora.metrics import Stopwatch
 from nemo_rl_lora.policy.protocol import Policy
-from nemo_rl_lora.step_digests import token_digest
 from nemo_rl_lora.types import Batch, PreferencePair
 
 REFERENCE_FILE = "reference_logprobs.safetensors"
@@ -71,8 +70,8 @@ class DpoWork:
         lengths = batch.sequence_length.view(-1, 2).sum(dim=1).tolist()
         by_source = tokens_by_source((pair.source, length) for pair, length in zip(pairs, lengths, strict=True))
         counts = {"num_tokens": float(sum(lengths)), "num_pairs": float(len(pairs)), **by_source}
-        tokens = token_digest(ids for pair in pairs for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
-        return StepDone(metrics=metrics | by_source, counts=counts, tokens=tokens)
+        token_ids = (ids for pair in pairs for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+        return StepDone(metrics=metrics | by_source, counts=counts, token_ids=token_ids)
 
     def validate(self, step: int, watch: Stopwatch) -> Validated | None:
         """Loss, accuracy and rewards over the validation pairs; accuracy by source too where there are several."""

@@ -34,7 +34,6 @@ from nemo_rl_lora.environments.protocol import Environment
 from nemo_rl_lora.generation.protocol import Generation, generate
 from nemo_rl_lora.metrics import RolloutSample, RunLog, Stopwatch
 from nemo_rl_lora.policy.protocol import Policy
-from nemo_rl_lora.step_digests import token_digest
 from nemo_rl_lora.types import Batch, Prompt, RolloutGroup, SyncReceipt
 
 
@@ -65,7 +64,7 @@ class GrpoWork:
         self._served_version = -1
         self._receipt_metrics: dict[str, float] = {}
         self._held: list[HeldGroup] = []  # for the next step, oldest first
-        self._sampled = ""  # digest of the token ids of the newest rollout
+        self._sampled: Sequence[RolloutGroup] = ()  # the newest rollout
         self._step = 0  # complete steps
         self._watch = Stopwatch()  # of the step that is being done
 
@@ -89,7 +88,12 @@ class GrpoWork:
             "generation_tokens_per_second": metrics["num_sampled_tokens"] / max(sampling_seconds, 1e-9),
         }
         counts = {"num_tokens": float(batch.sequence_length.sum()), "num_completions": float(len(batch.token_ids))}
-        return StepDone(metrics=metrics, counts=counts, tokens=self._sampled)
+        token_ids = (
+            (*group.prompt.token_ids, *completion.token_ids)
+            for group in self._sampled
+            for completion in group.completions
+        )
+        return StepDone(metrics=metrics, counts=counts, token_ids=token_ids)
 
     def validate(self, step: int, watch: Stopwatch) -> Validated | None:
         """Sample the validation prompts and score them."""
@@ -154,9 +158,7 @@ class GrpoWork:
         metrics |= _sampling_metrics(sampled)
         metrics["reward"] = float(rewards_of(sampled or trained).mean())
         metrics["filtered_reward"] = float(rewards_of(trained).mean())
-        self._sampled = token_digest(
-            (*group.prompt.token_ids, *completion.token_ids) for group in sampled for completion in group.completions
-        )
+        self._sampled = sampled
         return trained, self._batch(trained, held, metrics), metrics
 
     def _sample(self, num_needed: int) -> tuple[list[RolloutGroup], list[RolloutGroup], dict[str, float]]:

@@ -21,7 +21,7 @@ from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.metrics import RolloutSample, RunLog, Stopwatch
 from nemo_rl_lora.policy.protocol import Policy
 from nemo_rl_lora.run_control import StopRequest
-from nemo_rl_lora.step_digests import tensor_digests
+from nemo_rl_lora.step_digests import tensor_digests, token_digest
 from nemo_rl_lora.types import StepOutput
 
 
@@ -59,12 +59,12 @@ class RunParts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone:
-    """What a step did. `counts` are added to the run's totals; `num_tokens` is one of them. `tokens` is the
-    step_digests.token_digest of what was drawn."""
+    """What a step did. `counts` are added to the run's totals; `num_tokens` is one of them. `token_ids` are the rows
+    that were drawn, read only where their digest is recorded."""
 
     metrics: Mapping[str, float]
     counts: Mapping[str, float]
-    tokens: str
+    token_ids: Iterable[Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +147,7 @@ class TrainingLoop:
             self._record(done)
             if self._parts.config.logger.record_digests:
                 tensors = tensor_digests(self._parts.policy.save, self._parts.log.directory)
-                self._parts.log.log_digests(self._step, {"tokens": done.tokens, **tensors})
+                self._parts.log.log_digests(self._step, {"tokens": token_digest(done.token_ids), **tensors})
             reached = self._validate() if self._validation_is_due() else None
             reason = self._why_save(stop, reached is not None, time.monotonic() - started)
             if reason is not None:

@@ -21,7 +21,6 @@ from nemo_rl_lora.data.conversations import ConversationSet
 from nemo_rl_lora.data.order import RowLoader
 from nemo_rl_lora.metrics import Stopwatch
 from nemo_rl_lora.policy.protocol import Policy
-from nemo_rl_lora.step_digests import token_digest
 from nemo_rl_lora.types import Batch, Example
 
 
@@ -65,8 +64,8 @@ class SftWork:
         }
         by_source = tokens_by_source((example.source, len(example.token_ids)) for example in examples)
         counts = {"num_tokens": float(batch.sequence_length.sum()), **by_source}
-        tokens = token_digest(example.token_ids for example in examples)
-        return StepDone(metrics=metrics | by_source, counts=counts, tokens=tokens)
+        token_ids = (example.token_ids for example in examples)
+        return StepDone(metrics=metrics | by_source, counts=counts, token_ids=token_ids)
 
     def validate(self, step: int, watch: Stopwatch) -> Validated | None:
         """The mean loss of a token over the validation rows; of each set apart too where there are several."""

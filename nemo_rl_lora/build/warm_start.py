@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_rl_lora.checkpoint import INFO_FILE
+from nemo_rl_lora.checkpoint import INFO_FILE, step_of_adapter
 from nemo_rl_lora.config.lora import lora_block_key
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, adapter_tensor_name, read_adapter
@@ -69,7 +69,7 @@ def _checked(
     path: Path, policy: PolicyConfig, spec: LoraSpec, source: ModelSource, base_digest: str | None
 ) -> InitialAdapter:
     directory = adapter_directory(path)
-    step = directory.parent.parent if (directory.parent.parent / INFO_FILE).is_file() else None
+    step = step_of_adapter(directory)
     if step is not None:
         _refuse_damaged(step, directory)
     tensors, peft_config = read_adapter(directory)

@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_rl_lora.distributed.local_ray import running_ray
-from nemo_rl_lora.generation.vllm import EngineLost, shared_memory, start_engine
+from nemo_rl_lora.generation.vllm import EngineLost, start_engine
 from nemo_rl_lora.generation.vllm_engine import EngineSettings, Job, Sampled
+from nemo_rl_lora.shared_memory import shared_memory
 from nemo_rl_lora.types import TensorInfo
 
 logger = logging.getLogger(__name__)

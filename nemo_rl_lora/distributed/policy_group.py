@@ -8,7 +8,6 @@ ends the run with its own error: the others, which may be waiting for it, are en
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import socket
 import tempfile
@@ -31,9 +30,9 @@ from nemo_rl_lora.policy.adapter import DTYPES
 from nemo_rl_lora.policy.model import load_model
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.policy.weights import write_tensors
+from nemo_rl_lora.shared_memory import shared_memory
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
-_SHARED_MEMORY = Path("/dev/shm")
 _START_SECONDS = 300  # an actor's imports, on a busy machine
 _GRACE_SECONDS = 10
 
@@ -112,7 +111,8 @@ class PolicyGroup:
             raise
 
     def _start(self, number: int) -> None:
-        self._directory = Path(tempfile.mkdtemp(prefix="nrl-weights-", dir=_room_for(self._setup.model_path)))
+        size = sum(file.stat().st_size for file in self._setup.model_path.glob("*.safetensors"))
+        self._directory = Path(tempfile.mkdtemp(prefix="nrl-weights-", dir=shared_memory(size)))
         self._cleanup.callback(shutil.rmtree, self._directory, ignore_errors=True)
         self._cleanup.enter_context(running_ray())
         num_threads = max(1, torch.get_num_threads() // number)
@@ -212,11 +212,3 @@ def _failure_of(result: Any) -> RayError | None:
     except RayError as error:
         return error
     return None
-
-
-def _room_for(model: Path) -> Path | None:
-    """Where a model's weights may lie for another process to read: shared memory where they fit, or else None."""
-    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    if not os.access(_SHARED_MEMORY, os.W_OK) or shutil.disk_usage(_SHARED_MEMORY).free < size:
-        return None
-    return _SHARED_MEMORY

@@ -17,7 +17,7 @@ from typing import IO, Self
 import torch
 from torch import Tensor
 
-from nemo_rl_lora.base_identity import LENGTH_BYTES, METADATA, SINGLE_FILE, StoredTensor
+from nemo_rl_lora.base_identity import SINGLE_FILE, StoredTensor, header_bytes
 
 BLOCK_ELEMENTS = 1 << 20  # fp32 copies of it stay in a processor's cache
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -53,15 +53,7 @@ class PlannedShard:
 
     @property
     def header(self) -> bytes:
-        entries: dict[str, object] = {METADATA: {"format": "pt"}}
-        end = 0
-        for tensor in self.tensors:
-            first, end = end, end + tensor.num_bytes
-            shape = list(tensor.source.shape)
-            entries[tensor.name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [first, end]}
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % LENGTH_BYTES)  # the data begins aligned
-        return len(text).to_bytes(LENGTH_BYTES, "little") + text
+        return header_bytes((t.name, t.dtype, t.source.shape, t.num_bytes) for t in self.tensors)
 
     @property
     def num_bytes(self) -> int:

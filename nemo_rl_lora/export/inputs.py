@@ -18,8 +18,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from nemo_rl_lora.base_identity import StoredTensor, base_digest, stored_tensors
-from nemo_rl_lora.checkpoint import CONFIG_FILE, INFO_FILE
+from nemo_rl_lora.base_identity import StoredTensor, digest_of_stored, stored_tensors
+from nemo_rl_lora.checkpoint import CONFIG_FILE, INFO_FILE, step_of_adapter
 from nemo_rl_lora.export.blocks import FLOATS
 from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, PICKLED_FILE, module_of, read_adapter
 from nemo_rl_lora.lora.fit import adapter_directory, fit_adapter
@@ -86,7 +86,7 @@ def find_adapter(path: Path) -> AdapterInput:
     except ValueError as error:
         several = " --all converts every one." if "whole run" in str(error) else ""
         raise ValueError(f"{flag}: {error}{several}") from None
-    step = directory.parent.parent if (directory.parent.parent / INFO_FILE).is_file() else None
+    step = step_of_adapter(directory)
     if step is not None:
         _refuse_damaged(step, directory, flag)
     try:
@@ -121,8 +121,7 @@ def open_base(model_name: str | None, base_directory: Path | None, adapter: Adap
     flag = MODEL_FLAG if base_directory is None else BASE_FLAG
     source = resolve_model(str(base_directory or name), flag)
     tensors, flag = stored_tensors(source.path), f"{flag}={str(base_directory or name)!r}"
-    digest = base_digest(source.path)
-    if digest is None:
+    if not tensors:
         raise ValueError(
             f"{flag}: {source.path} holds no model.safetensors and no index of shards. Load the model with "
             "transformers and save it again with save_pretrained."
@@ -139,7 +138,7 @@ def open_base(model_name: str | None, base_directory: Path | None, adapter: Adap
         description=source.description,
         config=config,
         tensors=tensors,
-        digest=digest,
+        digest=digest_of_stored(tensors),
     )
 
 

@@ -6,7 +6,6 @@ Contract: files are as planned and have the digests of what was written; each me
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +15,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemo_rl_lora.base_identity import StoredTensor, stored_tensors
-from nemo_rl_lora.export.blocks import FLOATS, PlannedShard, PlannedTensor, WeightReader, WrittenFile, rows_and_width
+from nemo_rl_lora.export.blocks import (
+    FLOATS,
+    PlannedShard,
+    PlannedTensor,
+    WeightReader,
+    WrittenFile,
+    row_blocks,
+    rows_and_width,
+)
 from nemo_rl_lora.export.merged import Adapter, ExportError
 from nemo_rl_lora.lora.merge import exact_weight_and_bound
+from nemo_rl_lora.step_files import sha256_of
 
 NUM_SAMPLED_ROWS = 16
-_BLOCK_ELEMENTS = 1 << 20  # of fp64, several at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +77,7 @@ def verify_merged(
 
 def check_file(directory: Path, file: WrittenFile) -> None:
     """ExportError where a file does not read back as it was written."""
-    with (directory / file.name).open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    if digest != file.sha256:
+    if sha256_of(directory / file.name) != file.sha256:
         raise ExportError(f"{directory / file.name}: reads back otherwise than it was written. Check the disk.")
 
 
@@ -91,10 +96,9 @@ def _check_header(path: Path, shard: PlannedShard) -> None:
 
 def _row_ranges(tensor: StoredTensor, every_row: bool) -> Iterator[tuple[int, int]]:
     """Blocks of all rows, or single rows from the first to the last."""
-    rows, width = rows_and_width(tensor)
+    rows, _ = rows_and_width(tensor)
     if every_row or rows <= NUM_SAMPLED_ROWS:
-        step = max(1, _BLOCK_ELEMENTS // max(width, 1))
-        yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
+        yield from row_blocks(tensor)
         return
     for sample in range(NUM_SAMPLED_ROWS):
         row = (rows - 1) * sample // (NUM_SAMPLED_ROWS - 1)

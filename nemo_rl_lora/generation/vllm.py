@@ -38,6 +38,7 @@ from nemo_rl_lora.generation.vllm_engine import EngineSettings, Job, Sampled, Vl
 from nemo_rl_lora.lora.dialects import spec_to_peft_config
 from nemo_rl_lora.lora.files import adapter_tensor_name, module_of, write_adapter
 from nemo_rl_lora.lora.names import OUTPUT_HEAD_NAMES, last_component
+from nemo_rl_lora.shared_memory import shared_memory
 from nemo_rl_lora.types import (
     Completion,
     CompletionGroup,
@@ -485,12 +486,6 @@ def _adapter_shapes(adapted: Sequence[AdaptedModule]) -> dict[str, tuple[int, ..
         shapes[adapter_tensor_name(module.name, "A")] = (module.dim, module.in_features)
         shapes[adapter_tensor_name(module.name, "B")] = (module.out_features, module.dim)
     return shapes
-
-
-def shared_memory() -> Path | None:
-    """Where files need no disk; None: the usual place for temporary files."""
-    path = Path("/dev/shm")
-    return path if path.is_dir() else None
 
 
 def _is_finite(value: float) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nemo_rl_lora.base_identity import stored_tensors
+from nemo_rl_lora.base_identity import StoredTensor, stored_tensors
 from nemo_rl_lora.generation.receipts import NAMED_AT_MOST, PROBE_COLUMNS, digests_of, probed_span
 from nemo_rl_lora.lora.files import ADAPTER_FILE, module_of
 from nemo_rl_lora.types import TensorInfo
@@ -158,7 +159,7 @@ class WorkerExtension:
         """What else belongs to the layers that are loaded, from the model's own files: a fused layer is packed as a
         whole, and so is a bias with its weight."""
         touched = {place.layer for name in sent if (place := self._place(name)) is not None}
-        stored = stored_tensors(Path(self.vllm_config.model_config.model))
+        stored = _stored_once(self.vllm_config.model_config.model)
         missing = [
             name
             for name in stored.keys() - sent.keys()
@@ -230,6 +231,12 @@ class WorkerExtension:
         if self._has_adapter:
             layer.punica_wrapper.add_expand(y, (buffer,), (stacked,), (stacked.shape[-2],))
         return y[: span.stop - span.start].T.cpu().contiguous()
+
+
+@cache
+def _stored_once(model: str) -> Mapping[str, StoredTensor]:
+    """Where the model's own tensors are: its files stay as they are while it is served."""
+    return stored_tensors(Path(model))
 
 
 def _multiply_once_for_all_rows() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -38,9 +37,9 @@ from nemo_rl_lora.policy.adapter import DTYPES, AdapterSwitch, dropout_of
 from nemo_rl_lora.policy.adapter_linear import AdapterLinear, install_adapters
 from nemo_rl_lora.policy.forward import DEFAULT_CHUNK_TOKENS, ForwardPass
 from nemo_rl_lora.policy.masters import MasterAdam
-from nemo_rl_lora.policy.microbatches import MicrobatchPlan, plan_from_config
+from nemo_rl_lora.policy.microbatches import MicrobatchPlan, plan_from_config, plan_microbatches
 from nemo_rl_lora.policy.model import linear_modules, load_model, share_structure
-from nemo_rl_lora.policy.passes import copies_on_cpu, holding, logprob_pass, optimizer_step
+from nemo_rl_lora.policy.passes import copies_on_cpu, holding, microbatch_loss, step_output
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.policy.segment_attention import layout_problems, supports_segments
 from nemo_rl_lora.policy.weights import offer
@@ -91,7 +90,12 @@ class DTensorPolicy:
 
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] fp32, dropout off; 0.0 outside the loss mask."""
-        return logprob_pass(batch, self._microbatch_plan("logprob"), self._forward.logprobs)
+        width = batch.token_ids.shape[1]
+        out = torch.zeros(batch.token_ids.shape, dtype=torch.float32)
+        with torch.no_grad():
+            for micro in plan_microbatches(batch, self._microbatch_plan("logprob")):
+                out[micro.rows] = self._forward.logprobs(micro, width).cpu()
+        return out
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """The same with the adapter switched off, or with the copied reference in place."""
@@ -100,9 +104,16 @@ class DTensorPolicy:
 
     def train_step(self, batch: Batch, loss_fn: LossFn) -> StepOutput:
         """All microbatches, then one optimizer step. FloatingPointError before the optimizer moves on bad numbers."""
-        dropout = partial(dropout_of, self._switch, self._setup.seed, self._optimizer.num_steps)
-        plan = self._microbatch_plan("train")
-        return optimizer_step(batch, plan, self._forward.logprobs, loss_fn, self._optimizer, dropout)
+        self._optimizer.zero_grad(set_to_none=True)
+        width, shares = batch.token_ids.shape[1], []
+        for index, micro in enumerate(plan_microbatches(batch, self._microbatch_plan("train"))):
+            with dropout_of(self._switch, self._setup.seed, self._optimizer.num_steps, index):
+                logprobs = self._forward.logprobs(micro, width)
+                loss, share = microbatch_loss(batch, micro, logprobs, loss_fn)
+                loss.backward()
+            shares.append(share)
+        gradients = [p.grad for p in self._trained.values() if p.grad is not None]
+        return step_output(shares, lambda loss: self._optimizer.move(loss, torch.nn.utils.get_total_norm(gradients)))
 
     def publish(self, version: int, mode: SyncMode) -> WeightsRef:
         """merged: `<module>.weight` in the compute dtype, merged when read; adapter: A and B in fp32.

@@ -8,7 +8,7 @@ knows no names, no files and no other process.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,20 +33,18 @@ class MasterAdam(torch.optim.AdamW):
         self._settings = settings
         self.num_steps = 0
 
-    def move(self, loss: float, total_norm: Callable[[list[Tensor]], Tensor]) -> tuple[float, float]:
+    def move(self, loss: float, norm: Tensor) -> tuple[float, float]:
         """One step from the masters' gradients: the gradient's norm before clipping, and the learning rate.
 
-        `total_norm` gives the L2 norm over all processes. FloatingPointError before the optimizer moves.
+        `norm` is their L2 norm over all processes. FloatingPointError before the optimizer moves.
         """
-        gradients = [p for p in self._masters if p.grad is not None]
-        norm = total_norm([p.grad for p in gradients if p.grad is not None])
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
                 f"policy.train_step: loss {loss} and gradient norm {float(norm)} of optimizer step {self.num_steps} "
                 "are not finite. The optimizer has not moved: lower policy.optimizer.kwargs.lr, or look at the batch."
             )
         if self._settings.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(gradients, self._settings.max_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(self._masters, self._settings.max_grad_norm, norm)
         lr = self._settings.lr_at(self.num_steps)
         for group in self.param_groups:
             group["lr"] = lr

@@ -1,72 +1,55 @@
-"""What both backends do alike around a forward pass: passes without gradient, the optimizer step, the reference.
-
-A backend's `Forward` gives the log-probabilities [b, width] of a microbatch's rows; what is behind it is not known.
-"""
+"""What both backends do alike around a forward pass: the loss of a microbatch, the sum of a step, the reference."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from nemo_rl_lora.algorithms.losses import loss_inputs
-from nemo_rl_lora.policy.masters import MasterAdam
-from nemo_rl_lora.policy.microbatches import Microbatch, MicrobatchPlan, plan_microbatches
+from nemo_rl_lora.policy.microbatches import Microbatch
 from nemo_rl_lora.types import Batch, LossFn, StepOutput
 
-Forward = Callable[[Microbatch, int], Tensor]
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a microbatch adds to the loss and the metrics of its step."""
+
+    loss: float
+    metrics: Mapping[str, float]
+    num_tokens: int
+    num_padding_tokens: int
 
 
-@torch.no_grad()
-def logprob_pass(batch: Batch, plan: MicrobatchPlan, forward: Forward) -> Tensor:
-    """[B, T] fp32 on the CPU; 0.0 outside the loss mask."""
-    width = batch.token_ids.shape[1]
-    out = torch.zeros(batch.token_ids.shape, dtype=torch.float32)
-    for micro in plan_microbatches(batch, plan):
-        out[micro.rows] = forward(micro, width).cpu()
-    return out
+def microbatch_loss(batch: Batch, micro: Microbatch, logprobs: Tensor, loss_fn: LossFn) -> tuple[Tensor, Share]:
+    """The loss of a microbatch, to go backward from, and what it adds. logprobs: [b, width], of its rows."""
+    loss, metrics = loss_fn(loss_inputs(batch, logprobs, micro.rows))
+    values = {name: float(value) for name, value in metrics.items()}
+    return loss, Share(loss.item(), values, micro.num_tokens, micro.num_padding_tokens)
 
 
-def optimizer_step(
-    batch: Batch,
-    plan: MicrobatchPlan,
-    forward: Forward,
-    loss_fn: LossFn,
-    optimizer: MasterAdam,
-    dropout: Callable[[int], AbstractContextManager[None]],
-) -> StepOutput:
-    """All microbatches, each with its `dropout`, then one step. FloatingPointError before the optimizer moves on bad
-    numbers."""
-    optimizer.zero_grad(set_to_none=True)
-    total_loss = 0.0
+def step_output(shares: Sequence[Share], move: Callable[[float], tuple[float, float]]) -> StepOutput:
+    """Move the optimizer, which is given the loss and gives the gradient's norm and the learning rate, and add up."""
+    loss = sum(share.loss for share in shares)
+    grad_norm, lr = move(loss)
     metrics: dict[str, float] = {}
-    microbatches = plan_microbatches(batch, plan)
-    for index, micro in enumerate(microbatches):
-        with dropout(index):
-            logprobs = forward(micro, batch.token_ids.shape[1])
-            loss, shares = loss_fn(loss_inputs(batch, logprobs, micro.rows))
-            loss.backward()
-        total_loss += loss.item()
-        add_metrics(metrics, shares)
-    grad_norm, lr = optimizer.move(total_loss, torch.nn.utils.get_total_norm)
+    for share in shares:
+        add_metrics(metrics, share.metrics)
     return StepOutput(
-        loss=total_loss,
+        loss=loss,
         grad_norm=grad_norm,
         lr=lr,
         metrics=metrics,
-        num_forward_tokens=sum(micro.num_tokens for micro in microbatches),
-        num_padding_tokens=sum(micro.num_padding_tokens for micro in microbatches),
+        num_forward_tokens=sum(share.num_tokens for share in shares),
+        num_padding_tokens=sum(share.num_padding_tokens for share in shares),
     )
 
 
-def add_metrics(totals: dict[str, float], shares: Mapping[str, Any]) -> None:
+def add_metrics(totals: dict[str, float], shares: Mapping[str, float]) -> None:
     """Add a microbatch's shares; names ending in _min or _max are reduced by min or max."""
-    for name, share in shares.items():
-        value = float(share)
+    for name, value in shares.items():
         if name not in totals:
             totals[name] = value
         elif name.endswith("_min"):

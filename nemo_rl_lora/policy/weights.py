@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemo_rl_lora.base_identity import header_bytes
 from nemo_rl_lora.lora.files import adapter_tensor_name
 from nemo_rl_lora.lora.merge import merged_weight
 from nemo_rl_lora.lora.targets import AdaptedModule
@@ -103,7 +102,7 @@ def make_ref(version: int, mode: SyncMode, entries: Mapping[str, LazyTensor], di
         mode=mode,
         manifest=manifest,
         digest=digest,
-        num_bytes=sum(torch.Size(info.shape).numel() * info.dtype.itemsize for info in manifest),
+        num_bytes=sum(info.num_bytes for info in manifest),
         tensors=LazyTensors(entries),
     )
 
@@ -111,16 +110,8 @@ def make_ref(version: int, mode: SyncMode, entries: Mapping[str, LazyTensor], di
 def write_tensors(path: Path, ref: WeightsRef) -> None:
     """A safetensors file of what a reference within this process offers, one tensor in memory at a time."""
     assert ref.tensors is not None
-    header: dict[str, Any] = {}
-    end = 0
-    for info in ref.manifest:
-        begin, end = end, end + torch.Size(info.shape).numel() * info.dtype.itemsize
-        dtype = SAFETENSORS_NAMES[info.dtype]
-        header[info.name] = {"dtype": dtype, "shape": list(info.shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.write(header_bytes((i.name, SAFETENSORS_NAMES[i.dtype], i.shape, i.num_bytes) for i in ref.manifest))
         for info in ref.manifest:
             tensor = ref.tensors[info.name].detach().to("cpu", info.dtype).contiguous()
             file.write(tensor.flatten().view(torch.uint8).numpy().data)

@@ -14,7 +14,7 @@ from nemo_rl_lora.config.loss_fn import LossFnConfig
 from nemo_rl_lora.distributed.policy_group import PolicyGroup
 from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
 from nemo_rl_lora.policy.weights import digest_of
-from tests.policy.conftest import groups_batch, tiny_model  # noqa: F401 (fixtures)
+from tests.policy.conftest import groups_batch  # noqa: F401 (fixture)
 from tests.policy.megatron.twins import distance, random_adapter, set_masters
 from tests.policy.test_dtensor import make_policy, relative, spec
 
@@ -26,7 +26,7 @@ def two_processes(config, setup) -> PolicyGroup:
 
 
 @pytest.fixture(scope="module")
-def twins(tiny_model, tmp_path_factory):  # noqa: F811
+def twins(tiny_model, tmp_path_factory):
     """One policy in this process and one in two others, with the same adapter, whose B is not zero."""
     one = make_policy(tiny_model("llama"), backend=MegatronPolicy, spec=spec())
     set_masters(one, random_adapter(one))

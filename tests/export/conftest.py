@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from tests.driver import TinyRun
 from tests.evaluation_runs import save_peft_adapter
-from tests.policy.conftest import CONFIGS, save_random_model
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -52,16 +51,3 @@ def trained_run(tiny_llama, tmp_path_factory) -> TinyRun:
 
 
 LEARNING = ("policy.optimizer.kwargs.lr=0.02", "checkpointing.metric_name=null")
-
-
-@pytest.fixture(scope="session")
-def random_model(tmp_path_factory):
-    """family -> directory of a random model in fp32."""
-    made: dict[str, Path] = {}
-
-    def make(family: str) -> Path:
-        if family not in made:
-            made[family] = save_random_model(CONFIGS[family], tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return make

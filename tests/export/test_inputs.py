@@ -160,9 +160,9 @@ def test_a_feature_that_a_merge_would_lose_is_named(adapter, tmp_path, key):
     refused(adapter, tmp_path / "out", says=f"adapter_config.{key}=True")
 
 
-def test_a_larger_base_is_refused(adapter, random_model, tmp_path):
+def test_a_larger_base_is_refused(adapter, tiny_model, tmp_path):
     refused(
-        adapter, tmp_path / "out", "--hf-model-name", str(random_model("qwen2")), says="does not fit --hf-model-name="
+        adapter, tmp_path / "out", "--hf-model-name", str(tiny_model("qwen2")), says="does not fit --hf-model-name="
     )
 
 
@@ -248,8 +248,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(peft_adapter,
     refused(peft_adapter, tmp_path / "file" / "below" / "out", says="cannot be written")
 
 
-def test_logits_need_a_tokenizer(adapter, random_model, tmp_path):
-    base = random_model("qwen2")
+def test_logits_need_a_tokenizer(adapter, tiny_model, tmp_path):
+    base = tiny_model("qwen2")
     other = save_peft_adapter(base, tmp_path / "other", 4, r=4, target_modules=["q_proj"])
     refused(other, tmp_path / "out", "--verify-logits", says="has no tokenizer to write prompts with")
 

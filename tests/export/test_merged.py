@@ -132,8 +132,8 @@ def test_a_dtype_too_narrow_for_the_weights_fails_and_leaves_nothing(bf16_llama,
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-def test_an_untied_head_takes_its_adapter(random_model, tmp_path):
-    base = random_model("qwen2")
+def test_an_untied_head_takes_its_adapter(tiny_model, tmp_path):
+    base = tiny_model("qwen2")
     adapter = with_a_head(base, tmp_path / "adapter")
     merged = tensors_of(converted(adapter, tmp_path / "out", "--hf-model-name", str(base)))
     weights = tensors_of(base)

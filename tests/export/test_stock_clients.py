@@ -26,8 +26,8 @@ SPECS = {
 
 
 @pytest.fixture(params=["llama", "qwen2", "qwen3"])
-def base(request, random_model):
-    return random_model(request.param)
+def base(request, tiny_model):
+    return tiny_model(request.param)
 
 
 @pytest.fixture(params=SPECS.values(), ids=SPECS)
@@ -66,8 +66,8 @@ def test_peft_merges_the_exported_adapter_into_the_exported_model(base, step, tm
         torch.testing.assert_close(weight, state[name], atol=1e-6, rtol=1e-6)
 
 
-def test_a_thousand_syncs_leave_the_base_bit_identical_where_peft_drifts(random_model, tmp_path):
-    base = random_model("llama")
+def test_a_thousand_syncs_leave_the_base_bit_identical_where_peft_drifts(tiny_model, tmp_path):
+    base = tiny_model("llama")
     policy = make_policy(base, spec=LoraSpec(dim=4, alpha=8), precision="bfloat16")
     randomise_b(policy)
     policy.save(tmp_path)

@@ -54,19 +54,6 @@ def save_random_model(config, directory: Path) -> Path:
     return directory
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
-    """family -> directory of a random model in fp32."""
-    made: dict[str, Path] = {}
-
-    def make(family: str) -> Path:
-        if family not in made:
-            made[family] = save_random_model(CONFIGS[family], tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return make
-
-
 @pytest.fixture
 def groups_batch() -> Batch:
     return make_groups_batch()

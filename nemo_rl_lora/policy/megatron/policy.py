@@ -26,7 +26,6 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nemo_rl_lora.algorithms.losses import loss_inputs
 from nemo_rl_lora.config.lora import lora_block_key
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.lora.dialects import spec_to_peft_config
@@ -62,20 +61,18 @@ from nemo_rl_lora.policy.model import (
     model_of_tensors,
     save_tensors,
 )
-from nemo_rl_lora.policy.passes import add_metrics, copies_on_cpu, holding
+from nemo_rl_lora.policy.passes import Share, copies_on_cpu, holding, microbatch_loss, step_output
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.policy.weights import offer
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
 
 @dataclass(frozen=True, slots=True)
-class _Share:
-    """What a microbatch adds to the loss and the metrics of its step."""
+class _Part:
+    """A microbatch, and this process's tokens of it where context-parallel ranks share them."""
 
-    loss: float
-    metrics: dict[str, float]
-    num_tokens: int
-    num_padding_tokens: int
+    micro: Microbatch
+    context: ContextPlan | None
 
 
 class MegatronPolicy:
@@ -118,16 +115,15 @@ class MegatronPolicy:
 
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] fp32, dropout off; 0.0 outside the loss mask."""
-        width = batch.token_ids.shape[1]
-        microbatches = self._microbatches(batch, "logprob")
+        width, parts = batch.token_ids.shape[1], self._parts(batch, "logprob")
 
-        def rows_of(_place: int, micro: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            return hidden, self._logprob_rows(hidden, micro, width).cpu()
+        def rows_of(part: _Part, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            return hidden, self._logprob_rows(hidden, part, width).cpu()
 
         out = torch.zeros(batch.token_ids.shape, dtype=torch.float32)
-        found = run_microbatches(self._model, microbatches, self._stage, rows_of, backward=False)
-        for micro, rows in zip(microbatches, found, strict=False):  # none are found before the last stage
-            out[micro.rows] = rows
+        found = run_microbatches(self._model, parts, lambda _place, part: self._stage(part), rows_of, backward=False)
+        for part, rows in zip(parts, found, strict=False):  # none are found before the last stage
+            out[part.micro.rows] = rows
         return self._ranks.total(out)
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
@@ -139,42 +135,27 @@ class MegatronPolicy:
         """All microbatches, then one optimizer step. FloatingPointError before the optimizer moves on bad numbers."""
         self._optimizer.zero_grad(set_to_none=True)
         width, data = batch.token_ids.shape[1], self._ranks.data_share
-        microbatches = self._microbatches(batch, "train")
 
-        def stage(place: int, micro: Microbatch) -> Tensor:
+        def stage(place: int, part: _Part) -> Tensor:
             # A number of its own for what each rank drops: of data shares, and of the tokens of a sequence.
             index = (place * data.number + data.index) * self._ranks.context_group.size()
             index += self._ranks.context_group.rank()
             with dropout_of(self._switch, self._setup.seed, self._optimizer.num_steps, index):
-                return self._stage(place, micro)
+                return self._stage(part)
 
-        def loss_of(_place: int, micro: Microbatch, hidden: Tensor) -> tuple[Tensor, _Share]:
-            num_tokens, num_padding = micro.num_tokens, micro.num_padding_tokens
+        def loss_of(part: _Part, hidden: Tensor) -> tuple[Tensor, Share]:
+            micro = part.micro
             if len(micro.rows) == 0:  # there to keep step with other ranks
-                return hidden.float().sum() * 0.0, _Share(0.0, {}, num_tokens, num_padding)
-            logprobs = self._logprob_rows(hidden, micro, width)
-            loss, metrics = loss_fn(loss_inputs(batch, logprobs, micro.rows))
-            values = {name: float(value) for name, value in metrics.items()}
-            return loss, _Share(loss.item(), values, num_tokens, num_padding)
+                return hidden.float().sum() * 0.0, Share(0.0, {}, micro.num_tokens, micro.num_padding_tokens)
+            return microbatch_loss(batch, micro, self._logprob_rows(hidden, part, width), loss_fn)
 
-        found = run_microbatches(self._model, microbatches, stage, loss_of, backward=True)
+        found = run_microbatches(self._model, self._parts(batch, "train"), stage, loss_of, backward=True)
         shares = [share for of_rank in self._ranks.reported(found) for share in of_rank]
-        total_loss = sum(share.loss for share in shares)
         masters = self._trained.masters()
         self._ranks.sum_gradients(masters)
-        grad_norm, lr = self._optimizer.move(total_loss, lambda _gradients: self._ranks.total_norm(masters))
+        output = step_output(shares, lambda loss: self._optimizer.move(loss, self._ranks.total_norm(masters)))
         self._trained.apply()
-        metrics: dict[str, float] = {}
-        for share in shares:
-            add_metrics(metrics, share.metrics)
-        return StepOutput(
-            loss=total_loss,
-            grad_norm=grad_norm,
-            lr=lr,
-            metrics=metrics,
-            num_forward_tokens=sum(share.num_tokens for share in shares),
-            num_padding_tokens=sum(share.num_padding_tokens for share in shares),
-        )
+        return output
 
     def publish(self, version: int, mode: SyncMode) -> WeightsRef:
         """merged: `<module>.weight` in the compute dtype, merged when read; adapter: A and B in fp32.
@@ -267,7 +248,7 @@ class MegatronPolicy:
             config_key=key,
         )
 
-    def _microbatches(self, batch: Batch, kind: Literal["train", "logprob"]) -> list[Microbatch]:
+    def _parts(self, batch: Batch, kind: Literal["train", "logprob"]) -> list[_Part]:
         """This process's share of a batch."""
         megatron = self._config.megatron_cfg
         cp = megatron.context_parallel_size
@@ -279,17 +260,21 @@ class MegatronPolicy:
             can_share=cp == 1,
             round_to=length_multiple(megatron.tensor_model_parallel_size, cp, megatron.sequence_parallel),
         )
-        return plan_microbatches(batch, plan, self._ranks.data_share)
+        group = self._ranks.context_group
+        return [
+            _Part(micro, None if cp == 1 else plan_context(micro.segments, micro.num_tokens, group))
+            for micro in plan_microbatches(batch, plan, self._ranks.data_share)
+        ]
 
-    def _stage(self, _place: int, micro: Microbatch) -> Tensor:
+    def _stage(self, part: _Part) -> Tensor:
         """What this process's layers make of a microbatch, [N, 1, H] or its share of N."""
-        context = self._context_plan(micro)
+        micro, context = part.micro, part.context
         run = flat_run(micro, self._family, self._compute_dtype, self._device, context)
         own = slice(None) if context is None else context.own
         token_ids, positions = (ids[own][None].to(self._device) for ids in (micro.token_ids, micro.position_ids))
         return self._model(token_ids, positions, None, packed_seq_params=run)
 
-    def _logprob_rows(self, hidden: Tensor, micro: Microbatch, width: int) -> Tensor:
+    def _logprob_rows(self, hidden: Tensor, part: _Part, width: int) -> Tensor:
         """[b, width] fp32 of the last stage's [N, 1, H], in the order of the microbatch's rows; 0.0 where there is no
         loss token. Ranks that share a sequence, or the vocabulary, all get all of it."""
         ranks = self._ranks
@@ -298,8 +283,8 @@ class MegatronPolicy:
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=ranks.tensor_group
             )
-        context = self._context_plan(micro)
-        own = micro if context is None else own_loss_tokens(micro, context)
+        context = part.context
+        own = part.micro if context is None else own_loss_tokens(part.micro, context)
         head = Head(
             weight=self._model.head_weight,
             temperature=self._setup.temperature,
@@ -308,12 +293,6 @@ class MegatronPolicy:
         )
         rows = logprob_rows(hidden[:, 0].index_select(0, own.predictor.to(self._device)), head, own, width)
         return rows if context is None else reduce_from_tensor_model_parallel_region(rows, group=context.group)
-
-    def _context_plan(self, micro: Microbatch) -> ContextPlan | None:
-        """This process's tokens, where context-parallel ranks share a sequence."""
-        if self._config.megatron_cfg.context_parallel_size == 1:
-            return None
-        return plan_context(micro.segments, micro.num_tokens, self._ranks.context_group)
 
     def _as_reference(self) -> AbstractContextManager[None]:
         if self._reference is not None:

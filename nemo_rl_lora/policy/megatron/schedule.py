@@ -9,36 +9,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from nemo_rl_lora.policy.microbatches import Microbatch
-
 if TYPE_CHECKING:
     from nemo_rl_lora.policy.megatron.layers import StageModel
 
-# (place, microbatch) -> what this stage gives on, [N, 1, H].
-Stage = Callable[[int, Microbatch], Tensor]
-# (place, microbatch, hidden states) -> (loss, anything that the caller wants to have). On the last stage.
-Finish = Callable[[int, Microbatch, Tensor], "tuple[Tensor, Any]"]
+Part = TypeVar("Part")  # a microbatch
+Found = TypeVar("Found")
 
 
 def run_microbatches(
-    model: StageModel, microbatches: Sequence[Microbatch], stage: Stage, finish: Finish, *, backward: bool
-) -> list[Any]:
-    """What `finish` found of each microbatch, in their order; empty but on the last stage."""
+    model: StageModel,
+    microbatches: Sequence[Part],
+    stage: Callable[[int, Part], Tensor],
+    finish: Callable[[Part, Tensor], tuple[Tensor, Found]],
+    *,
+    backward: bool,
+) -> list[Found]:
+    """What `finish` found of each microbatch, in their order; empty but on the last stage.
+
+    `stage` gives what this stage hands on, [N, 1, H], of a microbatch and its place; `finish`, on the last stage, the
+    loss and whatever the caller wants to have.
+    """
     if not microbatches:
         return []
 
-    def forward(items: Iterator[tuple[int, Microbatch]], _model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        place, micro = next(items)
-        hidden = stage(place, micro)
+    def forward(items: Iterator[tuple[int, Part]], _model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        place, part = next(items)
+        hidden = stage(place, part)
         if backward and not hidden.requires_grad:
             hidden.requires_grad_()  # nothing in this stage is trained, and the schedule asks for a gradient
-        return hidden, partial(_finished, finish, place, micro)
+        return hidden, partial(finished, part)
+
+    def finished(part: Part, hidden: Tensor) -> tuple[Tensor, int, Found]:
+        """A loss, in the form that megatron-core neither scales nor averages (calculate_per_token_loss)."""
+        loss, found = finish(part, hidden)
+        return loss, 0, found
 
     with torch.set_grad_enabled(backward):
         return get_forward_backward_func()(
@@ -50,9 +60,3 @@ def run_microbatches(
             micro_batch_size=1,
             forward_only=not backward,
         )
-
-
-def _finished(finish: Finish, place: int, micro: Microbatch, hidden: Tensor) -> tuple[Tensor, int, Any]:
-    """A loss, in the form that megatron-core neither scales nor averages (calculate_per_token_loss)."""
-    loss, found = finish(place, micro, hidden)
-    return loss, 0, found

@@ -38,7 +38,7 @@ class Case:
     spec: LoraSpec | None
     loss: str = "grpo"
     rounding: float = 1e-5  # fp32's, of sums in another order
-    after_steps: float | None = 1e-4  # AdamW divides by a root of small numbers
+    after_steps: float = 1e-4  # AdamW divides by a root of small numbers
 
 
 def loss_of(name: str):
