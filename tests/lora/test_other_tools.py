@@ -77,3 +77,17 @@ def test_theseus_adapts_every_kernel_and_draws_a_with_one_over_rank():
 def test_a_document_without_an_adapter_says_what_can_be_read():
     message = _message({"model": {"path": "x"}})
     assert re.match(r"document=\['model'\]: holds no LoRA settings known here\. Give a PEFT adapter_config", message)
+
+
+@pytest.mark.parametrize(
+    ("document", "named"),
+    [
+        ({"peft_type": "LORA", "target_modules": ["q"], "lora_ga_config": {"x": 1}}, "peft.lora_ga_config={'x': 1}"),
+        ({"model": {"lora_config": {"lora_modules": ["q"], "rank": 8, "use_rslora": True}}}, "use_rslora=True"),
+        ({"model": {"lora_rank": 8, "lora_dropout": 0.1}}, "model.lora_dropout=0.1"),
+        ({"model": {"lora": {"rank": 8, "rank_pattern": {"q": 1}}}}, "model.lora.rank_pattern={'q': 1}"),
+        ({"optimization": {"lora": {"rank": 8, "dropout": 0.1}}}, "optimization.lora.dropout=0.1"),
+    ],
+)
+def test_a_key_that_a_tool_does_not_have_is_refused_by_name(document, named):
+    assert named in _message(document)
