@@ -1,104 +1,36 @@
 """The three ways to configure an adapter, and the one way to read them: `lora_spec_from_policy`.
 
-Contract: `policy.dtensor_cfg.lora_cfg` and `policy.megatron_cfg.peft` have NeMo RL's keys and the defaults
-of its documentation (its base files set some to other values, and a file wins); `policy.lora` serves
-whichever backend is on. The classes check shapes; what the values mean, and whether they may be, is
-LoraSpec's and lora/dialects.py's. Nothing outside this module reads a block.
+Contract: `policy.dtensor_cfg.lora_cfg` and `policy.megatron_cfg.peft` have NeMo RL's keys and the defaults of its
+documentation (its base files set some to other values, and a file wins); `policy.lora` serves whichever backend is on.
+A block's fields are LoraSpec's, by name; the alias is the key that the dialect has for it, in files and in messages.
+What a value means, and whether it may be, is LoraSpec's. Nothing outside this module reads a block.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from nemo_rl_lora.config.base import Section
-from nemo_rl_lora.lora.dialects import spec_from_lora_cfg, spec_from_megatron_peft, spec_from_unified
+from nemo_rl_lora.lora.dialects import megatron_init, plain_number, refuse_shared_a, spec_from_keys
 from nemo_rl_lora.lora.spec import LoraSpec
+from nemo_rl_lora.lora.targets import ALL_LINEAR
 
-LORA_CFG_KEY = "policy.dtensor_cfg.lora_cfg"
-PEFT_KEY = "policy.megatron_cfg.peft"
-UNIFIED_KEY = "policy.lora"
-
-
-class LoraCfg(Section):
-    """`policy.dtensor_cfg.lora_cfg`: an adapter on the DTensor backend."""
-
-    enabled: bool = False
-    """Train an adapter; false trains every weight."""
-    target_modules: list[str] | Literal["all-linear"] = []
-    """Modules to adapt; empty means every linear layer but the output head. Needs match_all_linear=false if
-    not.
-    """
-    exclude_modules: list[str] = []
-    """Modules to leave out of those."""
-    match_all_linear: bool = True
-    """Adapt every linear layer but the output head."""
-    dim: int = 8
-    """The rank."""
-    alpha: float = 32
-    """The update is scaled by alpha / dim."""
-    dropout: float = 0.0
-    """Probability of dropout on the adapter's path."""
-    dropout_position: Literal["pre", "post"] = "post"
-    """Dropout before A ("pre") or after B ("post")."""
-    lora_A_init: str = "xavier"  # noqa: N815
-    """How A is drawn: xavier, uniform, kaiming or normal(STD). B starts at zero."""
-    use_triton: bool = True
-    """Triton kernels, on CUDA with tensor_parallel_size 1."""
-    lora_dtype: str | None = None
-    """Dtype of the adapter in the forward pass; null follows the compute dtype. Masters are fp32."""
-    rank_pattern: dict[str, int] = {}
-    """Ranks of single modules, by the rule of target_modules; the first match wins."""
-    alpha_pattern: dict[str, float] = {}
-    """Alphas of single modules, by the same rule."""
-    use_rslora: bool = False
-    """Scale by alpha / sqrt(dim) instead."""
+if TYPE_CHECKING:
+    from nemo_rl_lora.config.policy import PolicyConfig
 
 
-class PeftCfg(Section):
-    """`policy.megatron_cfg.peft`: an adapter on the Megatron backend."""
+class AdapterBlock(Section):
+    """An adapter, in any dialect: the fields that every block has."""
+
+    KEY: ClassVar[str]  # where the block stands
 
     enabled: bool = False
     """Train an adapter; false trains every weight."""
-    target_modules: list[str] = []
-    """Modules to adapt; empty means every linear layer but the output head. `linear_qkv` and `linear_fc1`
-    have one A
-    for what they fuse; Hugging Face names have an A each."""
-    exclude_modules: list[str] | None = []
-    """Modules to leave out of those."""
-    dim: int = 32
-    """The rank."""
-    alpha: float = 32
-    """The update is scaled by alpha / dim."""
-    dropout: float = 0.0
-    """Probability of dropout on the adapter's path."""
-    dropout_position: Literal["pre", "post"] = "pre"
-    """Dropout before A ("pre") or after B ("post")."""
-    lora_A_init_method: str = "xavier"  # noqa: N815
-    """How A is drawn: xavier, uniform, kaiming, normal (of standard deviation 0.2) or normal(STD)."""
-    lora_B_init_method: str = "zero"  # noqa: N815
-    """How B is drawn: zero."""
-    a2a_experimental: bool = False
-    """One all-to-all instead of a gather on row-parallel layers under sequence parallelism."""
-    lora_dtype: str | None = None
-    """Dtype of the adapter in the forward pass; null follows the compute dtype. Masters are fp32."""
-    rank_pattern: dict[str, int] = {}
-    """Ranks of single modules, by the rule of target_modules; the first match wins."""
-    alpha_pattern: dict[str, float] = {}
-    """Alphas of single modules, by the same rule."""
-    use_rslora: bool = False
-    """Scale by alpha / sqrt(dim) instead."""
-
-
-class UnifiedLora(Section):
-    """`policy.lora`: an adapter on whichever backend is on."""
-
-    enabled: bool = True
-    """Train an adapter: writing the block asks for one. false trains every weight."""
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
-    """Modules to adapt, by Hugging Face or Megatron names; "all-linear" is every linear layer but the
-    output head.
-    """
-    exclude_modules: list[str] = []
+    targets: list[str] | Literal["all-linear"] = Field(default=[], alias="target_modules")
+    """Modules to adapt; empty means every linear layer but the output head."""
+    excludes: list[str] = Field(default=[], alias="exclude_modules")
     """Modules to leave out of those."""
     dim: int = 8
     """The rank."""
@@ -110,13 +42,7 @@ class UnifiedLora(Section):
     """Dropout before A ("pre") or after B ("post")."""
     A_init: str = "xavier"
     """How A is drawn: xavier, uniform, kaiming or normal(STD)."""
-    B_init: str = "zero"
-    """How B is drawn: zero."""
-    use_triton: bool | None = None
-    """Triton kernels of the DTensor backend; null means wherever they can run."""
-    a2a: bool = False
-    """Megatron only: one all-to-all instead of a gather on row-parallel layers under sequence parallelism."""
-    dtype: str | None = None
+    dtype: str | None = Field(default=None, alias="lora_dtype")
     """Dtype of the adapter in the forward pass; null follows the compute dtype. Masters are fp32."""
     rank_pattern: dict[str, int] = {}
     """Ranks of single modules, by the rule of target_modules; the first match wins."""
@@ -125,69 +51,159 @@ class UnifiedLora(Section):
     use_rslora: bool = False
     """Scale by alpha / sqrt(dim) instead."""
 
+    @classmethod
+    def spec_keys(cls) -> dict[str, str]:
+        """LoraSpec's fields that this block sets, and its keys for them."""
+        known = LoraSpec.__dataclass_fields__
+        return {name: field.alias or name for name, field in cls.model_fields.items() if name in known}
 
-class PolicyLike(Protocol):
-    """What of the policy's section this module reads."""
+    def spec(self, backend: str, **overrides: Any) -> LoraSpec:
+        """The adapter on the backend ("dtensor" or "megatron") that is on. Raises ValueError by the keys' names.
 
-    @property
-    def active_backend(self) -> Literal["dtensor", "megatron"]: ...
-    @property
-    def dtensor_cfg(self) -> Any: ...
-    @property
-    def megatron_cfg(self) -> Any: ...
-    @property
-    def lora(self) -> UnifiedLora | None: ...
+        `overrides` are fields of LoraSpec whose value is not what the block holds.
+        """
+        spec = spec_from_keys(self.model_dump(by_alias=True), self.spec_keys(), self.KEY, **overrides)
+        if backend == "dtensor":
+            refuse_shared_a(spec, self.KEY)
+        return spec
 
 
-def lora_block_key(policy: PolicyLike) -> str:
+class LoraCfg(AdapterBlock):
+    """`policy.dtensor_cfg.lora_cfg`: an adapter on the DTensor backend."""
+
+    KEY = "policy.dtensor_cfg.lora_cfg"
+
+    match_all_linear: bool = True
+    """Adapt every linear layer but the output head. Lists of target_modules need false."""
+    A_init: str = Field(default="xavier", alias="lora_A_init")
+    """How A is drawn: xavier, uniform, kaiming or normal(STD). B starts at zero."""
+    kernels: bool = Field(default=True, alias="use_triton")
+    """Triton kernels, on CUDA with tensor_parallel_size 1."""
+
+    def spec(self, backend: str) -> LoraSpec:
+        if self.match_all_linear and self.targets and self.targets != ALL_LINEAR:
+            raise ValueError(
+                f"{self.KEY}.target_modules={self.targets!r}: cannot be combined with match_all_linear=true, which "
+                f"adapts every linear layer. Set {self.KEY}.match_all_linear=false to adapt only these modules, or "
+                f"{self.KEY}.target_modules=[] to adapt all."
+            )
+        return super().spec(backend, targets=self.targets or ALL_LINEAR)
+
+
+class PeftCfg(AdapterBlock):
+    """`policy.megatron_cfg.peft`: an adapter on the Megatron backend."""
+
+    KEY = "policy.megatron_cfg.peft"
+
+    targets: list[str] = Field(default=[], alias="target_modules")
+    """Modules to adapt; empty means every linear layer but the output head. `linear_qkv` and `linear_fc1` have one A
+    for what they fuse; Hugging Face names have an A each."""
+    excludes: list[str] | None = Field(default=[], alias="exclude_modules")
+    """Modules to leave out of those."""
+    dim: int = 32
+    """The rank."""
+    dropout_position: Literal["pre", "post"] = "pre"
+    """Dropout before A ("pre") or after B ("post")."""
+    A_init: str = Field(default="xavier", alias="lora_A_init_method")
+    """How A is drawn: xavier, uniform, kaiming, normal (of standard deviation 0.2) or normal(STD)."""
+    B_init: str = Field(default="zero", alias="lora_B_init_method")
+    """How B is drawn: zero."""
+    a2a: bool = Field(default=False, alias="a2a_experimental")
+    """One all-to-all instead of a gather on row-parallel layers under sequence parallelism."""
+
+    def spec(self, backend: str) -> LoraSpec:
+        A_init = megatron_init(self.A_init)
+        return super().spec(backend, targets=self.targets or ALL_LINEAR, A_init=A_init, kernels=False)
+
+
+class UnifiedLora(AdapterBlock):
+    """`policy.lora`: an adapter on whichever backend is on."""
+
+    KEY = "policy.lora"
+
+    enabled: bool = True
+    """Train an adapter: writing the block asks for one. false trains every weight."""
+    targets: list[str] | Literal["all-linear"] = Field(default="all-linear", alias="target_modules")
+    """Modules to adapt, by Hugging Face or Megatron names; "all-linear" is every linear layer but the output head."""
+    dtype: str | None = None
+    """Dtype of the adapter in the forward pass; null follows the compute dtype. Masters are fp32."""
+    B_init: str = "zero"
+    """How B is drawn: zero."""
+    kernels: bool | None = Field(default=None, alias="use_triton")
+    """Triton kernels of the DTensor backend; null means wherever they can run."""
+    a2a: bool = False
+    """Megatron only: one all-to-all instead of a gather on row-parallel layers under sequence parallelism."""
+
+    def spec(self, backend: str) -> LoraSpec:
+        if backend == "dtensor" and self.a2a:
+            raise ValueError(
+                f"{self.KEY}.a2a=True: the all-to-all is a way of the Megatron backend, and the backend is dtensor. "
+                f"Set it to false, or policy.backend=megatron."
+            )
+        if backend == "megatron" and self.kernels:
+            raise ValueError(
+                f"{self.KEY}.use_triton=True: the Triton kernels belong to the DTensor backend, and the backend is "
+                f"megatron. Set it to null or false, or policy.backend=dtensor."
+            )
+        return super().spec(backend, kernels=backend == "dtensor" if self.kernels is None else self.kernels)
+
+
+def unified_from_spec(spec: LoraSpec) -> dict[str, Any]:
+    """The `policy.lora` block that parses into this spec; null for kernels that are on, which serves both backends."""
+    block: dict[str, Any] = {"enabled": True}
+    for name, key in UnifiedLora.spec_keys().items():
+        value = getattr(spec, name)
+        block[key] = list(value) if isinstance(value, tuple) else value
+    return block | {"use_triton": None if spec.kernels else False, "alpha": plain_number(spec.alpha)}
+
+
+def _block_in_force(policy: PolicyConfig) -> AdapterBlock:
+    """`policy.lora` where it is enabled, else the block of the backend that is on."""
+    if policy.lora is not None and policy.lora.enabled:
+        return policy.lora
+    return policy.dtensor_cfg.lora_cfg if policy.active_backend == "dtensor" else policy.megatron_cfg.peft
+
+
+def lora_block_key(policy: PolicyConfig) -> str:
     """The dotted key of the LoRA block that is in force, for messages about it."""
-    if _unified_is_on(policy):
-        return UNIFIED_KEY
-    return LORA_CFG_KEY if policy.active_backend == "dtensor" else PEFT_KEY
+    return _block_in_force(policy).KEY
 
 
-def lora_spec_from_policy(policy: PolicyLike) -> LoraSpec | None:
-    """The adapter that this policy trains, or None for full fine-tuning. Raises ValueError by the keys'
-    names.
+def lora_field_key(policy: PolicyConfig, field: str) -> str:
+    """The dotted key that sets this field of LoraSpec in the block in force, for messages about it."""
+    block = _block_in_force(policy)
+    return f"{block.KEY}.{block.spec_keys()[field]}"
+
+
+def lora_spec_from_policy(policy: PolicyConfig) -> LoraSpec | None:
+    """The adapter that this policy trains, or None for full fine-tuning. Raises ValueError by the keys' names.
 
     Refuses more than one enabled block, and an enabled block of the backend that is off.
     """
-    backend = policy.active_backend
-    native = {"dtensor": policy.dtensor_cfg.lora_cfg, "megatron": policy.megatron_cfg.peft}
-    keys = {"dtensor": LORA_CFG_KEY, "megatron": PEFT_KEY}
-    if _unified_is_on(policy) and (taken := [keys[name] for name, block in native.items() if block.enabled]):
+    backend, block = policy.active_backend, _block_in_force(policy)
+    enabled = [native.KEY for native in (policy.dtensor_cfg.lora_cfg, policy.megatron_cfg.peft) if native.enabled]
+    if isinstance(block, UnifiedLora) and enabled:
         raise ValueError(
-            f"{UNIFIED_KEY}.enabled=True: {' and '.join(taken)} is enabled as well, and there is one "
-            "adapter. "
-            f"Set {taken[0]}.enabled=false, or {UNIFIED_KEY}.enabled=false."
+            f"{block.KEY}.enabled=True: {' and '.join(enabled)} is enabled as well, and there is one adapter. "
+            f"Set {enabled[0]}.enabled=false, or {block.KEY}.enabled=false."
         )
-    if policy.lora is not None and policy.lora.enabled:
-        return spec_from_unified(policy.lora.model_dump(), UNIFIED_KEY, backend)
     other = "megatron" if backend == "dtensor" else "dtensor"
-    if native[other].enabled:
+    if unread := [key for key in enabled if key != block.KEY]:
         raise ValueError(
-            f"{keys[other]}.enabled=True: the backend is {backend}, which does not read this block. "
-            f"Set {keys[backend]}.enabled=true instead, or policy.backend={other}."
+            f"{unread[0]}.enabled=True: the backend is {backend}, which does not read this block. "
+            f"Set {block.KEY}.enabled=true instead, or policy.backend={other}."
         )
-    if not native[backend].enabled:
-        return None
-    parse = spec_from_lora_cfg if backend == "dtensor" else spec_from_megatron_peft
-    return parse(native[backend].model_dump(), keys[backend])
+    return block.spec(backend) if block.enabled else None
 
 
-def _unified_is_on(policy: PolicyLike) -> bool:
-    return policy.lora is not None and policy.lora.enabled
-
-
-def kernels_off_because(policy: PolicyLike, spec: LoraSpec, *, cuda: bool) -> str | None:
+def kernels_off_because(policy: PolicyConfig, spec: LoraSpec, *, cuda: bool) -> str | None:
     """Why Triton kernels that were asked for do not run: a sentence that names the keys, or None where they do.
 
     None too where they were not asked for.
     """
     if not spec.kernels:
         return None
-    key = f"{lora_block_key(policy)}.use_triton"
-    tensor_parallel = policy.dtensor_cfg.tensor_parallel_size
+    key, tensor_parallel = lora_field_key(policy, "kernels"), policy.dtensor_cfg.tensor_parallel_size
     if tensor_parallel > 1:
         return f"{key}: off, because policy.dtensor_cfg.tensor_parallel_size={tensor_parallel} is above 1."
     if not cuda:

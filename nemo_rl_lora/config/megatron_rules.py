@@ -11,7 +11,7 @@ from nemo_rl_lora.config.adam import (
     weight_decay_schedule_is_in_force,
 )
 from nemo_rl_lora.config.errors import show
-from nemo_rl_lora.config.lora import lora_block_key, lora_spec_from_policy
+from nemo_rl_lora.config.lora import lora_field_key, lora_spec_from_policy
 from nemo_rl_lora.config.master import MasterConfig
 from nemo_rl_lora.config.megatron import MegatronSchedulerConfig
 from nemo_rl_lora.config.tree import lookup
@@ -131,8 +131,7 @@ def _a2a_problems(config: MasterConfig) -> list[str]:
     policy, spec = config.policy, lora_spec_from_policy(config.policy)
     if spec is None or not spec.a2a:
         return []
-    block = lora_block_key(policy)
-    key = f"{block}.{'a2a' if block.endswith('.lora') else 'a2a_experimental'}"
+    key = lora_field_key(policy, "a2a")
     sizes = policy.megatron_cfg
     if sizes.sequence_parallel and sizes.tensor_model_parallel_size > 1:
         return []

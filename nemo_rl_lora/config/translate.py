@@ -1,7 +1,7 @@
 """Any file that describes an adapter, as the `policy.lora` block that means the same.
 
 Contract: NeMo RL's files are loaded with everything they inherit; PEFT's, VeOmni's, verl's and theseus's are read as
-they stand (lora/foreign.py). Raises ConfigError where the file holds no adapter, or one that cannot be translated.
+they stand (lora/other_tools.py). Raises ConfigError where the file holds no adapter, or one that cannot be translated.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import yaml
 
 from nemo_rl_lora.config.errors import ConfigError
 from nemo_rl_lora.config.loader import algorithm_of, load_config
-from nemo_rl_lora.config.lora import lora_block_key, lora_spec_from_policy
+from nemo_rl_lora.config.lora import lora_block_key, lora_spec_from_policy, unified_from_spec
 from nemo_rl_lora.config.master import EvalMaster
-from nemo_rl_lora.lora.dialects import unified_from_spec
-from nemo_rl_lora.lora.foreign import Translation, translate
+from nemo_rl_lora.lora.other_tools import Translation, translate
 
 
 def translate_file(file: Path) -> str:

@@ -1,10 +1,9 @@
-"""Every way to write an adapter down, translated into LoraSpec with the meaning that it has at its source.
+"""From a dialect's keys to LoraSpec, and PEFT's adapter_config.json in both directions.
 
-Contract: a dialect is a mapping with string keys (a config block, a JSON file); its parser gives a LoraSpec
-or raises ValueError naming the dialect's own key. A setting that LoraSpec has no field for is refused by
-name unless it is off. The native blocks come complete (config/lora.py holds their defaults); PEFT's own
-defaults fill an adapter_config.json. Other systems' files are in lora/foreign.py. This module reads no file
-and no model.
+Contract: a dialect is a mapping with string keys, and a table from LoraSpec's fields to them; the result is a LoraSpec,
+or a ValueError naming the dialect's own key. A setting that LoraSpec has no field for is refused by name unless it is
+off. The blocks of a configuration are in config/lora.py, other systems' files in lora/other_tools.py. This module reads
+no file and no model.
 """
 
 from __future__ import annotations
@@ -17,143 +16,40 @@ from nemo_rl_lora.lora.names import hf_targets, last_component, names_fused_laye
 from nemo_rl_lora.lora.spec import LoraFieldError, LoraSpec
 from nemo_rl_lora.lora.targets import ALL_LINEAR, AdaptedModule
 
-SHARED_KEYS = {
-    "targets": "target_modules",
-    "excludes": "exclude_modules",
-    "dim": "dim",
-    "alpha": "alpha",
-    "dropout": "dropout",
-    "dropout_position": "dropout_position",
-    "rank_pattern": "rank_pattern",
-    "alpha_pattern": "alpha_pattern",
-    "use_rslora": "use_rslora",
-}
-LORA_CFG_KEYS = {**SHARED_KEYS, "A_init": "lora_A_init", "kernels": "use_triton", "dtype": "lora_dtype"}
-MEGATRON_KEYS = {
-    **SHARED_KEYS,
-    "A_init": "lora_A_init_method",
-    "B_init": "lora_B_init_method",
-    "a2a": "a2a_experimental",
-    "dtype": "lora_dtype",
-}
-UNIFIED_KEYS = {
-    **SHARED_KEYS,
-    "A_init": "A_init",
-    "B_init": "B_init",
-    "kernels": "use_triton",
-    "a2a": "a2a",
-    "dtype": "dtype",
-}
-"""For each dialect of ours: the field of LoraSpec, and the key that holds it."""
-
-_DTYPE_ALIASES = {
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "fp32": "float32",
-    "half": "float16",
-    "float": "float32",
-}
-_PEFT_METADATA = (
-    "peft_type",
-    "task_type",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "peft_version",
-)
+_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16", "float": "float32"}
+_PEFT_METADATA = ("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version")
 _PEFT_OFF = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}
-_PEFT_KEYS = {
-    "targets": "target_modules",
-    "excludes": "exclude_modules",
-    "dim": "r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "A_init": "init_lora_weights",
-    "rank_pattern": "rank_pattern",
-    "alpha_pattern": "alpha_pattern",
-    "use_rslora": "use_rslora",
+_PEFT_FIELDS: dict[str, tuple[str, Any]] = {
+    "targets": ("target_modules", None),
+    "excludes": ("exclude_modules", None),
+    "dim": ("r", 8),
+    "alpha": ("lora_alpha", 8),
+    "dropout": ("lora_dropout", 0.0),
+    "A_init": ("init_lora_weights", True),
+    "rank_pattern": ("rank_pattern", {}),
+    "alpha_pattern": ("alpha_pattern", {}),
+    "use_rslora": ("use_rslora", False),
 }
+"""The field of LoraSpec: PEFT's key, and its default there."""
 
 
-def spec_from_lora_cfg(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
-    """`policy.dtensor_cfg.lora_cfg`, complete. Names of fused Megatron layers are refused: there are none
-    here.
-    """
-    targets = block["target_modules"]
-    if block["match_all_linear"] and targets and targets != ALL_LINEAR:
-        raise ValueError(
-            f"{key_prefix}.target_modules={list(targets)!r}: cannot be combined with "
-            "match_all_linear=true, which "
-            f"adapts every linear layer. Set {key_prefix}.match_all_linear=false to adapt only these "
-            "modules, or "
-            f"{key_prefix}.target_modules=[] to adapt all."
-        )
-    spec = spec_from_keys(block, LORA_CFG_KEYS, key_prefix, targets=targets or ALL_LINEAR)
-    refuse_shared_a(spec, key_prefix)
-    return spec
-
-
-def spec_from_megatron_peft(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
-    """`policy.megatron_cfg.peft`, complete. `normal` without a number has Megatron Bridge's standard
-    deviation.
-    """
-    A_init = block["lora_A_init_method"]
-    return spec_from_keys(
-        block,
-        MEGATRON_KEYS,
-        key_prefix,
-        targets=block["target_modules"] or ALL_LINEAR,
-        A_init="normal(0.2)" if A_init == "normal" else A_init,
-        kernels=False,
-    )
-
-
-def spec_from_unified(block: Mapping[str, Any], key_prefix: str, backend: str) -> LoraSpec:
-    """`policy.lora`, complete, for the backend ("dtensor" or "megatron") that is on.
-
-    A setting without a meaning on that backend is refused. `use_triton: null` means on where the backend
-    has kernels.
-    """
-    if backend == "dtensor" and block["a2a"]:
-        raise ValueError(
-            f"{key_prefix}.a2a=True: the all-to-all is a way of the Megatron backend, and the backend is "
-            "dtensor. "
-            f"Set it to false, or policy.backend=megatron."
-        )
-    if backend == "megatron" and block["use_triton"]:
-        raise ValueError(
-            f"{key_prefix}.use_triton=True: the Triton kernels belong to the DTensor backend, and the "
-            "backend is "
-            f"megatron. Set it to null or false, or policy.backend=dtensor."
-        )
-    kernels = backend == "dtensor" if block["use_triton"] is None else block["use_triton"]
-    spec = spec_from_keys(block, UNIFIED_KEYS, key_prefix, targets=block["target_modules"], kernels=kernels)
-    if backend == "dtensor":
-        refuse_shared_a(spec, key_prefix)
-    return spec
-
-
-def unified_from_spec(spec: LoraSpec) -> dict[str, Any]:
-    """The `policy.lora` block that parses into this spec; null for kernels that are on, which serves both backends."""
-    block: dict[str, Any] = {"enabled": True}
-    for name, key in UNIFIED_KEYS.items():
-        value = getattr(spec, name)
-        block[key] = list(value) if isinstance(value, tuple) else value
-    block["use_triton"] = None if spec.kernels else False
-    block["alpha"] = _plain_number(spec.alpha)
-    return block
+def filled(table: Mapping[str, tuple[str, Any]], block: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """The block with a tool's defaults, and the tool's key for each field of LoraSpec."""
+    return {key: block.get(key, default) for key, default in table.values()}, {f: key for f, (key, _) in table.items()}
 
 
 def spec_from_keys(block: Mapping[str, Any], keys: Mapping[str, str], key_prefix: str, **overrides: Any) -> LoraSpec:
-    """Build a LoraSpec from `block[keys[field]]`, or `overrides[field]`; errors name the block's keys."""
+    """Build a LoraSpec from `block[keys[field]]`, or `overrides[field]`; errors name the block's keys.
+
+    A field in neither has LoraSpec's default. Fused Megatron layers among the targets mean one shared A.
+    """
     fields = {name: block[key] for name, key in keys.items() if name not in overrides} | overrides
-    targets = fields["targets"]
-    fields["targets"] = targets if isinstance(targets, str) else tuple(targets)
-    fields["excludes"] = tuple(fields["excludes"] or ())
-    if isinstance(fields["targets"], tuple) and any(names_fused_layer(t) for t in fields["targets"]):
-        fields["fused"] = "shared"
-    if "dtype" in fields:
-        fields["dtype"] = parse_dtype(fields["dtype"])
+    if not isinstance(fields["targets"], str):
+        fields["targets"] = tuple(fields["targets"])
+        if any(names_fused_layer(target) for target in fields["targets"]):
+            fields["fused"] = "shared"
+    fields["excludes"] = tuple(fields.get("excludes") or ())
+    fields["dtype"] = parse_dtype(fields.get("dtype"))
     try:
         return LoraSpec(**fields)
     except LoraFieldError as e:
@@ -170,21 +66,27 @@ def refuse_shared_a(spec: LoraSpec, key_prefix: str) -> None:
     fused = [t for t in targets if names_fused_layer(t)]
     instead = [part for t in targets for part in (hf_targets(t) if t in fused else (t,))]
     raise ValueError(
-        f"{key_prefix}.target_modules={targets!r}: {', '.join(map(repr, fused))} means one A shared by a "
-        "fused layer, "
-        f"which only the Megatron backend has. Use {instead!r}, which have an A each, or "
-        "policy.backend=megatron."
+        f"{key_prefix}.target_modules={targets!r}: {', '.join(map(repr, fused))} means one A shared by a fused layer, "
+        f"which only the Megatron backend has. Use {instead!r}, which have an A each, or policy.backend=megatron."
     )
 
 
+def megatron_init(A_init: str) -> str:
+    """How Megatron Bridge draws A: its `normal`, without a number, has standard deviation 0.2."""
+    return "normal(0.2)" if A_init == "normal" else A_init
+
+
 def parse_dtype(value: Any) -> Any:
-    """A dtype's name without `torch.`; YAML's `None`, a string, is null. Unknown names pass, for LoraSpec
-    to refuse.
-    """
+    """A dtype's name without `torch.`; YAML's `None`, a string, is null. Unknown names pass, for LoraSpec to refuse."""
     if value is None or value in ("None", "none", "null", ""):
         return None
     name = str(value).removeprefix("torch.")
     return _DTYPE_ALIASES.get(name, name)
+
+
+def plain_number(value: float) -> int | float:
+    """A whole number as an int, which is how people write it."""
+    return int(value) if float(value).is_integer() else value
 
 
 def spec_to_peft_config(
@@ -192,9 +94,8 @@ def spec_to_peft_config(
 ) -> dict[str, Any]:
     """An adapter_config.json that stock PEFT loads to the same modules, ranks and scales.
 
-    PEFT matches by suffix, so names are short where that reaches exactly the adapted modules, else full.
-    What PEFT has no field for is left out: how A was drawn (the file beside it holds A) and the dropout's
-    position.
+    PEFT matches by suffix, so names are short where that reaches exactly the adapted modules, else full. What PEFT has
+    no field for is left out: how A was drawn (the file beside it holds A) and the dropout's position.
     """
     return {
         "peft_type": "LORA",
@@ -203,12 +104,12 @@ def spec_to_peft_config(
         "revision": None,
         "inference_mode": True,
         "r": spec.dim,
-        "lora_alpha": _plain_number(spec.alpha),
+        "lora_alpha": plain_number(spec.alpha),
         "lora_dropout": spec.dropout,
         "target_modules": _peft_targets(spec, adapted_modules),
         "exclude_modules": None,
         "rank_pattern": {m.name: m.dim for m in adapted_modules if m.dim != spec.dim},
-        "alpha_pattern": {m.name: _plain_number(m.alpha) for m in adapted_modules if m.alpha != spec.alpha},
+        "alpha_pattern": {m.name: plain_number(m.alpha) for m in adapted_modules if m.alpha != spec.alpha},
         "use_rslora": spec.use_rslora,
         "use_dora": False,
         "bias": "none",
@@ -226,43 +127,33 @@ def _peft_targets(spec: LoraSpec, adapted_modules: Sequence[AdaptedModule]) -> l
     return last if plain and not spec.excludes else [m.name for m in adapted_modules]
 
 
-def _plain_number(value: float) -> int | float:
-    return int(value) if float(value).is_integer() else value
-
-
 def spec_from_peft_config(config: Mapping[str, Any], key_prefix: str = "adapter_config") -> LoraSpec:
-    """What an adapter_config.json describes. Raises ValueError for a feature that LoraSpec has no field
-    for.
-    """
-    known = {**dict.fromkeys(_PEFT_KEYS.values()), "lora_dropout": 0.0, "r": 8, "lora_alpha": 8}
-    known |= {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "init_lora_weights": True}
+    """What an adapter_config.json describes. Raises ValueError for a feature that LoraSpec has no field for."""
+    block, keys = filled(_PEFT_FIELDS, config)
     for key, value in config.items():
-        if key not in known and key not in _PEFT_METADATA and not _is_off(key, value):
+        if key not in block and key not in _PEFT_METADATA and not _is_off(key, value):
             raise ValueError(
-                f"{key_prefix}.{key}={value!r}: this product has no such feature. Use an adapter made with "
-                f"{key} "
-                f"off, or merge it into its base with PEFT first."
+                f"{key_prefix}.{key}={value!r}: this product has no such feature. Use an adapter made with {key} off, "
+                f"or merge it into its base with PEFT first."
             )
-    _require(config, "peft_type", ("LORA",), key_prefix)
-    _require(config, "task_type", (None, "CAUSAL_LM"), key_prefix)
-    block = known | {key: value for key, value in config.items() if key in known}
-    patterns = {k: _peft_pattern(block[k], f"{key_prefix}.{k}") for k in ("rank_pattern", "alpha_pattern")}
+    for key, allowed in (("peft_type", ("LORA",)), ("task_type", (None, "CAUSAL_LM"))):
+        if (value := config.get(key, allowed[0])) not in allowed:
+            rule = f"must be {allowed[-1]!r}. Use a LoRA adapter of a causal LM."
+            raise ValueError(f"{key_prefix}.{key}={value!r}: {rule}")
     return spec_from_keys(
         block,
-        _PEFT_KEYS,
+        keys,
         key_prefix,
         targets=peft_names(block["target_modules"], f"{key_prefix}.target_modules"),
         excludes=peft_names(block["exclude_modules"] or (), f"{key_prefix}.exclude_modules"),
         A_init=_peft_init(block, key_prefix),
         dropout_position="pre",
-        **patterns,
+        **{key: _peft_pattern(block[key], f"{key_prefix}.{key}") for key in ("rank_pattern", "alpha_pattern")},
     )
 
 
 def peft_names(value: Any, key: str) -> str | tuple[str, ...]:
-    """PEFT's list of names, which match as suffixes like ours, or "all-linear". A string otherwise is a
-    regex.
-    """
+    """PEFT's list of names, which match as suffixes like ours, or "all-linear". A string otherwise is a regex."""
     if value == ALL_LINEAR:
         return ALL_LINEAR
     if isinstance(value, str) or value is None:
@@ -277,12 +168,6 @@ def peft_names(value: Any, key: str) -> str | tuple[str, ...]:
 
 def _is_off(key: str, value: Any) -> bool:
     return value is None or value is False or value in ([], {}, "") or value == _PEFT_OFF.get(key)
-
-
-def _require(config: Mapping[str, Any], key: str, allowed: tuple[Any, ...], key_prefix: str) -> None:
-    value = config[key] if key in config else allowed[0]
-    if value not in allowed:
-        raise ValueError(f"{key_prefix}.{key}={value!r}: must be {allowed[-1]!r}. Use a LoRA adapter of a causal LM.")
 
 
 def _peft_init(block: Mapping[str, Any], key_prefix: str) -> str:

@@ -46,8 +46,7 @@ def module_of(name: str) -> str:
     if match is None:
         raise ValueError(
             f"adapter tensor {name!r}: is not of the form base_model.model.<module>.lora_A.weight or "
-            "...lora_B.weight. Only plain LoRA adapters are supported (no DoRA, embeddings or "
-            "modules_to_save)."
+            "...lora_B.weight. Only plain LoRA adapters are supported (no DoRA, embeddings or modules_to_save)."
         )
     return match["module"]
 
@@ -60,7 +59,7 @@ def write_adapter(directory: Path, tensors: Mapping[str, Tensor], peft_config: M
     """
     _check_pairs(tensors, "the adapter to write")
     directory.mkdir(parents=True, exist_ok=True)
-    config_text = json.dumps(_plain(peft_config), indent=2, sort_keys=True)
+    config_text = json.dumps(dict(peft_config), indent=2, sort_keys=True, default=sorted)  # PEFT has sets of names
     (directory / ADAPTER_CONFIG_FILE).write_text(config_text + "\n", encoding="utf-8")
     _write_tensors(directory / ADAPTER_FILE, tensors, {})
 
@@ -150,8 +149,7 @@ def _refuse_other_sharing(path: Path, aliases: Mapping[str, str], shared: Mappin
 
 
 def check_names(where: str, *, expected: Collection[str], found: Collection[str]) -> None:
-    """ValueError with the first five missing and the first five unexpected names, unless both sets are
-    equal."""
+    """ValueError with the first five missing and the first five unexpected names, unless both sets are equal."""
     missing = sorted(set(expected) - set(found))
     unexpected = sorted(set(found) - set(expected))
     if not missing and not unexpected:
@@ -241,14 +239,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds no JSON object. {_WAY_OUT}")
     return content
-
-
-def _plain(value: Any) -> Any:
-    """JSON's own types for tuples, sets, enumerations and mappings."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(_plain(item) for item in value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

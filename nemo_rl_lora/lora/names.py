@@ -1,9 +1,9 @@
 """Module names in two vocabularies: Hugging Face (Llama and Qwen style) and Megatron Core. Pure string work.
 
-Contract: `megatron_name` and `hf_names` are inverse to each other on the layers that both vocabularies
-know. A fused Megatron layer holds several Hugging Face modules, so one Megatron name gives several Hugging
-Face names, in the order in which Megatron stores them. Names that only one side knows (Mamba mixers, vision
-towers, routers) give None or (). This module does not look at a model.
+Contract: `megatron_name` and `hf_names` are inverse to each other on the layers that both vocabularies know. A fused
+Megatron layer holds several Hugging Face modules, so one Megatron name gives several Hugging Face names, in the order
+in which Megatron stores them. Names that only one side knows (Mamba mixers, vision towers, routers) give None or ().
+This module does not look at a model.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def megatron_name(hf_name: str) -> str | None:
 
 
 def hf_names(megatron: str) -> tuple[str, ...]:
-    """The Hugging Face modules that a Megatron layer holds, in Megatron's order; empty where there are
-    none.
-    """
+    """The Hugging Face modules that a Megatron layer holds, in Megatron's order; empty where there are none."""
     if megatron == "output_layer":
         return ("lm_head",)
     match = _MEGATRON_NAME.fullmatch(megatron)
@@ -68,8 +66,8 @@ def last_component(name: str) -> str:
 def names_fused_layer(pattern: str) -> bool:
     """Whether a target asks for a fused Megatron layer, and so for one shared A.
 
-    It does when its last component reaches `linear_qkv` or `linear_fc1` and none of the modules that they
-    hold: `*.layers.0.*` reaches both and asks for modules.
+    It does when its last component reaches `linear_qkv` or `linear_fc1` and none of the modules that they hold:
+    `*.layers.0.*` reaches both and asks for modules.
     """
     last = last_component(pattern)
     parts = [part for fused in FUSED_PARTS.values() for part in fused]

@@ -1,16 +1,17 @@
 """LoraSpec: the one description of an adapter that everything downstream reads.
 
-Contract: a LoraSpec that exists is valid (its own fields; whether its targets exist is lora/targets.py's
-question). The update of a module is `scale * B @ A` with A [dim, in_features], B [out_features, dim] and
-`scale = alpha / dim`, or `alpha / sqrt(dim)` with rank-stabilised scaling (Kalajdzievski 2023, eq. 4). It
-holds no tensor and draws no number: `init_distribution` says from which distribution A is drawn.
+Contract: a LoraSpec that exists is valid (its own fields; whether its targets exist is lora/targets.py's question). The
+update of a module is `scale * B @ A` with A [dim, in_features], B [out_features, dim] and `scale = alpha / dim`, or
+`alpha / sqrt(dim)` with rank-stabilised scaling (Kalajdzievski 2023, eq. 4). It holds no tensor and draws no number:
+`init_distribution` says from which distribution A is drawn.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,9 +24,7 @@ _INIT_RULE = "must be 'xavier', 'uniform', 'kaiming' or 'normal(STD)' with STD >
 
 
 class LoraFieldError(ValueError):
-    """A field of LoraSpec holds a value that it cannot hold. `field` lets a dialect name its own key
-    instead.
-    """
+    """A field of LoraSpec holds a value that it cannot hold. `field` lets a dialect name its own key instead."""
 
     def __init__(self, field: str, value: Any, rule: str) -> None:
         super().__init__(f"lora.{field}={value!r}: {rule}")
@@ -35,6 +34,30 @@ class LoraFieldError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.field, self.value, self.rule)
+
+
+def _is(value: Any, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _one_of(*choices: Any) -> tuple[Callable[[Any], bool], str]:
+    names = ", ".join(repr(choice) for choice in choices)
+    return lambda value: value in choices, f"must be one of {names}. Choose one of them."
+
+
+# What a field may hold on its own: a test of its value, and what to say where it fails.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "dim": (lambda x: _is(x, int) and x > 0, "must be a whole number of at least 1. Typical values are 8 to 128."),
+    "alpha": (
+        lambda x: _is(x, int, float) and 0 < x < math.inf,
+        "must be greater than 0. Typical values are 16 to 128.",
+    ),
+    "dropout": (lambda x: _is(x, int, float) and 0 <= x < 1, "must lie in [0, 1). Use 0.0 for no dropout."),
+    "dropout_position": _one_of("pre", "post"),
+    "B_init": _one_of("zero"),
+    "fused": _one_of("canonical", "shared"),
+    "dtype": _one_of(*DTYPES, None),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,26 +81,17 @@ class LoraSpec:
     use_rslora: bool = False
 
     def __post_init__(self) -> None:
-        _check_positive_int("dim", self.dim)
-        _check_positive("alpha", self.alpha)
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise LoraFieldError("dropout", self.dropout, "must lie in [0, 1). Use 0.0 for no dropout.")
-        _check_choice("dropout_position", self.dropout_position, ("pre", "post"))
-        _check_choice("B_init", self.B_init, ("zero",))
-        _check_choice("fused", self.fused, ("canonical", "shared"))
-        if self.dtype is not None:
-            _check_choice("dtype", self.dtype, (*DTYPES, None))
+        for name in _RULES:
+            _check(name, getattr(self, name))
         parse_init(self.A_init)
         _check_targets(self)
         for pattern, dim in self.rank_pattern.items():
-            _check_positive_int(f"rank_pattern.{pattern}", dim)
+            _check("dim", dim, f"rank_pattern.{pattern}")
         for pattern, alpha in self.alpha_pattern.items():
-            _check_positive(f"alpha_pattern.{pattern}", alpha)
+            _check("alpha", alpha, f"alpha_pattern.{pattern}")
 
     def dim_of(self, name: str) -> int:
-        """The rank of the module of this full Hugging Face name: the first match in `rank_pattern`, or
-        `dim`.
-        """
+        """The rank of the module of this full Hugging Face name: the first match in `rank_pattern`, or `dim`."""
         return next((dim for pattern, dim in self.rank_pattern.items() if module_matches(pattern, name)), self.dim)
 
     def alpha_of(self, name: str) -> float:
@@ -96,21 +110,17 @@ def parse_init(A_init: str) -> tuple[str, float | None]:
         return A_init, None
     if A_init == "normal":
         raise LoraFieldError("A_init", A_init, "needs its standard deviation. Write, for example, 'normal(0.02)'.")
-    match = _NORMAL.fullmatch(A_init) if isinstance(A_init, str) else None
+    match = _NORMAL.fullmatch(str(A_init))
     if match is None:
         raise LoraFieldError("A_init", A_init, f"{_INIT_RULE}. Choose one of them.")
-    try:
-        std = float(match[1])
-    except ValueError:
-        raise LoraFieldError("A_init", A_init, f"{_INIT_RULE}. Write, for example, 'normal(0.02)'.") from None
-    if not 0 < std < math.inf:
-        raise LoraFieldError("A_init", A_init, f"{_INIT_RULE}. Write, for example, 'normal(0.02)'.")
-    return "normal", std
+    with contextlib.suppress(ValueError):  # `1e` is no number
+        if 0 < (std := float(match[1])) < math.inf:
+            return "normal", std
+    raise LoraFieldError("A_init", A_init, f"{_INIT_RULE}. Write, for example, 'normal(0.02)'.")
 
 
 def init_distribution(A_init: str, in_features: int, dim: int) -> tuple[Literal["normal", "uniform"], float]:
-    """The distribution of A's entries: ("normal", std) with mean 0, or ("uniform", bound) over [-bound,
-    bound].
+    """The distribution of A's entries: ("normal", std) with mean 0, or ("uniform", bound) over [-bound, bound].
 
     xavier: std = sqrt(2 / (in_features + dim)) (Glorot and Bengio 2010, the normal form).
     uniform, kaiming: bound = 1 / sqrt(in_features), Kaiming's uniform form at a = sqrt(5).
@@ -118,77 +128,57 @@ def init_distribution(A_init: str, in_features: int, dim: int) -> tuple[Literal[
     name, std = parse_init(A_init)
     if name == "xavier":
         return "normal", math.sqrt(2 / (in_features + dim))
-    if std is not None:
-        return "normal", std
-    return "uniform", 1 / math.sqrt(in_features)
+    return ("uniform", 1 / math.sqrt(in_features)) if std is None else ("normal", std)
 
 
-def require_adapter_dtype(spec: LoraSpec, quantization: str | None, config_key: str) -> None:
+def require_adapter_dtype(spec: LoraSpec, quantization: str | None, dtype_key: str) -> None:
     """Refuse a quantized base (`quantization` names its method) without an adapter dtype.
 
-    `config_key` is the dotted key of the LoRA block.
+    `dtype_key` is the dotted key that sets the dtype.
     """
     if quantization is not None and spec.dtype is None:
         raise ValueError(
-            f"{config_key}.{'dtype' if config_key.endswith('.lora') else 'lora_dtype'}=None: the base is "
-            "quantized "
-            f"({quantization}), so the adapter cannot follow its dtype. Set it to one of {', '.join(DTYPES)}."
+            f"{dtype_key}=None: the base is quantized ({quantization}), so the adapter cannot follow its dtype. "
+            f"Set it to one of {', '.join(DTYPES)}."
         )
+
+
+def _check(rule: str, value: Any, name: str | None = None) -> None:
+    holds, words = _RULES[rule]
+    if not holds(value):
+        raise LoraFieldError(name or rule, value, words)
 
 
 def _check_targets(spec: LoraSpec) -> None:
-    if isinstance(spec.targets, str):
-        if spec.targets != ALL_LINEAR:
-            raise LoraFieldError("targets", spec.targets, f"must be {ALL_LINEAR!r} or a list of names. Write a list.")
-    else:
-        _check_names("targets", spec.targets)
-        if not spec.targets:
-            raise LoraFieldError("targets", [], f"names no module. Write {ALL_LINEAR!r} for every linear module.")
+    targets = spec.targets
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        raise LoraFieldError("targets", targets, f"must be {ALL_LINEAR!r} or a list of names. Write a list.")
+    if not targets:
+        raise LoraFieldError("targets", [], f"names no module. Write {ALL_LINEAR!r} for every linear module.")
+    names = () if isinstance(targets, str) else targets
+    _check_names("targets", names)
     _check_names("excludes", spec.excludes)
-    if isinstance(spec.targets, str):
-        if spec.fused == "shared":
-            raise LoraFieldError("fused", "shared", "needs targets that name linear_qkv or linear_fc1. Name them.")
-        return
-    fused = [t for t in spec.targets if names_fused_layer(t)]
-    parts = [t for t in spec.targets if names_fused_part(t)]
+    if not names and spec.fused == "shared":
+        raise LoraFieldError("fused", "shared", "needs targets that name linear_qkv or linear_fc1. Name them.")
+    fused = [t for t in names if names_fused_layer(t)]
+    parts = [t for t in names if names_fused_part(t)]
     if fused and parts:
+        instead = ", ".join(repr(n) for n in hf_targets(fused[0]))
         raise LoraFieldError(
             "targets",
-            list(spec.targets),
-            f"{fused[0]!r} asks for one A shared by a fused layer, {parts[0]!r} for one A per module. Use "
-            f"{', '.join(repr(n) for n in hf_targets(fused[0]))} instead of {fused[0]!r}, or fused names "
-            "only.",
+            list(names),
+            f"{fused[0]!r} asks for one A shared by a fused layer, {parts[0]!r} for one A per module. Use {instead} "
+            f"instead of {fused[0]!r}, or fused names only.",
         )
     if bool(fused) != (spec.fused == "shared"):
-        raise LoraFieldError(
-            "fused", spec.fused, "must be 'shared' exactly when a target names a fused layer. Drop it."
-        )
+        rule = "must be 'shared' exactly when a target names a fused layer. Drop it."
+        raise LoraFieldError("fused", spec.fused, rule)
 
 
 def _check_names(name: str, patterns: tuple[str, ...]) -> None:
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern.strip():
-            raise LoraFieldError(
-                name, list(patterns), "every entry must be a module name or glob. Remove the empty one."
-            )
+            rule = "every entry must be a module name or glob. Remove the empty one."
+            raise LoraFieldError(name, list(patterns), rule)
         if pattern == ALL_LINEAR:
             raise LoraFieldError(name, list(patterns), f"{ALL_LINEAR!r} stands alone, not in a list. Write it bare.")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise LoraFieldError(name, value, f"must be one of {', '.join(repr(c) for c in choices)}. Choose one of them.")
-
-
-def _check_positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise LoraFieldError(name, value, "must be a whole number of at least 1. Typical values are 8 to 128.")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if not _is_number(value) or not 0 < value < math.inf:
-        raise LoraFieldError(name, value, "must be greater than 0. Typical values are 16 to 128.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

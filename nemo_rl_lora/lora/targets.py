@@ -5,15 +5,15 @@ The rule, for targets, excludes, `rank_pattern` and `alpha_pattern` alike:
 - a dotted name without wildcard (`to_out.0`) matches a suffix on component boundaries;
 - a glob (any of `*?[`) matches the full name, case-sensitively; a dot in it is a dot, so `*.layers.0.*` never
   reaches layer 10.
-A name may be written in the Hugging Face or the Megatron vocabulary: a module matches when either of its
-names does. "all-linear" is every linear module but the output head. This module does not look at weights:
-the caller lists the linear modules of the model, in module order.
+A name may be written in the Hugging Face or the Megatron vocabulary: a module matches when either of its names does.
+"all-linear" is every linear module but the output head. This module does not look at weights: the caller lists the
+linear modules of the model, in module order.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -42,9 +42,7 @@ class LinearModule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptedModule:
-    """A module with an adapter: A is [dim, in_features], B is [out_features, dim], the update is scale * B
-    @ A.
-    """
+    """A module with an adapter: A is [dim, in_features], B is [out_features, dim], the update is scale * B @ A."""
 
     name: str  # full Hugging Face module name
     in_features: int
@@ -79,8 +77,8 @@ def resolve_targets(
     """The modules that get an adapter, in module order.
 
     `config_key` is the dotted key of the LoRA block (`policy.dtensor_cfg.lora_cfg`), for messages. Raises
-    ValueError for a target, exclude or pattern that matches nothing, a tied output head, or a fused layer
-    matched in part.
+    ValueError for a target, exclude or pattern that matches nothing, a tied output head, or a fused layer matched in
+    part.
     """
     targets_key, excludes_key = f"{config_key}.target_modules", f"{config_key}.exclude_modules"
     where = f"linear modules of {model_label}"
@@ -104,7 +102,17 @@ def resolve_targets(
     _require_matches(spec.alpha_pattern, chosen, chosen, f"{config_key}.alpha_pattern", adapted)
     if spec.fused == "shared":
         _require_whole_fused_layers(spec, chosen, modules, config_key)
-    return tuple(_adapted(spec, module) for module in chosen)
+    return tuple(
+        AdaptedModule(
+            name=module.name,
+            in_features=module.in_features,
+            out_features=module.out_features,
+            dim=spec.dim_of(module.name),
+            alpha=spec.alpha_of(module.name),
+            scale=spec.scale_of(module.name),
+        )
+        for module in chosen
+    )
 
 
 def resolve_trained_targets(
@@ -123,23 +131,8 @@ def resolve_trained_targets(
     return adapted
 
 
-def _adapted(spec: LoraSpec, module: LinearModule) -> AdaptedModule:
-    return AdaptedModule(
-        name=module.name,
-        in_features=module.in_features,
-        out_features=module.out_features,
-        dim=spec.dim_of(module.name),
-        alpha=spec.alpha_of(module.name),
-        scale=spec.scale_of(module.name),
-    )
-
-
 def _require_matches(
-    patterns: Iterable[str],
-    modules: Sequence[LinearModule],
-    offered: Sequence[LinearModule],
-    key: str,
-    where: str,
+    patterns: Collection[str], modules: Sequence[LinearModule], offered: Sequence[LinearModule], key: str, where: str
 ) -> None:
     for pattern in patterns:
         if any(module_matches(pattern, m.name) for m in modules):
@@ -147,24 +140,19 @@ def _require_matches(
         candidates = list(dict.fromkeys(last_component(m.name) for m in offered))
         close = difflib.get_close_matches(last_component(pattern), candidates, n=1)
         hint = f" Did you mean {close[0]!r}?" if close and close[0] != pattern else ""
+        subject = "" if len(patterns) == 1 else f"{pattern!r} "
         raise ValueError(
-            f"{key}={list(patterns)!r}: {_subject(pattern, patterns)}matches none of the "
-            f"{len(offered)} {where}.{hint} Candidates: {', '.join(candidates)}."
+            f"{key}={list(patterns)!r}: {subject}matches none of the {len(offered)} {where}.{hint} "
+            f"Candidates: {', '.join(candidates)}."
         )
-
-
-def _subject(pattern: str, patterns: Iterable[str]) -> str:
-    return "" if len(list(patterns)) == 1 else f"{pattern!r} "
 
 
 def _refuse_tied_head(chosen: Sequence[LinearModule], targets: Sequence[str], tied_head: bool, config_key: str) -> None:
     head = next((m for m in chosen if m.is_head), None)
     if head is not None and tied_head:
         raise ValueError(
-            f"{config_key}.target_modules={list(targets)!r}: matches the output head {head.name!r}, which "
-            "shares its "
-            "weight with the input embeddings, so an adapter there cannot be merged. Drop it from the "
-            "targets, or "
+            f"{config_key}.target_modules={list(targets)!r}: matches the output head {head.name!r}, which shares its "
+            f"weight with the input embeddings, so an adapter there cannot be merged. Drop it from the targets, or "
             f"add {head.name!r} to {config_key}.exclude_modules."
         )
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemo_rl_lora.config.generation import chosen_engine
-from nemo_rl_lora.config.lora import kernels_off_because, lora_block_key, lora_spec_from_policy
+from nemo_rl_lora.config.lora import kernels_off_because, lora_block_key, lora_field_key, lora_spec_from_policy
 from nemo_rl_lora.config.runnable import check_runnable
 from nemo_rl_lora.generation.vllm import vllm_problems
 from nemo_rl_lora.lora.spec import LoraSpec, require_adapter_dtype
@@ -94,7 +94,7 @@ def _adapted(spec: LoraSpec | None, shapes: ModelShapes, policy: PolicyConfig) -
     if spec is None:
         return ()
     key = lora_block_key(policy)
-    require_adapter_dtype(spec, shapes.quantization, key)
+    require_adapter_dtype(spec, shapes.quantization, lora_field_key(policy, "dtype"))
     return resolve_trained_targets(
         spec, shapes.linears, tied_head=shapes.has_tied_head, model_label=policy.model_name, config_key=key
     )

@@ -1,7 +1,6 @@
 """Every way to describe an adapter comes to the LoraSpec that it means; PEFT's own package is the reference for its."""
 
 import json
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,21 +10,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from nemo_rl_lora.config.lora import LoraCfg, PeftCfg, UnifiedLora, kernels_off_because, lora_spec_from_policy
-from nemo_rl_lora.lora.dialects import (
-    LORA_CFG_KEYS,
-    MEGATRON_KEYS,
-    UNIFIED_KEYS,
-    spec_from_peft_config,
-    spec_from_unified,
-    spec_to_peft_config,
+from nemo_rl_lora.config.lora import (
+    LoraCfg,
+    PeftCfg,
+    UnifiedLora,
+    kernels_off_because,
+    lora_spec_from_policy,
     unified_from_spec,
 )
-from nemo_rl_lora.lora.foreign import translate
+from nemo_rl_lora.config.schema import field_map
+from nemo_rl_lora.lora.dialects import spec_from_peft_config, spec_to_peft_config
 from nemo_rl_lora.lora.spec import LoraSpec
-from nemo_rl_lora.lora.targets import LinearModule, resolve_targets
+from tests.lora.tiny_llama import resolved, tiny_llama
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "lora.md"
 
@@ -84,14 +81,14 @@ def test_the_documented_schema_table_has_these_rows():
 def test_every_key_of_a_block_stands_in_the_table_with_its_default():
     for block, column, default in ((LoraCfg, 1, 5), (PeftCfg, 2, 6), (UnifiedLora, 3, 7)):
         expected = {row[column]: row[default] for row in ROWS if row[column]}
-        assert block().model_dump() == expected
+        assert block().model_dump(by_alias=True) == expected
 
 
 def test_every_field_of_the_spec_stands_in_the_table_under_the_key_that_sets_it():
     assert {row[4] for row in ROWS if row[4]} == set(LoraSpec.__dataclass_fields__)
-    for keys, column in ((LORA_CFG_KEYS, 1), (MEGATRON_KEYS, 2), (UNIFIED_KEYS, 3)):
+    for block, column in ((LoraCfg, 1), (PeftCfg, 2), (UnifiedLora, 3)):
         named = {row[4]: row[column] for row in ROWS if row[4] and row[column] and row[0] != "Adapt all linear layers"}
-        assert keys == named
+        assert block.spec_keys() == named
 
 
 def test_the_table_documents_the_defaults():
@@ -142,13 +139,13 @@ FLIPS = {
 }
 
 
-@pytest.mark.parametrize("key", [k for k in FLIPS if k in LoraCfg.model_fields])
+@pytest.mark.parametrize("key", [k for k in FLIPS if k in field_map(LoraCfg)])
 def test_flipping_a_key_of_lora_cfg_changes_its_field(key):
     value, field, expected = FLIPS[key]
     assert getattr(_dtensor(match_all_linear=False, **{key: value}), field) == expected
 
 
-@pytest.mark.parametrize("key", [k for k in FLIPS if k in PeftCfg.model_fields])
+@pytest.mark.parametrize("key", [k for k in FLIPS if k in field_map(PeftCfg)])
 def test_flipping_a_key_of_peft_changes_its_field(key):
     value, field, expected = FLIPS[key]
     if key == "dropout_position":
@@ -156,7 +153,7 @@ def test_flipping_a_key_of_peft_changes_its_field(key):
     assert getattr(_megatron(**{key: value}), field) == expected
 
 
-@pytest.mark.parametrize("key", [k for k in FLIPS if k in UnifiedLora.model_fields])
+@pytest.mark.parametrize("key", [k for k in FLIPS if k in field_map(UnifiedLora)])
 def test_flipping_a_key_of_policy_lora_changes_its_field(key):
     value, field, expected = FLIPS[key]
     assert getattr(_unified("megatron" if key == "a2a" else "dtensor", **{key: value}), field) == expected
@@ -281,32 +278,7 @@ _specs = st.builds(
 
 @given(spec=_specs)
 def test_a_spec_written_as_policy_lora_reads_back_as_itself(spec):
-    block = UnifiedLora(**unified_from_spec(spec)).model_dump()
-    assert spec_from_unified(block, "policy.lora", "dtensor") == spec
-
-
-def _llama(num_layers=3):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=num_layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=32,
-            tie_word_embeddings=False,
-        )
-    )
-
-
-def _resolved(model, spec):
-    linears = [
-        LinearModule(name=name, in_features=m.in_features, out_features=m.out_features)
-        for name, m in model.named_modules()
-        if isinstance(m, torch.nn.Linear)
-    ]
-    return resolve_targets(spec, linears, tied_head=False, model_label="tiny", config_key="lora")
+    assert UnifiedLora(**unified_from_spec(spec)).spec("dtensor") == spec
 
 
 PEFT_SPECS = [
@@ -322,8 +294,8 @@ PEFT_SPECS = [
 
 @pytest.mark.parametrize("spec", PEFT_SPECS)
 def test_stock_peft_loads_our_config_to_the_same_modules_ranks_and_scales(spec, tmp_path):
-    model = _llama()
-    adapted = _resolved(model, spec)
+    model = tiny_llama()
+    adapted = resolved(model, spec)
     config = spec_to_peft_config(spec, "tiny", adapted)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
@@ -345,44 +317,24 @@ def test_stock_peft_loads_our_config_to_the_same_modules_ranks_and_scales(spec, 
 
 @pytest.mark.parametrize("spec", PEFT_SPECS)
 def test_our_peft_config_reads_back_to_the_same_modules_ranks_and_scales(spec):
-    model = _llama()
-    adapted = _resolved(model, spec)
+    model = tiny_llama()
+    adapted = resolved(model, spec)
     read = spec_from_peft_config(spec_to_peft_config(spec, "tiny", adapted))
-    assert _resolved(model, read) == adapted
+    assert resolved(model, read) == adapted
     assert (read.dropout, read.dropout_position, read.use_rslora) == (spec.dropout, "pre", spec.use_rslora)
 
 
 def test_names_are_short_only_where_they_reach_exactly_the_adapted_modules():
-    model = _llama()
+    model = tiny_llama()
 
     def targets(**fields):
         spec = LoraSpec(dim=4, alpha=16, **fields)
-        return spec_to_peft_config(spec, "tiny", _resolved(model, spec))["target_modules"]
+        return spec_to_peft_config(spec, "tiny", resolved(model, spec))["target_modules"]
 
     assert targets() == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert targets(targets=("v_proj",)) == ["v_proj"]
     assert targets(targets=("*.layers.0.*.v_proj",)) == ["model.layers.0.self_attn.v_proj"]
     assert len(targets(excludes=("*.layers.0.*",))) == 14
-
-
-def test_a_config_made_by_peft_translates_to_what_peft_builds(tmp_path):
-    made = peft.LoraConfig(
-        r=4,
-        lora_alpha=12,
-        lora_dropout=0.1,
-        target_modules=["q_proj", "layers.0.mlp.up_proj"],
-        rank_pattern={"layers.1.self_attn.q_proj": 2, "^model.layers.2.self_attn.q_proj": 8},
-        alpha_pattern={"up_proj": 5},
-        task_type="CAUSAL_LM",
-    )
-    wrapped = peft.get_peft_model(_llama(), made)
-    wrapped.save_pretrained(tmp_path)
-    layers = {n: m for n, m in wrapped.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
-    spec = translate(json.loads((tmp_path / "adapter_config.json").read_text())).spec
-    assert {m.name: (m.dim, m.scale) for m in _resolved(_llama(), spec)} == {
-        n: (m.r["default"], m.scaling["default"]) for n, m in layers.items()
-    }
-    assert (spec.dropout, spec.dropout_position, spec.A_init) == (0.1, "pre", "uniform")
 
 
 def test_the_inits_carried_over_are_what_peft_draws():
@@ -431,45 +383,3 @@ def test_a_peft_feature_that_we_lack_is_refused_by_name(change, named):
 def test_every_field_of_a_plain_peft_config_is_accepted_at_its_default():
     config = peft.LoraConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM").to_dict()
     assert spec_from_peft_config(config).targets == ("q_proj",)
-
-
-def test_veomni_names_are_substrings_and_its_init_is_pefts():
-    document = {"model": {"lora_config": {"rank": 64, "alpha": 32, "lora_modules": ["attn.q", "to_out.0"]}}}
-    found = translate(document)
-    assert (found.dialect, found.key) == ("VeOmni lora_config", "model.lora_config")
-    assert found.spec == LoraSpec(
-        dim=64, alpha=32, dropout_position="pre", targets=("*attn.q*", "*to_out.0*"), A_init="uniform"
-    )
-    warm = translate({"lora_config": {**document["model"]["lora_config"], "lora_adapter": "./step_500"}})
-    assert (warm.spec, warm.init_from, found.init_from) == (found.spec, "./step_500", None)
-    assert "lora_config.ranks=3: is no key" in _message(translate, {"lora_config": {"lora_modules": ["a"], "ranks": 3}})
-
-
-def test_verl_describes_a_peft_adapter_of_all_linear_layers():
-    found = translate({"actor_rollout_ref": {"model": {"path": "x", "lora_rank": 32, "exclude_modules": ["k_proj"]}}})
-    assert found.spec == LoraSpec(dim=32, alpha=16, dropout_position="pre", excludes=("k_proj",), A_init="uniform")
-    assert "lora_rank=0: means no adapter there" in _message(translate, {"model": {"lora_rank": 0}})
-    assert translate({"model": {"lora_rank": 1, "lora_adapter_path": "x"}}).init_from == "x"
-
-
-def test_verl_on_megatron_shares_a_or_not_by_its_type():
-    shared = translate({"actor_rollout_ref": {"model": {"lora": {"rank": 16}}}}).spec
-    assert (shared.fused, shared.alpha, shared.dropout_position, shared.A_init) == ("shared", 32, "pre", "xavier")
-    canonical = translate({"actor_rollout_ref": {"model": {"lora": {"rank": 16, "type": "canonical_lora"}}}}).spec
-    assert canonical.fused == "canonical"
-    assert translate({"model": {"lora": {"rank": 16, "adapter_path": "x"}}}).init_from == "x"
-    assert {m.name for m in _resolved(_llama(), canonical)} == {m.name for m in _resolved(_llama(), shared)}
-    assert "type='dora'" in _message(translate, {"model": {"lora": {"rank": 16, "type": "dora"}}})
-
-
-def test_theseus_adapts_every_kernel_and_draws_a_with_one_over_rank():
-    found = translate({"optimization": {"lora": {"rank": 4}}})
-    assert found.spec == LoraSpec(dim=4, alpha=16, dropout_position="pre", A_init="normal(0.25)")
-    some = translate({"optimization": {"lora": {"target_modules": ["attn/q"]}}}).spec
-    assert (some.targets, some.A_init) == (("*attn.q*",), "normal(0.0625)")
-    assert "adapts no module" in _message(translate, {"optimization": {"lora": {"target_modules": []}}})
-
-
-def test_a_document_without_an_adapter_says_what_can_be_read():
-    message = _message(translate, {"model": {"path": "x"}})
-    assert re.match(r"document=\['model'\]: holds no LoRA settings known here\. Give a PEFT adapter_config", message)

@@ -141,15 +141,15 @@ def test_a_quantized_base_needs_an_adapter_dtype():
     with pytest.raises(
         ValueError, match=r"policy\.dtensor_cfg\.lora_cfg\.lora_dtype=None: the base is quantized \(awq\)"
     ):
-        require_adapter_dtype(spec, "awq", key)
+        require_adapter_dtype(spec, "awq", f"{key}.lora_dtype")
     with pytest.raises(ValueError, match=r"policy\.lora\.dtype=None"):
-        require_adapter_dtype(spec, "awq", "policy.lora")
-    require_adapter_dtype(spec, None, key)
-    require_adapter_dtype(LoraSpec(dim=8, alpha=32, dtype="bfloat16"), "awq", key)
+        require_adapter_dtype(spec, "awq", "policy.lora.dtype")
+    require_adapter_dtype(spec, None, f"{key}.lora_dtype")
+    require_adapter_dtype(LoraSpec(dim=8, alpha=32, dtype="bfloat16"), "awq", f"{key}.lora_dtype")
 
 
 def test_describing_an_adapter_imports_no_torch():
-    modules = ("spec", "targets", "names", "dialects", "foreign")
+    modules = ("spec", "targets", "names", "dialects", "other_tools")
     imports = "; ".join(f"import nemo_rl_lora.lora.{module}" for module in modules)
     code = f"import sys; {imports}; import nemo_rl_lora.config.lora; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,37 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
-from nemo_rl_lora.lora.dialects import SHARED_KEYS, peft_names, spec_from_keys, spec_from_peft_config
+from nemo_rl_lora.lora.dialects import filled, megatron_init, peft_names, spec_from_keys, spec_from_peft_config
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import ALL_LINEAR
 
-_VEOMNI_KEYS = {**SHARED_KEYS, "dim": "rank", "alpha": "alpha", "targets": "lora_modules"}
-_VERL_KEYS = {**SHARED_KEYS, "dim": "lora_rank", "alpha": "lora_alpha"}
-_VERL_DEFAULTS = {"lora_rank": 0, "lora_alpha": 16, "target_modules": ALL_LINEAR, "exclude_modules": None}
-_VERL_MEGATRON_KEYS = {
-    **SHARED_KEYS,
-    "dim": "rank",
-    "A_init": "lora_A_init_method",
-    "B_init": "lora_B_init_method",
-    "a2a": "a2a_experimental",
-    "dtype": "dtype",
+_VEOMNI_KEYS = {"dim": "rank", "alpha": "alpha", "targets": "lora_modules"}
+# The field of LoraSpec: the tool's key, and its default there.
+_VERL_FIELDS = {
+    "dim": ("lora_rank", 0),
+    "alpha": ("lora_alpha", 16),
+    "targets": ("target_modules", ALL_LINEAR),
+    "excludes": ("exclude_modules", None),
 }
-_VERL_MEGATRON_DEFAULTS = {
-    "type": "lora",
-    "rank": 0,
-    "alpha": 32,
-    "dropout": 0.0,
-    "dropout_position": "pre",
-    "target_modules": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
-    "exclude_modules": [],
-    "lora_A_init_method": "xavier",
-    "lora_B_init_method": "zero",
-    "a2a_experimental": False,
-    "dtype": None,
-    "adapter_path": None,
+_VERL_MEGATRON_FIELDS = {
+    "dim": ("rank", 0),
+    "alpha": ("alpha", 32),
+    "dropout": ("dropout", 0.0),
+    "dropout_position": ("dropout_position", "pre"),
+    "targets": ("target_modules", ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]),
+    "excludes": ("exclude_modules", []),
+    "A_init": ("lora_A_init_method", "xavier"),
+    "B_init": ("lora_B_init_method", "zero"),
+    "a2a": ("a2a_experimental", False),
+    "dtype": ("dtype", None),
 }
+_THESEUS_FIELDS = {"dim": ("rank", 16), "alpha": ("alpha", 16.0), "targets": ("target_modules", ["kernel"])}
 _VERL_MEGATRON_OFF = {"merge": False, "fully_sharded_loras": False}
 # What each dialect calls the adapter to start from.
 _START_KEYS = ("lora_adapter", "lora_adapter_path", "adapter_path")
@@ -51,9 +48,8 @@ _CANONICAL_NAMES = {
     "linear_fc1_up": "up_proj",
 }
 _CANONICAL_DEFAULT = [*_CANONICAL_NAMES, "linear_proj", "linear_fc2"]
-_THESEUS_KEYS = {**SHARED_KEYS, "dim": "rank"}
-_THESEUS_DEFAULTS = {"rank": 16, "alpha": 16.0, "target_modules": ["kernel"]}
-_NO_PATTERNS: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+# What PEFT does and these tools do not say; LoraSpec's defaults are the rest.
+_AS_PEFT = {"dropout_position": "pre", "A_init": "uniform"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,53 +65,45 @@ class Translation:
 def spec_from_veomni(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
     """`lora_config`: names are substrings of the full name; A is drawn as by PEFT; no dropout."""
     _refuse_unknown(block, ("rank", "alpha", "lora_modules", "lora_adapter"), key_prefix)
-    _require_keys(block, ("rank", "alpha", "lora_modules"), key_prefix)
+    for key in _VEOMNI_KEYS.values():
+        if key not in block:
+            raise ValueError(f"{key_prefix}.{key}=None: is required there. Set it.")
     targets = substring_globs(block["lora_modules"], f"{key_prefix}.lora_modules")
-    fixed = {**_NO_PATTERNS, "excludes": (), "dropout": 0.0, "dropout_position": "pre", "A_init": "uniform"}
-    return spec_from_keys(block, _VEOMNI_KEYS, key_prefix, targets=targets, **fixed)
+    return spec_from_keys(block, _VEOMNI_KEYS, key_prefix, targets=targets, **_AS_PEFT)
 
 
 def spec_from_verl(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
     """verl's FSDP keys (`lora_rank`, `lora_alpha`, ...): a PEFT adapter without dropout."""
     own = {k: v for k, v in block.items() if k.startswith("lora_") or k in ("target_modules", "exclude_modules")}
-    _refuse_unknown(own, (*_VERL_DEFAULTS, "lora_adapter_path"), key_prefix)
-    block = _VERL_DEFAULTS | own
+    block, keys = filled(_VERL_FIELDS, block)
+    _refuse_unknown(own, (*block, "lora_adapter_path"), key_prefix)
     _refuse_off(block, "lora_rank", key_prefix)
-    return spec_from_keys(
-        block,
-        _VERL_KEYS,
-        key_prefix,
-        targets=peft_names(block["target_modules"], f"{key_prefix}.target_modules"),
-        excludes=peft_names(block["exclude_modules"] or (), f"{key_prefix}.exclude_modules"),
-        dropout=0.0,
-        dropout_position="pre",
-        A_init="uniform",
-        **_NO_PATTERNS,
-    )
+    targets = peft_names(block["target_modules"], f"{key_prefix}.target_modules")
+    excludes = peft_names(block["exclude_modules"] or (), f"{key_prefix}.exclude_modules")
+    return spec_from_keys(block, keys, key_prefix, targets=targets, excludes=excludes, **_AS_PEFT)
 
 
 def spec_from_verl_megatron(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
     """verl's Megatron block `lora`: type lora shares A in fused layers, canonical_lora has an A per module."""
-    _refuse_unknown(block, (*_VERL_MEGATRON_DEFAULTS, *_VERL_MEGATRON_OFF), key_prefix)
+    settings, keys = filled(_VERL_MEGATRON_FIELDS, block)
+    _refuse_unknown(block, ("type", *settings, "adapter_path", *_VERL_MEGATRON_OFF), key_prefix)
     for key, off in _VERL_MEGATRON_OFF.items():
-        if key in block and block[key] != off:
+        if (value := block.get(key, off)) != off:
             raise ValueError(
-                f"{key_prefix}.{key}={block[key]!r}: is no part of an adapter's description. Set it to {off!r} here "
+                f"{key_prefix}.{key}={value!r}: is no part of an adapter's description. Set it to {off!r} here "
                 f"and decide it in the run's configuration."
             )
-    block = _VERL_MEGATRON_DEFAULTS | dict(block)
-    _refuse_off(block, "rank", key_prefix)
-    if block["type"] not in ("lora", "canonical_lora"):
+    _refuse_off(settings, "rank", key_prefix)
+    kind, targets = block.get("type", "lora"), settings["target_modules"] or ALL_LINEAR
+    if kind not in ("lora", "canonical_lora"):
         raise ValueError(
-            f"{key_prefix}.type={block['type']!r}: must be 'lora' or 'canonical_lora'. Other types are not supported."
+            f"{key_prefix}.type={kind!r}: must be 'lora' or 'canonical_lora'. Other types are not supported."
         )
-    targets = block["target_modules"] or ALL_LINEAR
-    if block["type"] == "canonical_lora":
-        named = _CANONICAL_DEFAULT if targets == _VERL_MEGATRON_DEFAULTS["target_modules"] else targets
-        targets = named if isinstance(named, str) else [_canonical_target(t) for t in named]
-    A_init = "normal(0.2)" if block["lora_A_init_method"] == "normal" else block["lora_A_init_method"]
-    overrides = {**_NO_PATTERNS, "targets": targets, "A_init": A_init, "kernels": False}
-    return spec_from_keys(block, _VERL_MEGATRON_KEYS, key_prefix, **overrides)
+    if kind == "canonical_lora" and not isinstance(targets, str):
+        named = _CANONICAL_DEFAULT if targets == _VERL_MEGATRON_FIELDS["targets"][1] else targets
+        targets = [_canonical_target(name) for name in named]
+    A_init = megatron_init(settings["lora_A_init_method"])
+    return spec_from_keys(settings, keys, key_prefix, targets=targets, A_init=A_init, kernels=False)
 
 
 def spec_from_theseus(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
@@ -123,15 +111,13 @@ def spec_from_theseus(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
 
     'kernel' is what its parameter of every linear layer is called, and so means all-linear.
     """
-    _refuse_unknown(block, tuple(_THESEUS_DEFAULTS), key_prefix)
-    block = _THESEUS_DEFAULTS | dict(block)
-    names = block["target_modules"]
+    settings, keys = filled(_THESEUS_FIELDS, block)
+    _refuse_unknown(block, tuple(settings), key_prefix)
+    names, rank = settings["target_modules"], settings["rank"]
     every = isinstance(names, list | tuple) and "kernel" in names
     targets = ALL_LINEAR if every else substring_globs(names, f"{key_prefix}.target_modules")
-    rank = block["rank"]
     A_init = f"normal({1 / rank!r})" if isinstance(rank, int) and rank > 0 else "xavier"
-    fixed = {**_NO_PATTERNS, "excludes": (), "dropout": 0.0, "A_init": A_init}
-    return spec_from_keys(block, _THESEUS_KEYS, key_prefix, targets=targets, dropout_position="pre", **fixed)
+    return spec_from_keys(settings, keys, key_prefix, targets=targets, dropout_position="pre", A_init=A_init)
 
 
 def substring_globs(names: Any, key: str) -> tuple[str, ...]:
@@ -158,7 +144,7 @@ _PLACES: tuple[tuple[str, tuple[str, ...], tuple[str, ...], _Parser], ...] = (
 
 
 def translate(document: Mapping[str, Any]) -> Translation:
-    """The adapter of a foreign document. Raises ValueError when it holds none that is known here."""
+    """The adapter of another tool's document. Raises ValueError when it holds none that is known here."""
     for dialect, places, marks, parse in _PLACES:
         for place in places:
             block = _at(document, place)
@@ -174,17 +160,15 @@ def translate(document: Mapping[str, Any]) -> Translation:
 
 
 def _at(document: Mapping[str, Any], place: str) -> Mapping[str, Any] | None:
-    block: Any = document
-    for part in place.split(".") if place else ():
-        if not isinstance(block, Mapping) or part not in block:
-            return None
-        block = block[part]
+    """The mapping under a dotted key, or None where there is none."""
+    keys = place.split(".") if place else []
+    block = reduce(lambda node, key: node.get(key) if isinstance(node, Mapping) else None, keys, document)
     return block if isinstance(block, Mapping) else None
 
 
 def _canonical_target(name: str) -> str:
-    head, _, last = name.rpartition(".")
-    return f"{head}.{_CANONICAL_NAMES[last]}" if head and last in _CANONICAL_NAMES else _CANONICAL_NAMES.get(name, name)
+    head, dot, last = name.rpartition(".")
+    return head + dot + _CANONICAL_NAMES.get(last, last)
 
 
 def _refuse_unknown(block: Mapping[str, Any], known: tuple[str, ...], key_prefix: str) -> None:
@@ -196,9 +180,3 @@ def _refuse_unknown(block: Mapping[str, Any], known: tuple[str, ...], key_prefix
 def _refuse_off(block: Mapping[str, Any], key: str, key_prefix: str) -> None:
     if block[key] == 0:
         raise ValueError(f"{key_prefix}.{key}=0: means no adapter there. Set it above 0, or train without one.")
-
-
-def _require_keys(block: Mapping[str, Any], keys: tuple[str, ...], key_prefix: str) -> None:
-    for key in keys:
-        if key not in block:
-            raise ValueError(f"{key_prefix}.{key}=None: is required there. Set it.")

@@ -1,0 +1,93 @@
+"""Every other tool's description of an adapter comes to the LoraSpec that it means, or is refused by name."""
+
+import json
+import re
+
+import peft
+import pytest
+
+from nemo_rl_lora.lora.other_tools import translate
+from nemo_rl_lora.lora.spec import LoraSpec
+from tests.lora.tiny_llama import resolved, tiny_llama
+
+
+def _message(document):
+    with pytest.raises(ValueError) as caught:
+        translate(document)
+    return str(caught.value)
+
+
+def test_a_config_made_by_peft_translates_to_what_peft_builds(tmp_path):
+    made = peft.LoraConfig(
+        r=4,
+        lora_alpha=12,
+        lora_dropout=0.1,
+        target_modules=["q_proj", "layers.0.mlp.up_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 2, "^model.layers.2.self_attn.q_proj": 8},
+        alpha_pattern={"up_proj": 5},
+        task_type="CAUSAL_LM",
+    )
+    wrapped = peft.get_peft_model(tiny_llama(), made)
+    wrapped.save_pretrained(tmp_path)
+    layers = {n: m for n, m in wrapped.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    spec = translate(json.loads((tmp_path / "adapter_config.json").read_text())).spec
+    assert {m.name: (m.dim, m.scale) for m in resolved(tiny_llama(), spec)} == {
+        n: (m.r["default"], m.scaling["default"]) for n, m in layers.items()
+    }
+    assert (spec.dropout, spec.dropout_position, spec.A_init) == (0.1, "pre", "uniform")
+
+
+def test_veomni_names_are_substrings_and_its_init_is_pefts():
+    document = {"model": {"lora_config": {"rank": 64, "alpha": 32, "lora_modules": ["attn.q", "to_out.0"]}}}
+    found = translate(document)
+    assert (found.dialect, found.key) == ("VeOmni lora_config", "model.lora_config")
+    assert found.spec == LoraSpec(
+        dim=64, alpha=32, dropout_position="pre", targets=("*attn.q*", "*to_out.0*"), A_init="uniform"
+    )
+    warm = translate({"lora_config": {**document["model"]["lora_config"], "lora_adapter": "./step_500"}})
+    assert (warm.spec, warm.init_from, found.init_from) == (found.spec, "./step_500", None)
+    assert "lora_config.ranks=3: is no key" in _message({"lora_config": {"lora_modules": ["a"], "ranks": 3}})
+
+
+def test_verl_describes_a_peft_adapter_of_all_linear_layers():
+    found = translate({"actor_rollout_ref": {"model": {"path": "x", "lora_rank": 32, "exclude_modules": ["k_proj"]}}})
+    assert found.spec == LoraSpec(dim=32, alpha=16, dropout_position="pre", excludes=("k_proj",), A_init="uniform")
+    assert "lora_rank=0: means no adapter there" in _message({"model": {"lora_rank": 0}})
+    assert translate({"model": {"lora_rank": 1, "lora_adapter_path": "x"}}).init_from == "x"
+
+
+def test_verl_on_megatron_shares_a_or_not_by_its_type():
+    shared = translate({"actor_rollout_ref": {"model": {"lora": {"rank": 16}}}}).spec
+    assert (shared.fused, shared.alpha, shared.dropout_position, shared.A_init) == ("shared", 32, "pre", "xavier")
+    canonical = translate({"actor_rollout_ref": {"model": {"lora": {"rank": 16, "type": "canonical_lora"}}}}).spec
+    assert canonical.fused == "canonical"
+    assert translate({"model": {"lora": {"rank": 16, "adapter_path": "x"}}}).init_from == "x"
+    assert {m.name for m in resolved(tiny_llama(), canonical)} == {m.name for m in resolved(tiny_llama(), shared)}
+    assert "type='dora'" in _message({"model": {"lora": {"rank": 16, "type": "dora"}}})
+
+
+def test_theseus_adapts_every_kernel_and_draws_a_with_one_over_rank():
+    found = translate({"optimization": {"lora": {"rank": 4}}})
+    assert found.spec == LoraSpec(dim=4, alpha=16, dropout_position="pre", A_init="normal(0.25)")
+    some = translate({"optimization": {"lora": {"target_modules": ["attn/q"]}}}).spec
+    assert (some.targets, some.A_init) == (("*attn.q*",), "normal(0.0625)")
+    assert "adapts no module" in _message({"optimization": {"lora": {"target_modules": []}}})
+
+
+def test_a_document_without_an_adapter_says_what_can_be_read():
+    message = _message({"model": {"path": "x"}})
+    assert re.match(r"document=\['model'\]: holds no LoRA settings known here\. Give a PEFT adapter_config", message)
+
+
+@pytest.mark.parametrize(
+    ("document", "named"),
+    [
+        ({"peft_type": "LORA", "target_modules": ["q"], "lora_ga_config": {"x": 1}}, "peft.lora_ga_config={'x': 1}"),
+        ({"model": {"lora_config": {"lora_modules": ["q"], "rank": 8, "use_rslora": True}}}, "use_rslora=True"),
+        ({"model": {"lora_rank": 8, "lora_dropout": 0.1}}, "model.lora_dropout=0.1"),
+        ({"model": {"lora": {"rank": 8, "rank_pattern": {"q": 1}}}}, "model.lora.rank_pattern={'q': 1}"),
+        ({"optimization": {"lora": {"rank": 8, "dropout": 0.1}}}, "optimization.lora.dropout=0.1"),
+    ],
+)
+def test_a_key_that_a_tool_does_not_have_is_refused_by_name(document, named):
+    assert named in _message(document)
