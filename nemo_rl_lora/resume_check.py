@@ -19,11 +19,11 @@ from typing import Any
 
 import yaml
 
-from nemo_rl_lora.checkpoint import CONFIG_FILE, INFO_FILE, config_differences
+from nemo_rl_lora.checkpoints.durable_files import read_json_file, verify_files
+from nemo_rl_lora.checkpoints.record import CONFIG_FILE, INFO_FILE, config_differences
 from nemo_rl_lora.config.loader import CONFIG_DIR
 from nemo_rl_lora.metrics import TIMING, read_metrics
 from nemo_rl_lora.step_digests import DIGESTS_FILE, stored_digests
-from nemo_rl_lora.step_files import read_json_file, verify_files
 
 _SINKS = ("tensorboard", "wandb", "mlflow", "swanlab")
 _NUM_LINES_SHOWN = 20
