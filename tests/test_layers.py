@@ -14,7 +14,6 @@ LAYERS = [
         "types",
         "randomness",
         "lora",
-        "gguf",
         "shared_memory",
         "packaged_model",
         "base_identity",
