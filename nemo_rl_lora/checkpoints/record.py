@@ -31,34 +31,17 @@ FORMAT_VERSION = 1
 SaveReason = Literal["period", "epoch", "end", "signal", "deadline", "threshold", "failure"]
 
 _PERIODS = ("max_num_steps", "max_num_epochs", "val_period", "val_at_start", "val_at_end", "val_batches")
-_SAVING = (
-    "enabled",
-    "checkpoint_dir",
-    "keep_top_k",
-    "save_period",
-    "save_epochs",
-    "save_optimizer",
-    "checkpoint_must_save_by",
-    "load_path",
-    "on_damage",
-)
+_RETENTION = ("keep_top_k", "save_period", "save_epochs", "save_optimizer", "checkpoint_must_save_by")
+_PLACES = ("enabled", "checkpoint_dir", "load_path", "on_damage")
 # What may differ between a run and its continuation: exact dotted keys, and whole sections.
 FREE_KEYS = (
     frozenset(f"{driver}.{key}" for driver in ("sft", "dpo", "grpo") for key in _PERIODS)
-    | frozenset(f"checkpointing.{key}" for key in _SAVING)
+    | frozenset(f"checkpointing.{key}" for key in (*_RETENTION, *_PLACES))
     | frozenset(f"policy.{key}" for key in ("backend", "dtensor_cfg.enabled", "megatron_cfg.enabled"))
 )
 FREE_SECTIONS = ("logger", "cluster")
 
-_PACKAGES = (
-    "nemo-rl-lora",
-    "torch",
-    "transformers",
-    "safetensors",
-    "nemo-automodel",
-    "megatron-core",
-    "vllm",
-)
+_PACKAGES = ("nemo-rl-lora", "torch", "transformers", "safetensors", "nemo-automodel", "megatron-core", "vllm")
 
 
 def package_versions() -> dict[str, str]:

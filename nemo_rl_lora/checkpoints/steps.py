@@ -110,10 +110,6 @@ class Checkpointer:
         self._resume: ResumePoint | None = None
         self._set_aside_done = False
 
-    @property
-    def directory(self) -> Path:
-        return self._directory
-
     def prepare(self, *, required_bytes: int = 0) -> None:
         """Make sure that checkpoints can be written, by writing; take the directory; remove unfinished saves.
 
@@ -298,8 +294,8 @@ class Checkpointer:
 
     def _no_space(self, step: int) -> CheckpointWriteError:
         free = shutil.disk_usage(self._directory).free
-        newest = newest_step(self._directory)
-        rest = f"The newest checkpoint is {newest}" if newest else "There is no earlier checkpoint"
+        steps = _newest_first(self._directory)
+        rest = f"The newest checkpoint is {steps[0]}" if steps else "There is no earlier checkpoint"
         return CheckpointWriteError(
             errno.ENOSPC,
             f"checkpointing.checkpoint_dir={self._config.checkpoint_dir!r}: no space left to save step "
@@ -312,11 +308,6 @@ class Checkpointer:
 def step_directories(directory: Path) -> list[tuple[int, Path]]:
     """(step, path) of the complete steps in a directory, oldest first."""
     return sorted((number, path) for path in directory.glob("*/") if (number := _step_of(path)) is not None)
-
-
-def newest_step(directory: Path) -> Path | None:
-    """The complete step directory with the highest number."""
-    return next(iter(_newest_first(directory)), None)
 
 
 def _newest_first(directory: Path) -> list[Path]:
