@@ -1,25 +1,24 @@
 """Memory and utilization of this machine's GPUs, sampled in the background.
 
-Contract: a daemon thread asks `nvidia-smi` every `collection_interval` seconds and hands the means on every
-`flush_interval` seconds. Without a GPU nothing is started. A sample that fails is skipped. It needs no CUDA
-context and no package.
+Contract: a daemon thread asks NVIDIA's management library (NVML) every `collection_interval` seconds and hands the
+means on every `flush_interval` seconds. Without a GPU nothing is started. A sample that fails is skipped. It needs no
+CUDA context.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from nemo_rl_lora.config.logger import GpuMonitoringConfig
 
 logger = logging.getLogger(__name__)
 
 Sample = dict[str, float]
-_QUERY_SECONDS = 10
+_CLOSE_SECONDS = 20
 
 
 class GpuMonitor:
@@ -41,16 +40,14 @@ class GpuMonitor:
     def close(self) -> None:
         """Stop sampling; what was sampled since the last record is recorded."""
         self._stop.set()
-        self._thread.join(timeout=2 * _QUERY_SECONDS)
+        self._thread.join(timeout=_CLOSE_SECONDS)
 
     def _run(self) -> None:
         samples: list[Sample] = []
         flushed = time.monotonic()
         while not self._stop.wait(self._config.collection_interval):
-            try:
-                samples.append(self._sample())
-            except (OSError, ValueError, subprocess.SubprocessError) as error:
-                logger.debug(f"no GPU sample: {error}")
+            if sample := self._sample():
+                samples.append(sample)
             if samples and time.monotonic() - flushed >= self._config.flush_interval:
                 self._record(mean_of(samples))
                 samples, flushed = [], time.monotonic()
@@ -58,32 +55,22 @@ class GpuMonitor:
             self._record(mean_of(samples))
 
 
-def has_gpus() -> bool:
-    """Whether `nvidia-smi` is here and lists a GPU."""
-    if shutil.which("nvidia-smi") is None:
-        return False
-    try:
-        return bool(sample_gpus())
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return False
-
-
 def sample_gpus() -> Sample:
-    """`node.0.gpu.<index>.mem_gb` and `.util` (percent) now."""
-    query = ["nvidia-smi", "--query-gpu=index,memory.used,utilization.gpu", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=_QUERY_SECONDS)
-    return parse_query(answer.stdout)
+    """`node.0.gpu.<index>.mem_gb` (GiB) and `.util` (percent) now; empty without a GPU, or where its driver fails."""
+    import pynvml
 
-
-def parse_query(text: str) -> Sample:
-    """Lines of `index, MiB used, percent busy`."""
     sample: Sample = {}
-    for line in text.splitlines():
-        if not line.strip():
-            continue
-        index, mebibytes, percent = (part.strip() for part in line.split(","))
-        sample[f"node.0.gpu.{index}.mem_gb"] = float(mebibytes) / 1024
-        sample[f"node.0.gpu.{index}.util"] = float(percent)
+    try:
+        pynvml.nvmlInit()
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
+            memory: Any = pynvml.nvmlDeviceGetMemoryInfo(gpu, version=pynvml.nvmlMemory_v2)  # without what is reserved
+            sample[f"node.0.gpu.{index}.mem_gb"] = memory.used / 1024**3
+            sample[f"node.0.gpu.{index}.util"] = float(pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu)
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        logger.debug(f"no GPU sample: {error}")
+        return {}
     return sample
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from nemo_rl_lora.config.logger import LoggerConfig
-from nemo_rl_lora.gpu_monitor import GpuMonitor, has_gpus
+from nemo_rl_lora.gpu_monitor import GpuMonitor, sample_gpus
 from nemo_rl_lora.step_digests import DIGESTS_FILE
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class RunLog:
         self._file = (self.directory / METRICS_FILE).open("a", encoding="utf-8")
         self._sinks = _open_sinks(config, self.directory, resolved_yaml)
         self._gpus: GpuMonitor | None = None
-        if config.monitor_gpus and has_gpus():
+        if config.monitor_gpus and sample_gpus():
             self._gpus = GpuMonitor(config.gpu_monitoring, lambda sample: self.log(self._step, "ray", sample))
 
     def log(self, step: int, split: Split, metrics: Mapping[str, Any]) -> None:

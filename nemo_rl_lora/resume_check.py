@@ -17,13 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from nemo_rl_lora.checkpoint import CONFIG_FILE, INFO_FILE, config_differences
+from nemo_rl_lora.checkpoints.durable_files import read_json_file, verify_files
+from nemo_rl_lora.checkpoints.record import CONFIG_FILE, INFO_FILE, config_differences, read_config
 from nemo_rl_lora.config.loader import CONFIG_DIR
 from nemo_rl_lora.metrics import TIMING, read_metrics
 from nemo_rl_lora.step_digests import DIGESTS_FILE, stored_digests
-from nemo_rl_lora.step_files import read_json_file, verify_files
 
 _SINKS = ("tensorboard", "wandb", "mlflow", "swanlab")
 _NUM_LINES_SHOWN = 20
@@ -110,13 +108,12 @@ def _num_compared(expected: Record, found: Record) -> int:
 
 def _find_record(step: Path, steps: range) -> Path:
     """The log directory of a run of this configuration that passed the step without an interruption."""
-    config = yaml.safe_load((step / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = read_config(step)
     logs = Path(config["logger"]["log_dir"])
     passed = {*steps, steps[0] - 1} - {0}
     candidates = []
     for directory in sorted(logs.glob("exp_*")):
-        own = directory / CONFIG_FILE
-        if not own.is_file() or config_differences(yaml.safe_load(own.read_text(encoding="utf-8")), config):
+        if not (directory / CONFIG_FILE).is_file() or config_differences(read_config(directory), config):
             continue
         if passed <= {line["step"] for line in read_metrics(directory) if line["split"] == "train"}:
             candidates.append(directory)

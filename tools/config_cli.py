@@ -13,12 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_rl_lora.config.differences import ABSENT, differences
 from nemo_rl_lora.config.errors import ConfigError, show
 from nemo_rl_lora.config.loader import algorithm_of, load_config, resolved_yaml
 from nemo_rl_lora.config.translate import translate_file
-
-ABSENT = object()
-"""Stands for a key that a configuration does not have."""
 
 
 def add_expand(subparsers: Any) -> None:
@@ -56,18 +54,6 @@ def compare(arguments: argparse.Namespace) -> int:
         else:
             print(f"~ {key}: {show(before)} -> {show(after)}")
     return 0
-
-
-def differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """By dotted key, what stands left and right where the two are not equal; ABSENT where one has no such key."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in sorted(left.keys() | right.keys()):
-        before, after = left.get(key, ABSENT), right.get(key, ABSENT)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found |= differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found[f"{prefix}{key}"] = (before, after)
-    return found
 
 
 def add_translate(subparsers: Any) -> None:

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from nemo_rl_lora.checkpoint import Checkpointer, ResumePoint, SaveDeadline, SaveReason, TrainingInfo
+from nemo_rl_lora.checkpoints.record import SaveReason, TrainingInfo
+from nemo_rl_lora.checkpoints.steps import Checkpointer, ResumePoint, SaveDeadline
 from nemo_rl_lora.config.master import MasterConfig
 from nemo_rl_lora.console import TrainingConsole
 from nemo_rl_lora.data.order import RowLoader

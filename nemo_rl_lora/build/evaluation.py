@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from nemo_rl_lora.algorithms.rollout import RolloutParams, validation_sampling
 from nemo_rl_lora.build.start import tokenizer_of
+from nemo_rl_lora.checkpoints.durable_files import probe_directory
 from nemo_rl_lora.config.data import DatasetConfig
 from nemo_rl_lora.config.evaluation import EvalConfig, EvalPolicy
 from nemo_rl_lora.config.master import EvalMaster
@@ -36,7 +37,6 @@ from nemo_rl_lora.plan.make import type_of
 from nemo_rl_lora.plan.model_shapes import ModelShapes, read_model_shapes
 from nemo_rl_lora.policy.model import load_model
 from nemo_rl_lora.policy.weights import digest_of, offer
-from nemo_rl_lora.step_files import probe_directory
 from nemo_rl_lora.types import WeightsRef
 
 logger = logging.getLogger(__name__)

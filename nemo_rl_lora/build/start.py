@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from nemo_rl_lora.algorithms.loop import LoopSettings, RunParts, TrainingLoop, Work
 from nemo_rl_lora.base_identity import base_digest
 from nemo_rl_lora.build.warm_start import InitialAdapter, check_initial_adapter
-from nemo_rl_lora.checkpoint import Checkpointer, ResumePoint, is_finished, probe_directory
+from nemo_rl_lora.checkpoints.durable_files import probe_directory
+from nemo_rl_lora.checkpoints.steps import Checkpointer, ResumePoint, is_finished
 from nemo_rl_lora.config.adam import adam_settings, constant, megatron_adam_settings
 from nemo_rl_lora.config.loader import resolved_tree
 from nemo_rl_lora.config.lora import lora_spec_from_policy
@@ -160,7 +161,7 @@ def check_start(config: MasterConfig) -> CheckedStart:
     loader = recipe.load_data(tokenizer)
     settings = recipe.settings
     num_steps = min(settings.max_num_steps, settings.max_num_epochs * loader.num_batches_per_epoch)
-    checkpointer = Checkpointer(config.checkpointing, resolved_tree(config))
+    checkpointer = Checkpointer(config.checkpointing, resolved_tree(config), type(config))
     checkpointer.prepare(required_bytes=plan.sizes.checkpoint_bytes)
     resume = checkpointer.find_resume()
     digest = base_digest(source.path)

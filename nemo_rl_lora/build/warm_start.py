@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_rl_lora.checkpoint import INFO_FILE, step_of_adapter
+from nemo_rl_lora.checkpoints.durable_files import DamagedError, read_json_file, verify_files
+from nemo_rl_lora.checkpoints.record import INFO_FILE, step_of_adapter
 from nemo_rl_lora.config.lora import lora_block_key
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, adapter_tensor_name, read_adapter
@@ -26,7 +27,6 @@ from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets
 from nemo_rl_lora.model_source import ModelSource
 from nemo_rl_lora.plan.model_shapes import read_model_shapes
 from nemo_rl_lora.policy.weights import digest_of
-from nemo_rl_lora.step_files import DamagedError, read_json_file, verify_files
 
 _KEY = "policy.adapter.init_from"
 

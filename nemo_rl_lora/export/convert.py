@@ -20,14 +20,14 @@ from typing import Any, Literal
 import torch
 
 from nemo_rl_lora.base_identity import INDEX_FILE
-from nemo_rl_lora.checkpoint import STEP_PREFIX, step_directories
+from nemo_rl_lora.checkpoints.durable_files import flush, flush_tree, probe_directory
+from nemo_rl_lora.checkpoints.steps import STEP_PREFIX, step_directories
 from nemo_rl_lora.export.blocks import FLOAT_NAMES, FLOATS, PlannedShard, PlannedTensor, index_text, plan_shards
 from nemo_rl_lora.export.inputs import ADAPTER_FLAG, AdapterInput, Base, find_adapter, fit_to_base, open_base
 from nemo_rl_lora.export.logits import compare_logits
 from nemo_rl_lora.export.merged import Adapter, ExportError, MergedOutput, write_merged
 from nemo_rl_lora.export.verify import verify_merged
 from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, read_adapter, write_adapter
-from nemo_rl_lora.step_files import flush, flush_tree, probe_directory
 
 logger = logging.getLogger(__name__)
 

@@ -19,14 +19,14 @@ import yaml
 from torch import Tensor
 
 from nemo_rl_lora.base_identity import StoredTensor, digest_of_stored, stored_tensors
-from nemo_rl_lora.checkpoint import CONFIG_FILE, INFO_FILE, step_of_adapter
+from nemo_rl_lora.checkpoints.durable_files import CHECKSUMS_FILE, DamagedError, read_json_file, verify_files
+from nemo_rl_lora.checkpoints.record import CONFIG_FILE, INFO_FILE, step_of_adapter
 from nemo_rl_lora.export.blocks import FLOATS
 from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, PICKLED_FILE, module_of, read_adapter
 from nemo_rl_lora.lora.fit import adapter_directory, fit_adapter
 from nemo_rl_lora.lora.names import OUTPUT_HEAD_NAMES, last_component
 from nemo_rl_lora.lora.targets import AdaptedModule, LinearModule
 from nemo_rl_lora.model_source import resolve_model
-from nemo_rl_lora.step_files import CHECKSUMS_FILE, DamagedError, read_json_file, verify_files
 
 ADAPTER_FLAG = "--adapter-ckpt"
 MODEL_FLAG = "--hf-model-name"

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemo_rl_lora.base_identity import StoredTensor, stored_tensors
+from nemo_rl_lora.checkpoints.durable_files import sha256_of
 from nemo_rl_lora.export.blocks import (
     FLOATS,
     PlannedShard,
@@ -26,7 +27,6 @@ from nemo_rl_lora.export.blocks import (
 )
 from nemo_rl_lora.export.merged import Adapter, ExportError
 from nemo_rl_lora.lora.merge import exact_weight_and_bound
-from nemo_rl_lora.step_files import sha256_of
 
 NUM_SAMPLED_ROWS = 16
 

@@ -4,7 +4,7 @@ Contract: names are `base_model.model.<Hugging Face module>.lora_A.weight` [dim,
 [out, dim]; every tensor is fp32. The moments of Adam stand beside them as `<name>.exp_avg` and `.exp_avg_sq`,
 with the optimizer's step in the file's metadata. Reading is strict: a name too many or too few is an error.
 
-It does not decide where the directories are, does not write atomically (checkpoint.py and export/ rename
+It does not decide where the directories are, does not write atomically (checkpoints/ and export/ rename
 whole directories) and knows nothing of a model.
 """
 

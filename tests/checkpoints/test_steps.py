@@ -11,14 +11,8 @@ import textwrap
 import pytest
 import yaml
 
-from nemo_rl_lora.checkpoint import (
-    Checkpointer,
-    CheckpointWriteError,
-    SaveDeadline,
-    TrainingInfo,
-    config_differences,
-    is_finished,
-)
+from nemo_rl_lora.checkpoints.record import TrainingInfo, config_differences
+from nemo_rl_lora.checkpoints.steps import Checkpointer, CheckpointWriteError, SaveDeadline, is_finished
 from nemo_rl_lora.config.checkpointing import CheckpointingConfig
 
 CONFIG = {
@@ -100,7 +94,8 @@ def test_the_newest_step_is_chosen_by_number_not_by_name(tmp_path):
 def test_a_kill_between_writing_and_renaming_leaves_the_step_before(tmp_path):
     program = f"""
         import os, pathlib, signal
-        from nemo_rl_lora.checkpoint import Checkpointer, TrainingInfo
+        from nemo_rl_lora.checkpoints.record import TrainingInfo
+        from nemo_rl_lora.checkpoints.steps import Checkpointer
         from nemo_rl_lora.config.checkpointing import CheckpointingConfig
         keeper = Checkpointer(CheckpointingConfig(checkpoint_dir={str(tmp_path)!r}), {CONFIG!r})
         write = lambda path: (path / "weights").write_bytes(b"w" * 100)
@@ -500,10 +495,11 @@ def test_a_full_disk_is_recognised_through_the_errors_of_libraries(tiny_disk, li
         checkpointer(tiny_disk / "run").save(info(1), write)
 
 
-def test_a_directory_in_use_by_a_living_run_is_refused(tmp_path):
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_directory_in_use_by_a_living_run_is_refused(tmp_path, killed):
     program = f"""
         import sys
-        from nemo_rl_lora.checkpoint import Checkpointer
+        from nemo_rl_lora.checkpoints.steps import Checkpointer
         from nemo_rl_lora.config.checkpointing import CheckpointingConfig
         keeper = Checkpointer(CheckpointingConfig(checkpoint_dir={str(tmp_path)!r}), {{}})
         keeper.prepare()
@@ -517,8 +513,23 @@ def test_a_directory_in_use_by_a_living_run_is_refused(tmp_path):
     assert other.stdout.readline() == "ready\n"
     with pytest.raises(ValueError, match=f"in use by a run that is still alive \\(process {other.pid}\\)"):
         checkpointer(tmp_path).prepare()
+    other.kill() if killed else None
     other.communicate("", timeout=30)
     checkpointer(tmp_path).prepare()
+
+
+def test_a_run_holds_its_directory_until_it_is_closed(tmp_path):
+    keeper = checkpointer(tmp_path)
+    keeper.prepare()
+    keeper.prepare()  # the same process may
+    attempt = f"import filelock; filelock.FileLock({str(tmp_path / '.lock')!r}, blocking=False).acquire()"
+    outcomes = []
+    for _ in range(2):
+        ended = subprocess.run([sys.executable, "-c", attempt], capture_output=True, text=True, check=False)
+        outcomes.append(ended.returncode)
+        keeper.close()
+    assert outcomes == [1, 0]
+    assert (tmp_path / ".lock").read_text() == str(os.getpid())
 
 
 def test_disabled_checkpointing_touches_nothing(tmp_path):

@@ -1,0 +1,159 @@
+"""What a step directory says of itself: training_info.json, where the run stands, and config.yaml, its configuration.
+
+Contract: a record that was written is read again equal. Two configurations belong to one run where they are equal
+outside `FREE_KEYS` and `FREE_SECTIONS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import to_jsonable_python
+
+from nemo_rl_lora.checkpoints.durable_files import DamagedError, read_json_file
+from nemo_rl_lora.config.adam import effective_values
+from nemo_rl_lora.config.differences import ABSENT, differences
+from nemo_rl_lora.config.layers import SET_BY, layers_from_record
+
+INFO_FILE = "training_info.json"
+CONFIG_FILE = "config.yaml"
+FORMAT_VERSION = 1
+
+SaveReason = Literal["period", "epoch", "end", "signal", "deadline", "threshold", "failure"]
+
+_PERIODS = ("max_num_steps", "max_num_epochs", "val_period", "val_at_start", "val_at_end", "val_batches")
+_RETENTION = ("keep_top_k", "save_period", "save_epochs", "save_optimizer", "checkpoint_must_save_by")
+_PLACES = ("enabled", "checkpoint_dir", "load_path", "on_damage")
+# What may differ between a run and its continuation: exact dotted keys, and whole sections.
+FREE_KEYS = (
+    frozenset(f"{driver}.{key}" for driver in ("sft", "dpo", "grpo") for key in _PERIODS)
+    | frozenset(f"checkpointing.{key}" for key in (*_RETENTION, *_PLACES))
+    | frozenset(f"policy.{key}" for key in ("backend", "dtensor_cfg.enabled", "megatron_cfg.enabled"))
+)
+FREE_SECTIONS = ("logger", "cluster")
+
+_PACKAGES = ("nemo-rl-lora", "torch", "transformers", "safetensors", "nemo-automodel", "megatron-core", "vllm")
+
+
+def package_versions() -> dict[str, str]:
+    """Version of Python and of each installed package that decides what a checkpoint means."""
+    versions = {"python": ".".join(str(part) for part in sys.version_info[:3])}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingInfo:
+    """Where a run stands after `step` optimizer (rollout) steps."""
+
+    step: int
+    phase: str  # the driver: "grpo", "sft", "dpo"
+    epoch: int = 0
+    data_position: Mapping[str, Any] = field(default_factory=dict)  # what the loader needs to go on; JSON
+    counters: Mapping[str, float] = field(default_factory=dict)  # totals since step 0, such as num_tokens
+    metrics: Mapping[str, float | None] = field(default_factory=dict)  # "train:reward", "val:accuracy"
+    model_source: str = ""  # where the base weights came from
+    base_digest: str | None = None  # base_identity.py; None where they are not in safetensors files
+    spec: Mapping[str, Any] | None = None  # of the adapter; None where all weights are trained
+    initial_adapter: Mapping[str, str] | None = None  # policy.adapter.init_from, as it was found
+    seeds: Mapping[str, int] = field(default_factory=dict)  # by dotted key; filled in when saved
+    reason: SaveReason = "period"
+    has_optimizer: bool = True
+    versions: Mapping[str, str] = field(default_factory=package_versions)
+    saved_at: str = ""
+    format_version: int = FORMAT_VERSION
+
+
+def write_records(directory: Path, info: TrainingInfo, config: Mapping[str, Any], *, has_optimizer: bool) -> None:
+    """Write both files. `config` is the resolved configuration as plain data."""
+    record = asdict(info)
+    record["seeds"] = _seeds(config)
+    record["has_optimizer"] = has_optimizer
+    record["saved_at"] = info.saved_at or datetime.now(UTC).isoformat(timespec="seconds")
+    record["metrics"] = {name: _finite(value) for name, value in info.metrics.items()}
+    (directory / INFO_FILE).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    config_text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=110)
+    (directory / CONFIG_FILE).write_text(config_text, encoding="utf-8")
+
+
+def read_info(directory: Path) -> TrainingInfo:
+    """training_info.json of a step. DamagedError where it is missing or damaged, ValueError for another format."""
+    record = read_json_file(directory, INFO_FILE)
+    if record.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{directory / INFO_FILE}: has format {record.get('format_version')!r}, and this version reads "
+            f"{FORMAT_VERSION}. Use the version that wrote it, or start with checkpointing.load_path=none."
+        )
+    try:
+        return TrainingInfo(**record)
+    except TypeError as error:
+        raise DamagedError(directory, INFO_FILE, f"does not have the fields of a checkpoint ({error})") from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.yaml of a step or of a log directory."""
+    return yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+
+
+def step_of_adapter(directory: Path) -> Path | None:
+    """The step that an adapter's directory is part of; None for an adapter that is no checkpoint of ours."""
+    step = directory.parent.parent
+    return step if (step / INFO_FILE).is_file() else None
+
+
+def config_differences(
+    saved: Mapping[str, Any], current: Mapping[str, Any], schema: type[BaseModel] | None = None
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (saved value, current value), for each key that a continued run must not change.
+
+    With `schema`, a key that is newer than the saved configuration has its default there.
+    """
+    old, new = plain(saved), plain(current)
+    if schema is not None:
+        # where it has a key or a value that this version refuses, that is the difference to show
+        with contextlib.suppress(ValidationError):
+            values = schema.model_validate({key: value for key, value in old.items() if key != SET_BY})
+            old |= values.model_dump(mode="json", by_alias=True)
+    written_now = layers_from_record(new.get(SET_BY, []), "the configuration")
+    found = differences(*(effective_values(tree, written_now) for tree in (old, new)))
+    return {key: values for key, values in found.items() if not all(_is_free(key, value) for value in values)}
+
+
+def _is_free(key: str, value: Any) -> bool:
+    """Whether a key may differ in this value; a section may where all of its keys may."""
+    if value is ABSENT or key in FREE_KEYS or key.split(".", 1)[0] in FREE_SECTIONS:
+        return True
+    return isinstance(value, dict) and all(_is_free(f"{key}.{name}", item) for name, item in value.items())
+
+
+def plain(value: Any) -> Any:
+    """JSON's own types, so that a configuration equals what was written and read again."""
+    return to_jsonable_python(value, fallback=str)
+
+
+def _seeds(value: Any, prefix: str = "") -> dict[str, int]:
+    """Dotted key -> value, of every key called seed."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found: dict[str, int] = {}
+    for key, item in items:
+        found |= {f"{prefix}seed": item} if key == "seed" else _seeds(item, f"{prefix}{key}.")
+    return found
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)

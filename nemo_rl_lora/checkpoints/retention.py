@@ -1,0 +1,76 @@
+"""Which steps stay: ranked by a metric, pruned to `checkpointing.keep_top_k`, or set aside.
+
+Contract: steps are (number, directory), oldest first. The newest is never pruned, and what is set aside is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_rl_lora.checkpoints.durable_files import remove_whole
+from nemo_rl_lora.checkpoints.record import TrainingInfo, read_info
+from nemo_rl_lora.config.checkpointing import CheckpointingConfig
+
+logger = logging.getLogger(__name__)
+
+SET_ASIDE_PREFIX = "set_aside_"
+
+Steps = Sequence[tuple[int, Path]]
+
+
+def best_first(steps: Steps, config: CheckpointingConfig) -> list[tuple[int, Path]]:
+    """Ranked by `metric_name`, or where there is none by their number; equal values rank by their number."""
+
+    def rank(entry: tuple[int, Path]) -> tuple[float, int]:
+        step, path = entry
+        if config.metric_name is None:
+            return 0.0, step
+        value = read_info(path).metrics.get(config.metric_name)
+        if value is None:
+            return -math.inf, step
+        return (value if config.higher_is_better else -value), step
+
+    return sorted(steps, key=rank, reverse=True)
+
+
+def prune(steps: Steps, config: CheckpointingConfig) -> None:
+    """Remove what `keep_top_k` does not keep."""
+    keep = config.keep_top_k
+    if keep is None or len(steps) <= keep:
+        return
+    kept = [*best_first(steps, config)[:keep], steps[-1]]
+    for step in steps:
+        if step not in kept:
+            remove_whole(step[1])
+            logger.info(f"removed {step[1]} (checkpointing.keep_top_k={keep})")
+
+
+def refuse_without_metric(info: TrainingInfo, config: CheckpointingConfig) -> None:
+    """ValueError where a step's metrics lack the one that steps are ranked by, though they have others of its split."""
+    name = config.metric_name
+    if name is None or config.keep_top_k is None or name in info.metrics:
+        return
+    split = name.split(":", 1)[0] + ":"
+    available = sorted(info.metrics)
+    if not any(other.startswith(split) for other in available):
+        logger.warning(f"step {info.step} has no {split}* metric, so it ranks last in checkpointing.keep_top_k")
+        return
+    raise ValueError(
+        f"checkpointing.metric_name={name!r}: is no metric of step {info.step}. "
+        f"Name one of: {', '.join(available)}; or null to keep the newest. (The step was saved.)"
+    )
+
+
+def set_aside(directory: Path, steps: Sequence[Path]) -> None:
+    """Move steps of a run's directory away, so that no later start mixes two runs."""
+    if not steps:
+        return
+    taken = [int(path.name.removeprefix(SET_ASIDE_PREFIX)) for path in directory.glob(f"{SET_ASIDE_PREFIX}[0-9]*")]
+    place = directory / f"{SET_ASIDE_PREFIX}{max(taken, default=0) + 1:03d}"
+    place.mkdir()
+    for path in steps:
+        path.rename(place / path.name)
+    logger.warning(f"{len(steps)} steps of an earlier run were moved to {place}")

@@ -1,0 +1,328 @@
+"""Step directories: written whole or not at all, found again, and refused where they do not fit.
+
+Contract: `checkpoint_dir/step_N` is written as `tmp_step_N`, flushed to disk and renamed, so a directory called step_N
+is complete. It holds the records (record.py), checksums.json (sha256 of every other file) and what the caller's `write`
+puts there (`policy/adapter`, `policy/optimizer`, `policy/tokenizer`). A run continues only with an equal configuration
+and from undamaged files.
+
+It does not know what a policy is, starts no thread, and prints nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel
+
+from nemo_rl_lora.checkpoints.durable_files import (
+    TMP_PREFIX,
+    DamagedError,
+    flush,
+    flush_tree,
+    is_full,
+    probe_directory,
+    verify_files,
+    write_checksums,
+)
+from nemo_rl_lora.checkpoints.record import (
+    CONFIG_FILE,
+    INFO_FILE,
+    TrainingInfo,
+    config_differences,
+    plain,
+    read_config,
+    read_info,
+    write_records,
+)
+from nemo_rl_lora.checkpoints.retention import best_first, prune, refuse_without_metric, set_aside
+from nemo_rl_lora.config.checkpointing import CheckpointingConfig
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZER_DIRECTORY = "policy/optimizer"
+LOCK_FILE = ".lock"
+STEP_PREFIX = "step_"
+_REPLACED_PREFIX = f"{TMP_PREFIX}old_"
+_NUM_DIFFERENCES_SHOWN = 8
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written. Nothing of it is left, and older ones are untouched."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumePoint:
+    """A complete, undamaged step directory of an equal configuration."""
+
+    path: Path
+    info: TrainingInfo
+
+    @property
+    def step(self) -> int:
+        return self.info.step
+
+
+def is_finished(point: ResumePoint | None, max_steps: int) -> bool:
+    """Whether the run did all its steps or reached its threshold, so that starting it again has nothing to do."""
+    return point is not None and (point.step >= max_steps or point.info.reason == "threshold")
+
+
+class SaveDeadline:
+    """`checkpoint_must_save_by`: says when the run must save and stop."""
+
+    def __init__(self, seconds: float | None, now: Callable[[], float] = time.monotonic) -> None:
+        self._seconds = seconds
+        self._now = now
+        self._started = now()
+
+    def is_near(self, step_and_save_seconds: float) -> bool:
+        """Whether another step and its save, which take this long, would pass the deadline."""
+        if self._seconds is None:
+            return False
+        return self._now() - self._started + step_and_save_seconds >= self._seconds
+
+
+class Checkpointer:
+    """The step directories of one run."""
+
+    def __init__(
+        self,
+        config: CheckpointingConfig,
+        resolved_config: Mapping[str, Any],
+        schema: type[BaseModel] | None = None,
+    ) -> None:
+        """`resolved_config` is the whole configuration as plain data: it is saved and compared. With its `schema`,
+        steps of a version that did not have some of its keys continue where those have their defaults."""
+        self._config = config
+        self._resolved = plain(resolved_config)
+        self._schema = schema
+        self._directory = Path(config.checkpoint_dir)
+        self._lock: FileLock | None = None
+        self._resume: ResumePoint | None = None
+        self._set_aside_done = False
+
+    def prepare(self, *, required_bytes: int = 0) -> None:
+        """Make sure that checkpoints can be written, by writing; take the directory; remove unfinished saves.
+
+        `required_bytes` is what one checkpoint needs. ValueError where the directory cannot be written, is
+        too full or belongs to a run that is still alive.
+        """
+        if not self._config.enabled:
+            return
+        probe_directory(self._directory, "checkpointing.checkpoint_dir", required_bytes=required_bytes)
+        self._take_lock()
+        for old in self._directory.glob(f"{_REPLACED_PREFIX}*"):
+            final = old.with_name(old.name.removeprefix(_REPLACED_PREFIX))
+            if not final.exists():  # the run ended after it took the name away, and before it gave it to the new one
+                old.rename(final)
+        for stale in self._directory.glob(f"{TMP_PREFIX}*"):
+            logger.warning(f"removing {stale}, left by a run that ended while it was saving")
+            shutil.rmtree(stale)
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def find_resume(self) -> ResumePoint | None:
+        """The step to continue from, or None for a new run. Reads only.
+
+        ValueError where the checkpoint is damaged (and `on_damage` does not allow the one before it), belongs to
+        another configuration, or `load_path` names nothing.
+        """
+        candidates = self._resume_paths()
+        if self._config.on_damage == "stop":
+            candidates = candidates[:1]
+        for number, path in enumerate(candidates, 1):
+            try:
+                return self._open(path)
+            except DamagedError as error:
+                if number == len(candidates):
+                    raise
+                logger.warning(
+                    f"{error.path} {error.what}: the checkpoint is damaged, and checkpointing.on_damage=previous "
+                    "continues from the step before it"
+                )
+        return None
+
+    def _open(self, path: Path) -> ResumePoint:
+        verify_files(path, (INFO_FILE, CONFIG_FILE))
+        info = read_info(path)
+        self._refuse_other_config(path)
+        verify_files(path)
+        self._resume = ResumePoint(path=path, info=info)
+        return self._resume
+
+    def refuse_without_optimizer(self, point: ResumePoint) -> None:
+        """ValueError where a step was saved without optimizer state: going on would not be the same run."""
+        if not point.info.has_optimizer:
+            raise ValueError(
+                f"checkpointing.load_path={self._config.load_path!r}: {point.path} was saved with "
+                "checkpointing.save_optimizer=false and cannot be continued. Name a step that has its optimizer state "
+                "with checkpointing.load_path, or set checkpointing.load_path=none to start over."
+            )
+
+    def refuse_other_base(self, point: ResumePoint, base_digest: str | None) -> None:
+        """ValueError where a step was trained on other base weights than those that are there now."""
+        trained_on = point.info.base_digest
+        if trained_on is not None and trained_on != base_digest:
+            raise ValueError(
+                f"checkpointing.load_path={self._config.load_path!r}: {point.path} was trained on other base weights "
+                f"({point.info.model_source}; digest {trained_on[:12]}, now {(base_digest or 'none')[:12]}). Put those "
+                "back to continue that run, or name another checkpointing.checkpoint_dir for a new one."
+            )
+
+    def best_step(self) -> Path | None:
+        """The step that ranks first by `metric_name`; the newest where there is none."""
+        ranked = best_first(step_directories(self._directory), self._config)
+        return ranked[0][1] if ranked else None
+
+    def is_due(self, step: int, *, num_finished_epochs: int | None = None) -> bool:
+        """Whether to save after `step` (from 1). `num_finished_epochs` is given where the step ended an epoch."""
+        config = self._config
+        if not config.enabled:
+            return False
+        if config.save_period and step % config.save_period == 0:
+            return True
+        return bool(config.save_epochs and num_finished_epochs and num_finished_epochs % config.save_epochs == 0)
+
+    def save(self, info: TrainingInfo, write: Callable[[Path], None]) -> Path:
+        """Write `step_N`, then remove what `keep_top_k` does not keep. `write` fills the directory it is given.
+
+        CheckpointWriteError on a full disk. ValueError where this step's metrics lack `metric_name`; the
+        checkpoint is kept then.
+        """
+        assert self._config.enabled, "save() with checkpointing.enabled=false"
+        final = self._directory / f"{STEP_PREFIX}{info.step}"
+        temporary = self._directory / f"{TMP_PREFIX}{STEP_PREFIX}{info.step}"
+        self._set_aside_other_steps()
+        logger.info(f"saving {final}")
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            write(temporary)
+            if not self._config.save_optimizer:
+                shutil.rmtree(temporary / OPTIMIZER_DIRECTORY, ignore_errors=True)
+            write_records(temporary, info, self._resolved, has_optimizer=self._config.save_optimizer)
+            write_checksums(temporary)
+            flush_tree(temporary)
+            _replace(temporary, final)
+            flush(self._directory)
+        except BaseException as error:
+            full = is_full(error, self._directory)
+            shutil.rmtree(temporary, ignore_errors=True)
+            if full:
+                raise self._no_space(info.step) from error
+            raise
+        logger.info(f"saved {final}")
+        refuse_without_metric(info, self._config)
+        prune(step_directories(self._directory), self._config)
+        return final
+
+    def _resume_paths(self) -> list[Path]:
+        """The step to continue from, and those before it, newest first; empty for a new run."""
+        load_path = self._config.load_path
+        if load_path == "none":
+            return []
+        if load_path == "auto":
+            return _newest_first(self._directory) if self._config.enabled else []
+        named = Path(load_path)
+        paths = _newest_first(named)
+        if (number := _step_of(named)) is not None and named.is_dir():
+            steps = step_directories(named.parent)
+            paths = [named, *(path for step, path in reversed(steps) if step < number)]
+        elif (named / INFO_FILE).is_file():
+            paths = [named]
+        if not paths:
+            raise ValueError(
+                f"checkpointing.load_path={load_path!r}: is no checkpoint: there is neither {INFO_FILE} nor "
+                f"a {STEP_PREFIX}N directory. Name a step or a run, or write auto or none."
+            )
+        return paths
+
+    def _refuse_other_config(self, path: Path) -> None:
+        found = config_differences(read_config(path), self._resolved, self._schema)
+        if not found:
+            return
+        shown = [f"{key} was {old!r}, is {new!r}" for key, (old, new) in found.items()][:_NUM_DIFFERENCES_SHOWN]
+        more = f"; and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
+        raise ValueError(
+            f"checkpointing.checkpoint_dir={self._config.checkpoint_dir!r}: {path} was written with another "
+            f"configuration: {'; '.join(shown)}{more}. Set the values back to continue that run, name another "
+            "checkpointing.checkpoint_dir for a new one, or set checkpointing.load_path=none to start over "
+            "here (the old steps are set aside)."
+        )
+
+    def _set_aside_other_steps(self) -> None:
+        """Before the first save: the steps that are not this run's past go out of its way."""
+        if self._set_aside_done:
+            return
+        self._set_aside_done = True
+        is_own = self._resume is not None and self._resume.path.resolve().parent == self._directory.resolve()
+        own = self._resume.step if self._resume is not None and is_own else -1
+        set_aside(self._directory, [path for step, path in step_directories(self._directory) if step > own])
+
+    def _take_lock(self) -> None:
+        """Hold the directory as long as this process lives; the kernel lets go of it when the process is killed."""
+        if self._lock is not None:
+            return
+        path = self._directory / LOCK_FILE
+        lock = FileLock(path, blocking=False, thread_local=False, is_singleton=True, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"checkpointing.checkpoint_dir={self._config.checkpoint_dir!r}: is in use by a run that is "
+                f"still alive (process {path.read_text(encoding='utf-8').strip()}). Wait for it, end it, or name "
+                "another directory."
+            ) from None
+        except OSError as error:
+            logger.warning(f"{self._directory} cannot be locked ({error}): do not start two runs on it at once")
+            return
+        path.write_text(str(os.getpid()), encoding="utf-8")
+        self._lock = lock
+
+    def _no_space(self, step: int) -> CheckpointWriteError:
+        free = shutil.disk_usage(self._directory).free
+        steps = _newest_first(self._directory)
+        rest = f"The newest checkpoint is {steps[0]}" if steps else "There is no earlier checkpoint"
+        return CheckpointWriteError(
+            errno.ENOSPC,
+            f"checkpointing.checkpoint_dir={self._config.checkpoint_dir!r}: no space left to save step "
+            f"{step} ({free:,} bytes free after its files were removed again). {rest}. Free some space, "
+            "lower checkpointing.keep_top_k, or name another directory, and give the same command again to "
+            "continue.",
+        )
+
+
+def step_directories(directory: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the complete steps in a directory, oldest first."""
+    return sorted((number, path) for path in directory.glob("*/") if (number := _step_of(path)) is not None)
+
+
+def _newest_first(directory: Path) -> list[Path]:
+    return [path for _, path in reversed(step_directories(directory))]
+
+
+def _step_of(path: Path) -> int | None:
+    number = path.name.removeprefix(STEP_PREFIX)
+    return int(number) if path.name.startswith(STEP_PREFIX) and number.isdecimal() else None
+
+
+def _replace(temporary: Path, final: Path) -> None:
+    """Give a written directory its name; what had the name (the same step, saved before) goes."""
+    old = final.with_name(f"{_REPLACED_PREFIX}{final.name}")
+    if final.exists():
+        final.rename(old)
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
