@@ -130,7 +130,7 @@ def config_differences(
             values = schema.model_validate({key: value for key, value in old.items() if key != SET_BY})
             old |= values.model_dump(mode="json", by_alias=True)
     written_now = layers_from_record(new.get(SET_BY, []), "the configuration")
-    found = differences(*(effective_values(tree, written_now) for tree in (old, new)))
+    found = differences(effective_values(old, written_now), effective_values(new, written_now))
     return {key: values for key, values in found.items() if not all(_is_free(key, value) for value in values)}
 
 
