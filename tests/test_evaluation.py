@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from nemo_rl_lora import evaluation_command
-from nemo_rl_lora.build.evaluation import LoadedBase, check_evaluation
 from nemo_rl_lora.config.loader import load_config
-from nemo_rl_lora.evaluation import Outcome, ScoredCompletion, estimate, pass_at_k, summarise
+from nemo_rl_lora.evaluation import command
+from nemo_rl_lora.evaluation.estimates import estimate, pass_at_k
+from nemo_rl_lora.evaluation.models import LoadedBase, check_evaluation
+from nemo_rl_lora.evaluation.results import Outcome, ScoredCompletion, summarise
 from nemo_rl_lora.generation.in_process import InProcessGeneration
 from nemo_rl_lora.lora.files import ADAPTER_FILE
 from tests.config.schema_walk import flippable_leaves
@@ -245,7 +246,19 @@ def test_pass_at_k_is_the_share_of_sets_of_k_with_a_solved_one():
             solved = [True] * c + [False] * (n - c)
             for k in range(1, n + 1):
                 sets = list(itertools.combinations(solved, k))
-                assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, sets)) / len(sets)), (n, c, k)
+                assert pass_at_k([0.0] * (n - c) + [1.0] * c, k) == pytest.approx(sum(map(any, sets)) / len(sets)), (
+                    n,
+                    c,
+                    k,
+                )
+
+
+def test_pass_at_k_of_graded_rewards_is_the_mean_best_of_the_sets_of_k():
+    rewards = [0.25, 0.1, 1.0, 0.1, 0.7]
+    for k in range(1, 6):
+        best = [max(chosen) for chosen in itertools.combinations(rewards, k)]
+        assert pass_at_k(rewards, k) == pytest.approx(statistics.fmean(best)), k
+    assert pass_at_k(rewards, 5) == max(rewards)
 
 
 def test_the_interval_of_a_mean_is_1_96_standard_errors():
@@ -435,7 +448,7 @@ def no_weights(monkeypatch):
     def load_model(*_, **__):
         raise AssertionError("weights were to be loaded")
 
-    monkeypatch.setattr("nemo_rl_lora.build.evaluation.load_model", load_model)
+    monkeypatch.setattr("nemo_rl_lora.evaluation.models.load_model", load_model)
 
 
 @pytest.fixture
@@ -530,7 +543,7 @@ def test_every_key_of_policy_and_eval_is_read(tiny_eval, adapters, monkeypatch):
         reads.watch(configs[-1])
         return configs[-1]
 
-    monkeypatch.setattr(evaluation_command, "load_config", load_and_watch)
+    monkeypatch.setattr(command, "load_config", load_and_watch)
     with reads.recording():
         ended = tiny_eval(named(adapters[0]))
 

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from nemo_rl_lora.algorithms.rollout import RolloutParams, validation_sampling
-from nemo_rl_lora.build.start import tokenizer_of
+from nemo_rl_lora.build.preflight import tokenizer_of
 from nemo_rl_lora.config.data import DatasetConfig
 from nemo_rl_lora.config.evaluation import EvalConfig, EvalPolicy
 from nemo_rl_lora.config.master import EvalMaster
 from nemo_rl_lora.data.prompts import load_prompts
 from nemo_rl_lora.environments.registry import check_prompts, make_environments
-from nemo_rl_lora.evaluation import Task
-from nemo_rl_lora.evaluation_report import refuse_existing_results
+from nemo_rl_lora.evaluation.ask import RolloutParams, validation_sampling
+from nemo_rl_lora.evaluation.report import refuse_existing_results
+from nemo_rl_lora.evaluation.results import Task
 from nemo_rl_lora.generation.in_process import InProcessGeneration
 from nemo_rl_lora.generation.protocol import Generation
 from nemo_rl_lora.lora.files import adapter_tensor_name, read_adapter
