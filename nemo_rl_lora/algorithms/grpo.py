@@ -105,7 +105,7 @@ class Grpo(Algorithm[GrpoMaster]):
         super().attach(run)
         assert run.generation is not None, "GRPO samples"
         self._generation = run.generation
-        self.source = SynchronousSource(self.config, run, self.environments, self._train)
+        self.source = SynchronousSource(self.config, run, run.generation, self.environments, self._train)
 
     def train(self, step: int, watch: Stopwatch) -> StepDone:
         """Sample groups, score them, and take the optimizer steps of their batch."""

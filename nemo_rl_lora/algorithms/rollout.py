@@ -21,6 +21,7 @@ from nemo_rl_lora.config.generation import ParityConfig
 from nemo_rl_lora.config.master import GrpoMaster
 from nemo_rl_lora.environments.protocol import Environment
 from nemo_rl_lora.evaluation.ask import RolloutParams, ask, group_requests, total_counts, validation_sampling
+from nemo_rl_lora.generation.protocol import Generation
 from nemo_rl_lora.metrics import RolloutSample, Stopwatch
 from nemo_rl_lora.types import Prompt, RolloutGroup
 
@@ -94,13 +95,13 @@ class SynchronousSource:
         self,
         config: GrpoMaster,
         run: Run,
+        generation: Generation,
         environments: Mapping[str, Environment],
         prompts: Sequence[Prompt],
     ) -> None:
         """`prompts` are those that the run's loader draws from, by index."""
-        assert run.generation is not None, "GRPO samples"
         self._config, self._run = config, run
-        self._generation, self._environments = run.generation, environments
+        self._generation, self._environments = generation, environments
         self.params, self._prompts = training_params(config), prompts
         self._surplus: list[SurplusGroup] = []  # for the next step, oldest first
 
