@@ -1,5 +1,6 @@
 """The evaluation driver on a tiny model with adapters that PEFT made, and its figures against enumeration."""
 
+import io
 import itertools
 import json
 import statistics
@@ -16,6 +17,7 @@ from nemo_rl_lora.config.loader import load_config
 from nemo_rl_lora.evaluation import command
 from nemo_rl_lora.evaluation.estimates import estimate, pass_at_k
 from nemo_rl_lora.evaluation.models import LoadedBase, check_evaluation
+from nemo_rl_lora.evaluation.report import EvaluationConsole
 from nemo_rl_lora.evaluation.results import Outcome, ScoredCompletion, summarise
 from nemo_rl_lora.generation.in_process import InProcessGeneration
 from nemo_rl_lora.lora.files import ADAPTER_FILE
@@ -358,6 +360,19 @@ def test_the_table_has_a_row_for_each_model_and_says_what_was_measured(tiny_eval
         assert f"{adapter}: 6 of 6 completions are not the base's." in ended.out
     assert f"{BASE}: 6 of 6 prompts, accuracy so far " in ended.out
     assert not tiny_eval.path.exists()
+
+
+def test_the_bar_shows_how_many_prompts_are_done_and_their_accuracy():
+    out = io.StringIO()
+    console = EvaluationConsole(num_prompts=4, num_completions=2, file=out)
+    console.model("m")
+    console.batch(outcome(1.0, 0.0, 1.0, 1.0).completions)
+
+    assert out.getvalue() == "m: 2 of 4 prompts, accuracy so far 0.750\n"
+    console.console.print(console._bar())
+    shown = out.getvalue().splitlines()[-1]
+    assert shown.startswith("m ")
+    assert all(part in shown for part in ("2/4", "elapsed", "left", "accuracy 0.750"))
 
 
 def test_an_adapter_of_zeros_scores_as_the_base_and_is_named(tiny_eval):

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress_bar import ProgressBar
@@ -27,8 +27,8 @@ CONFIG_FILE = "config.yaml"
 class EvaluationConsole(LiveConsole):
     """Live progress, prompt by prompt: a bar on a terminal, otherwise a line a batch."""
 
-    def __init__(self, num_prompts: int, num_completions: int) -> None:
-        super().__init__()
+    def __init__(self, num_prompts: int, num_completions: int, file: IO[str] | None = None) -> None:
+        super().__init__(file)
         self._num_prompts, self._num_completions = num_prompts, num_completions
         self._rewards: list[float] = []
         self._model = ""
