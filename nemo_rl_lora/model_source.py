@@ -30,6 +30,10 @@ class ModelSource:
     kind: Literal["local", "cache", "hub", "package"]
     description: str
 
+    def is_named(self, name: str) -> bool:
+        """Whether this name, which an adapter's config may have from another working directory, means this model."""
+        return name == self.name or Path(name).resolve() == self.path.resolve()
+
 
 class _HubUnreachableError(Exception):
     """The hub gave no answer of its own: no network, a proxy's refusal, offline mode."""
