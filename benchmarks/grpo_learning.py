@@ -113,22 +113,22 @@ def _evaluate(run: Any, overrides: Sequence[str], when: str, num_completions: in
     """Mean rewards of the fixed prompts, sampled at temperature 1 from the weights as they are now."""
     from dataclasses import replace
 
-    from nemo_rl_lora.algorithms.rollout import group_requests, rewards_of, score
-    from nemo_rl_lora.generation.protocol import generate
+    from nemo_rl_lora.algorithms.batch import rewards_of
+    from nemo_rl_lora.evaluation.ask import ask, group_requests
+    from nemo_rl_lora.metrics import Stopwatch
 
-    parts = run.parts
-    mode = parts.config.policy.generation.lora_sync
-    parts.generation.sync_weights(parts.policy.publish(parts.config.grpo.max_num_steps if when == "after" else 0, mode))
+    algorithm, generation = run.algorithm, run.run.generation
+    mode = algorithm.config.generation.lora_sync
+    generation.sync_weights(run.run.policy.publish(run.run.num_steps if when == "after" else 0, mode))
     params = replace(
-        parts.validation_params,
+        algorithm.validation_params,
         num_completions=num_completions,
-        sampling=replace(parts.validation_params.sampling, temperature=1.0, top_p=1.0, top_k=None),
+        sampling=replace(algorithm.validation_params.sampling, temperature=1.0, top_p=1.0, top_k=None),
     )
     found = {}
     for name, (low, high) in EVALUATIONS.items():
-        prompts = _fixed_prompts(run.start.tokenizer, overrides, low, high)
-        completed = generate(parts.generation, group_requests(prompts, params, name))
-        groups, _ = score(completed, parts.environments)
+        prompts = _fixed_prompts(run.run.tokenizer, overrides, low, high)
+        groups, _ = ask(generation, group_requests(prompts, params, name), algorithm.environments, Stopwatch())
         found[f"{name}_reward_{when}"] = round(float(rewards_of(groups).mean()), 4)
     return found
 

@@ -85,13 +85,13 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
             f"++policy.shared_prefix.enabled={'false' if arguments.repeat_prompt else 'true'}",
         ]
         with ours_run(overrides) as run:
-            vocabulary = len(run.start.tokenizer)
+            vocabulary = len(run.run.tokenizer)
             batch = _group(number, arguments.prompt_tokens, arguments.tokens, vocabulary)
-            run.parts.policy.train_step(_group(2, 8, 8, vocabulary), run.parts.loss)  # makes the optimizer's state
+            run.run.policy.train_step(_group(2, 8, 8, vocabulary), run.algorithm.loss)  # makes the optimizer's state
             release_free_memory()  # or the step would live in what loading has left
             before = rss_mib(peak=False)
             reset_peak()
-            output = run.parts.policy.train_step(batch, run.parts.loss)
+            output = run.run.policy.train_step(batch, run.algorithm.loss)
             peak = rss_mib(peak=True)
     return {
         "completions": number,

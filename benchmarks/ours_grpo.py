@@ -26,8 +26,11 @@ from work import (
     write_rows,
 )
 
-from nemo_rl_lora.algorithms.grpo import GrpoParts, GrpoWork
-from nemo_rl_lora.build.start import Run, build_run, check_start
+from nemo_rl_lora.algorithms.algorithm import Run
+from nemo_rl_lora.algorithms.grpo import Grpo
+from nemo_rl_lora.algorithms.loop import TrainingLoop
+from nemo_rl_lora.build.preflight import check_start
+from nemo_rl_lora.build.start import build_run
 from nemo_rl_lora.command_line import silence_vendors
 from nemo_rl_lora.config.loader import load_config, resolved_yaml
 from nemo_rl_lora.metrics import RunLog
@@ -58,20 +61,15 @@ class OursRun:
     """A run that is ready to train."""
 
     run: Run
+    algorithm: Grpo
     log: ClockedLog
-
-    @property
-    def parts(self) -> GrpoParts:
-        work = self.run.work
-        assert isinstance(work, GrpoWork), work
-        return work.parts
 
     def train(self) -> list[StepRecord]:
         """All steps. A step's seconds are those from the end of the one before to its own end, so nothing is left
         out."""
         begun = time.perf_counter()
         with self.run.console:
-            self.run.loop.run(StopRequest())
+            TrainingLoop(self.run, self.algorithm).run(StopRequest())
         records = []
         for ended, metrics in self.log.training:
             records.append(
@@ -160,4 +158,6 @@ def ours_run(overrides: Sequence[str], after_step: Callable[[int], None] | None 
     with ExitStack() as cleanup:
         cleanup.callback(start.checkpointer.close)
         cleanup.callback(log.close)
-        yield OursRun(run=build_run(start, log, cleanup), log=log)
+        run = build_run(start, log, cleanup)
+        assert isinstance(start.algorithm, Grpo), start.algorithm
+        yield OursRun(run=run, algorithm=start.algorithm, log=log)

@@ -32,7 +32,9 @@ def main() -> None:
     from ours_grpo import ClockedLog, lora_overrides
     from torch.profiler import ProfilerActivity, profile
 
-    from nemo_rl_lora.build.start import build_run, check_start
+    from nemo_rl_lora.algorithms.loop import TrainingLoop
+    from nemo_rl_lora.build.preflight import check_start
+    from nemo_rl_lora.build.start import build_run
     from nemo_rl_lora.command_line import silence_vendors
     from nemo_rl_lora.config.loader import load_config, resolved_yaml
     from nemo_rl_lora.run_control import StopRequest
@@ -54,7 +56,7 @@ def main() -> None:
         run = build_run(start, log, cleanup)
         reset_peak()
         with run.console:
-            run.loop.run(StopRequest())
+            TrainingLoop(run, start.algorithm).run(StopRequest())
     if arguments.profile:
         profiler.stop()
         print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=arguments.profile))

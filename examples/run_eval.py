@@ -8,7 +8,7 @@ uv run examples/run_eval.py --config FILE [--plan] [a.b=c] [+a.b=c] [++a.b=c] [~
 import sys
 
 from nemo_rl_lora.command_line import driver_arguments
-from nemo_rl_lora.evaluation_command import eval_main
+from nemo_rl_lora.evaluation.command import eval_main
 from nemo_rl_lora.run_control import main_guard
 
 if __name__ == "__main__":

@@ -10,12 +10,17 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_rl_lora.config.loader import load_config, resolved_yaml
 from nemo_rl_lora.config.master import Algorithm, Driver, MasterConfig
 from nemo_rl_lora.run_control import EXIT_CONFIG, EXIT_OK
+
+if TYPE_CHECKING:
+    from nemo_rl_lora.algorithms.loop import RunResult
+    from nemo_rl_lora.build.preflight import Start
 
 logger = logging.getLogger(__name__)
 
@@ -54,43 +59,59 @@ def train_main(algorithm: Algorithm, arguments: DriverArguments) -> int:
     silence_vendors()
     if arguments.plan:
         return show_plan(config)
-    from nemo_rl_lora.build.start import build_run, check_start
+    return train(config, continue_command(sys.argv)).exit_code
+
+
+def train(config: MasterConfig, command: str | None = None) -> RunResult:
+    """Train as the configuration says, or continue its run. `command` is shown as the way to continue.
+
+    ValueError where the run cannot start, before a weight is loaded; run_control.RunFailedError where it fails later.
+    """
+    from nemo_rl_lora.algorithms.loop import RunResult
+    from nemo_rl_lora.build.preflight import check_start
+    from nemo_rl_lora.console import setup_logging
+
+    setup_logging()
+    start = check_start(config)
+    with contextlib.closing(start.checkpointer):
+        if start.resume is None or not start.is_finished:
+            return _train(start, command)
+    step, path = start.resume.step, start.resume.path
+    sys.stdout.write(
+        f"The run in {path} is finished: {step} steps. For more steps raise {config.algorithm}.max_num_steps; for "
+        "another run set checkpointing.checkpoint_dir or checkpointing.load_path=none.\n"
+    )
+    return RunResult(outcome="was finished", is_complete=True, step=step, checkpoint=path, log_directory=None)
+
+
+def _train(start: Start, command: str | None) -> RunResult:
+    from nemo_rl_lora.algorithms.loop import TrainingLoop
+    from nemo_rl_lora.build.start import build_run
     from nemo_rl_lora.console import RunSummary, setup_logging
     from nemo_rl_lora.metrics import RunLog
     from nemo_rl_lora.run_control import running
 
-    setup_logging()
-    start = check_start(config)
-    if start.is_finished:
-        assert start.resume is not None
-        sys.stdout.write(
-            f"The run in {start.resume.path} is finished: {start.resume.step} steps. For more steps raise "
-            f"{algorithm}.max_num_steps; for another run set checkpointing.checkpoint_dir or "
-            "checkpointing.load_path=none.\n"
-        )
-        return EXIT_OK
+    config = start.config
     draw = draw_curves_of if config.logger.plot.enabled else None
     log = RunLog(config.logger, resolved_yaml(config), draw)
     with running(log.directory) as stop, contextlib.ExitStack() as cleanup:
-        cleanup.callback(start.checkpointer.close)
         if draw is not None:
             cleanup.callback(draw, log.directory)
         cleanup.callback(log.close)
         run = build_run(start, log, cleanup)
         setup_logging(run.console.console)
         with run.console:
-            result = run.loop.run(stop)
-    is_complete = result.outcome.startswith("completed")
+            result = TrainingLoop(run, start.algorithm).run(stop)
     run.console.summary(
         RunSummary(
             outcome=result.outcome,
             log_directory=log.directory,
             checkpoint=result.checkpoint,
             best_checkpoint=start.checkpointer.best_step(),
-            continue_command=None if is_complete or result.checkpoint is None else continue_command(sys.argv),
+            continue_command=None if result.is_complete or result.checkpoint is None else command,
         )
     )
-    return stop.exit_code
+    return replace(result, exit_code=stop.exit_code)
 
 
 def continue_command(argv: Sequence[str]) -> str:
@@ -112,10 +133,10 @@ def draw_curves_of(log_directory: Path) -> None:
 
 def show_plan(config: MasterConfig) -> int:
     """Print what the run would do, without loading a weight; 2 where something stops it."""
-    from nemo_rl_lora.build.start import plan_checks
-    from nemo_rl_lora.plan import make_plan, print_plan
+    from nemo_rl_lora.build.preflight import plan_run
+    from nemo_rl_lora.plan import print_plan
 
-    plan = make_plan(config, plan_checks(config))
+    plan = plan_run(config)
     print_plan(plan)
     return EXIT_CONFIG if plan.problems else EXIT_OK
 

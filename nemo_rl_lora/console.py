@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Self
 
@@ -54,7 +55,6 @@ class RunSummary:
     checkpoint: Path | None = None  # the newest
     best_checkpoint: Path | None = None
     continue_command: str | None = None  # None for a run with nothing left to do
-    notes: Sequence[str] = field(default=())
 
 
 def setup_logging(console: Console | None = None, level: int = logging.INFO) -> None:
@@ -70,29 +70,13 @@ def setup_logging(console: Console | None = None, level: int = logging.INFO) -> 
     logging.getLogger("nemo_rl_lora").setLevel(level)
 
 
-class TrainingConsole:
-    """Live progress of one run. Use it as a context manager around the training loop."""
+class LiveConsole(ABC):
+    """Lines, and on a terminal a live bar below them. A context manager: the bar is there within it."""
 
-    def __init__(
-        self,
-        *,
-        title: str,
-        num_steps: int,
-        metrics: Sequence[KeyMetric],
-        first_step: int = 0,
-        file: IO[str] | None = None,
-        now: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """`first_step` steps were done before (a continued run). `metrics` are shown in their order."""
+    def __init__(self, file: IO[str] | None = None, now: Callable[[], float] = time.monotonic) -> None:
         self.console = Console(file=file, highlight=False, soft_wrap=file is not None)
-        self._title = title
-        self._num_steps = num_steps
-        self._metrics = tuple(metrics)
-        self._first_step = self._step = first_step
         self._now = now
         self._started = now()
-        self._stage = "starting"
-        self._history: dict[tuple[str, str], list[tuple[int, float]]] = {}
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
@@ -106,6 +90,51 @@ class TrainingConsole:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar, never broken: paths and commands are there to be copied."""
+        self.console.print(Text(text), soft_wrap=True)
+
+    @abstractmethod
+    def _cells(self) -> Iterable[Text | ProgressBar]:
+        """What the bar shows, from left to right."""
+
+    def _bar(self) -> Table:
+        row = Table.grid(padding=(0, 2))
+        row.add_row(*self._cells())
+        return row
+
+    def _progress(self, title: str, done: int, total: int) -> list[Text | ProgressBar]:
+        bar = ProgressBar(total=total, completed=done, width=24)
+        return [Text(title, style="bold"), bar, Text(f"{done}/{total}")]
+
+    @property
+    def _elapsed(self) -> float:
+        """Seconds since the bar is there."""
+        return self._now() - self._started
+
+
+class TrainingConsole(LiveConsole):
+    """Live progress of one run. Use it as a context manager around the training loop."""
+
+    def __init__(
+        self,
+        *,
+        title: str,
+        num_steps: int,
+        metrics: Sequence[KeyMetric],
+        first_step: int = 0,
+        file: IO[str] | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`first_step` steps were done before (a continued run). `metrics` are shown in their order."""
+        super().__init__(file, now)
+        self._title = title
+        self._num_steps = num_steps
+        self._metrics = tuple(metrics)
+        self._first_step = self._step = first_step
+        self._stage = "starting"
+        self._history: dict[tuple[str, str], list[tuple[int, float]]] = {}
 
     def stage(self, name: str) -> None:
         """What the run is doing now, such as "generating"."""
@@ -122,10 +151,6 @@ class TrainingConsole:
         took = f"{seconds:.1f} s" if seconds is not None else ""
         self._line(f"validation at step {step}", "validation", step, metrics, (took,))
 
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar, never broken: paths and commands are there to be copied."""
-        self.console.print(Text(text), soft_wrap=True)
-
     def samples(self, samples: Sequence[RolloutSample]) -> None:
         """Show completions to read, cut to a screenful."""
         for sample in samples:
@@ -136,7 +161,7 @@ class TrainingConsole:
 
     def summary(self, summary: RunSummary) -> None:
         """The table of the key metrics, where the results are, and how to continue."""
-        elapsed = format_seconds(self._now() - self._started)
+        elapsed = format_seconds(self._elapsed)
         done = f"step {self._step} of {self._num_steps}"
         self.say(f"\n{self._title} {summary.outcome}: {done}, {elapsed}.")
         rows = [metric for metric in self._metrics if self._history.get((metric.split, metric.name))]
@@ -149,8 +174,6 @@ class TrainingConsole:
         ):
             if value is not None:
                 self.say(f"{label + ':':<17}{value}")
-        for note in summary.notes:
-            self.say(note)
         if summary.continue_command is not None:
             self.say(f"{'Continue with:':<17}{summary.continue_command}")
 
@@ -170,28 +193,24 @@ class TrainingConsole:
         done = self._step - self._first_step
         if done <= 0 or self._step >= self._num_steps:
             return None
-        return (self._now() - self._started) / done * (self._num_steps - self._step)
+        return self._elapsed / done * (self._num_steps - self._step)
 
     def _remaining_text(self) -> str:
         remaining = self._remaining_seconds()
         return f"{format_seconds(remaining)} left" if remaining is not None else ""
 
-    def _bar(self) -> Table:
-        row = Table.grid(padding=(0, 2))
-        cells: list[Text | ProgressBar] = [
-            Text(self._title, style="bold"),
-            ProgressBar(total=self._num_steps, completed=self._step, width=24),
-            Text(f"{self._step}/{self._num_steps}"),
+    def _cells(self) -> list[Text | ProgressBar]:
+        cells = [
+            *self._progress(self._title, self._step, self._num_steps),
             Text(self._stage, style="cyan"),
-            Text(f"{format_seconds(self._now() - self._started)} elapsed"),
+            Text(f"{format_seconds(self._elapsed)} elapsed"),
             Text(self._remaining_text()),
         ]
         first = self._metrics[0] if self._metrics else None
         values = [value for _, value in self._history.get((first.split, first.name), [])] if first else []
         if first and values:
             cells.append(Text(f"{first.title} {trend(values)} {format_value(values[-1])}", style="green"))
-        row.add_row(*cells)
-        return row
+        return cells
 
     def _table(self, rows: Sequence[KeyMetric]) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))

@@ -31,6 +31,10 @@ class ModelSource:
     kind: Literal["local", "cache", "hub", "package"]
     description: str
 
+    def is_named(self, name: str) -> bool:
+        """Whether this name, which an adapter's config may have from another working directory, means this model."""
+        return name == self.name or Path(name).resolve() == self.path.resolve()
+
 
 class _NotHereError(Exception):
     """A place does not have the model; the message names the place and says why."""

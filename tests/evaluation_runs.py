@@ -12,8 +12,8 @@ import peft
 import torch  # the driver starts its process again where torch is not yet imported
 from transformers import AutoModelForCausalLM
 
-from nemo_rl_lora import evaluation_command
 from nemo_rl_lora.command_line import driver_arguments
+from nemo_rl_lora.evaluation import command
 from nemo_rl_lora.run_control import main_guard
 from tests.driver import Ended
 
@@ -26,7 +26,7 @@ def run_eval(*arguments: str) -> Ended:
     try:
         with redirect_stdout(out), redirect_stderr(err):
             parsed = driver_arguments("eval", None, list(arguments))
-            code = main_guard(lambda: evaluation_command.eval_main(parsed))
+            code = main_guard(lambda: command.eval_main(parsed))
     finally:
         root.handlers[:], root.level = before
     return Ended(code=code, out=out.getvalue(), err=err.getvalue())

@@ -1,5 +1,6 @@
 """The evaluation driver on a tiny model with adapters that PEFT made, and its figures against enumeration."""
 
+import io
 import itertools
 import json
 import statistics
@@ -12,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from nemo_rl_lora import evaluation_command
-from nemo_rl_lora.build.evaluation import LoadedBase, check_evaluation
 from nemo_rl_lora.config.loader import load_config
-from nemo_rl_lora.evaluation import Outcome, ScoredCompletion, estimate, pass_at_k, summarise
+from nemo_rl_lora.evaluation import command
+from nemo_rl_lora.evaluation.estimates import estimate, pass_at_k
+from nemo_rl_lora.evaluation.models import LoadedBase, check_evaluation
+from nemo_rl_lora.evaluation.report import EvaluationConsole
+from nemo_rl_lora.evaluation.results import Outcome, ScoredCompletion, summarise
 from nemo_rl_lora.generation.in_process import InProcessGeneration
 from nemo_rl_lora.lora.files import ADAPTER_FILE
 from tests.config.schema_walk import flippable_leaves
@@ -245,7 +248,19 @@ def test_pass_at_k_is_the_share_of_sets_of_k_with_a_solved_one():
             solved = [True] * c + [False] * (n - c)
             for k in range(1, n + 1):
                 sets = list(itertools.combinations(solved, k))
-                assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, sets)) / len(sets)), (n, c, k)
+                assert pass_at_k([0.0] * (n - c) + [1.0] * c, k) == pytest.approx(sum(map(any, sets)) / len(sets)), (
+                    n,
+                    c,
+                    k,
+                )
+
+
+def test_pass_at_k_of_graded_rewards_is_the_mean_best_of_the_sets_of_k():
+    rewards = [0.25, 0.1, 1.0, 0.1, 0.7]
+    for k in range(1, 6):
+        best = [max(chosen) for chosen in itertools.combinations(rewards, k)]
+        assert pass_at_k(rewards, k) == pytest.approx(statistics.fmean(best)), k
+    assert pass_at_k(rewards, 5) == max(rewards)
 
 
 def test_the_interval_of_a_mean_is_1_96_standard_errors():
@@ -347,6 +362,19 @@ def test_the_table_has_a_row_for_each_model_and_says_what_was_measured(tiny_eval
     assert not tiny_eval.path.exists()
 
 
+def test_the_bar_shows_how_many_prompts_are_done_and_their_accuracy():
+    out = io.StringIO()
+    console = EvaluationConsole(num_prompts=4, num_completions=2, file=out)
+    console.model("m")
+    console.batch(outcome(1.0, 0.0, 1.0, 1.0).completions)
+
+    assert out.getvalue() == "m: 2 of 4 prompts, accuracy so far 0.750\n"
+    console.console.print(console._bar())
+    shown = out.getvalue().splitlines()[-1]
+    assert shown.startswith("m ")
+    assert all(part in shown for part in ("2/4", "elapsed", "left", "accuracy 0.750"))
+
+
 def test_an_adapter_of_zeros_scores_as_the_base_and_is_named(tiny_eval):
     zero = save_peft_adapter(tiny_eval.model, tiny_eval.root / "zero", 1, 0.0, r=2, target_modules=["q_proj"])
 
@@ -435,7 +463,7 @@ def no_weights(monkeypatch):
     def load_model(*_, **__):
         raise AssertionError("weights were to be loaded")
 
-    monkeypatch.setattr("nemo_rl_lora.build.evaluation.load_model", load_model)
+    monkeypatch.setattr("nemo_rl_lora.evaluation.models.load_model", load_model)
 
 
 @pytest.fixture
@@ -530,7 +558,7 @@ def test_every_key_of_policy_and_eval_is_read(tiny_eval, adapters, monkeypatch):
         reads.watch(configs[-1])
         return configs[-1]
 
-    monkeypatch.setattr(evaluation_command, "load_config", load_and_watch)
+    monkeypatch.setattr(command, "load_config", load_and_watch)
     with reads.recording():
         ended = tiny_eval(named(adapters[0]))
 

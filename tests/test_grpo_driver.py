@@ -192,6 +192,19 @@ def test_a_step_without_validation_does_not_rank_by_an_earlier_one(tiny_run):
     assert tiny_run.steps() == ["step_2", "step_3"]  # the best, and the newest to continue from
 
 
+def test_validation_counts_add_up_over_batches_of_different_environments(tiny_run):
+    ended = tiny_run(
+        "grpo.max_num_steps=1",
+        "grpo.val_at_start=true",
+        "grpo.val_batch_size=4",
+        "data.train.env_name=math",
+        "data.train.split_validation_size=0.125",  # 4 prompts for math, then 6 for the other
+    )
+
+    assert ended.code == 0, ended.err
+    assert tiny_run.metrics("validation")[0]["math_verify_timeouts"] == 0
+
+
 def test_a_run_that_uses_up_its_prompts_says_so(tiny_run):
     reward = f"env.tiny.reward_function={tiny_run.root}/rewards.py:reward_of_odd"
 

@@ -34,13 +34,14 @@ LAYERS = [
         "algorithms.advantages",
     ],
     ["policy.protocol", "generation.protocol", "checkpoints"],
+    ["evaluation.ask", "evaluation.estimates"],
     ["algorithms", "policy", "generation", "export"],
     ["distributed"],
-    ["evaluation", "resume_check", "transcode"],
-    ["plan", "evaluation_report"],
+    ["resume_check", "transcode"],
+    ["plan"],
     ["build"],
     ["command_line"],
-    ["evaluation_command"],
+    ["evaluation"],
 ]
 HEAVY = {"ray", "vllm", "nemo_automodel", "megatron"}
 

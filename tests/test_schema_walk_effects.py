@@ -22,7 +22,7 @@ import yaml
 
 from nemo_rl_lora.algorithms.advantages import advantages_from_config, shaped_rewards
 from nemo_rl_lora.algorithms.losses import count_denominators, make_policy_loss
-from nemo_rl_lora.build.start import make_recipe
+from nemo_rl_lora.build.preflight import make_algorithm
 from nemo_rl_lora.config import loader
 from nemo_rl_lora.config.adam import adam_settings, megatron_adam_settings
 from nemo_rl_lora.config.base import Fixed
@@ -580,25 +580,25 @@ def test_batching_key_changes_how_microbatches_are_cut(change) -> None:
     kind = change[2]
     plans = []
     for config in _before_and_after(change):
-        recipe = make_recipe(config)
-        max_rows = config.policy.train_micro_batch_size if kind == "train" else recipe.logprob_rows
+        algorithm = make_algorithm(config)
+        max_rows = config.policy.train_micro_batch_size if kind == "train" else algorithm.logprob_rows
         plans.append(plan_from_config(config.policy, kind, max_rows=max_rows, flat=True))
     assert plans[0] != plans[1]
 
 
 RUN_CHANGES = {
-    "policy.generation.max_new_tokens": ("7", lambda run: run.work.parts.rollout_params.sampling.max_new_tokens),
-    "policy.generation.temperature": ("0.5", lambda run: run.work.parts.rollout_params.sampling.temperature),
-    "policy.generation.stop_token_ids": ("[7]", lambda run: run.work.parts.rollout_params.sampling.stop_token_ids),
-    "policy.generation.stop_strings": ("['x']", lambda run: run.work.parts.rollout_params.sampling.stop_strings),
-    "policy.generation.val_temperature": ("0.3", lambda run: run.work.parts.validation_params.sampling.temperature),
-    "policy.generation.val_top_p": ("0.5", lambda run: run.work.parts.validation_params.sampling.top_p),
-    "policy.generation.val_top_k": ("5", lambda run: run.work.parts.validation_params.sampling.top_k),
-    "policy.max_total_sequence_length": ("100", lambda run: run.work.parts.rollout_params.max_sequence_length),
-    "grpo.num_generations_per_prompt": ("8", lambda run: run.work.parts.rollout_params.num_completions),
-    "grpo.val_num_generations_per_prompt": ("3", lambda run: run.work.parts.validation_params.num_completions),
-    "grpo.seed": ("7", lambda run: run.work.parts.rollout_params.seed),
-    "grpo.max_num_steps": ("3", lambda run: run.loop._parts.num_steps),
+    "policy.generation.max_new_tokens": ("7", lambda run: run.algorithm.source.params.sampling.max_new_tokens),
+    "policy.generation.temperature": ("0.5", lambda run: run.algorithm.source.params.sampling.temperature),
+    "policy.generation.stop_token_ids": ("[7]", lambda run: run.algorithm.source.params.sampling.stop_token_ids),
+    "policy.generation.stop_strings": ("['x']", lambda run: run.algorithm.source.params.sampling.stop_strings),
+    "policy.generation.val_temperature": ("0.3", lambda run: run.algorithm.validation_params.sampling.temperature),
+    "policy.generation.val_top_p": ("0.5", lambda run: run.algorithm.validation_params.sampling.top_p),
+    "policy.generation.val_top_k": ("5", lambda run: run.algorithm.validation_params.sampling.top_k),
+    "policy.max_total_sequence_length": ("100", lambda run: run.algorithm.source.params.max_sequence_length),
+    "grpo.num_generations_per_prompt": ("8", lambda run: run.algorithm.source.params.num_completions),
+    "grpo.val_num_generations_per_prompt": ("3", lambda run: run.algorithm.validation_params.num_completions),
+    "grpo.seed": ("7", lambda run: run.algorithm.source.params.seed),
+    "grpo.max_num_steps": ("3", lambda run: run.num_steps),
     "policy.optimizer.kwargs.lr": ("0.5", lambda run: run.policy._optimizer.param_groups[0]["lr"]),
     "policy.optimizer.kwargs.weight_decay": ("0.5", lambda run: run.policy._optimizer.defaults["weight_decay"]),
     "policy.optimizer.kwargs.betas": ("[0.5, 0.6]", lambda run: run.policy._optimizer.defaults["betas"]),
@@ -612,14 +612,16 @@ RUN_CHANGES = {
 @pytest.fixture(scope="module")
 def runs_before_and_after(common):
     """What build/ puts together, with none and with all of the changes above."""
-    from nemo_rl_lora.build.start import build_run, check_start
+    from nemo_rl_lora.build.preflight import check_start
+    from nemo_rl_lora.build.start import build_run
 
     built = []
     for changes in ([], [f"{key}={value}" for key, (value, _) in RUN_CHANGES.items()]):
         overrides = [*common, LORA, "checkpointing.enabled=false", *changes]
         start = check_start(load_config(None, overrides, "grpo"))
         run = build_run(start, types.SimpleNamespace(), contextlib.ExitStack())  # type: ignore[arg-type]
-        built.append(run)
+        parts = {"policy": run.policy, "num_steps": run.num_steps, "algorithm": start.algorithm}
+        built.append(types.SimpleNamespace(**parts))
     return built
 
 

@@ -7,61 +7,70 @@ once.
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from nemo_rl_lora.algorithms.loop import StepDone, Validated, mean_outputs, tokens_by_source, validation_spans
-from nemo_rl_lora.algorithms.losses import count_denominators, loss_inputs
+from nemo_rl_lora.algorithms.algorithm import StepDone, Validated, mean_outputs
+from nemo_rl_lora.algorithms.batch import collate_pairs
+from nemo_rl_lora.algorithms.losses import loss_inputs
 from nemo_rl_lora.algorithms.preference_loss import PreferenceLoss, pair_rewards
 from nemo_rl_lora.algorithms.reference_cache import ReferenceCache
+from nemo_rl_lora.algorithms.tuning import Tuning, tokens_by_source, validation_spans
 from nemo_rl_lora.config.dpo import DpoConfig
-from nemo_rl_lora.console import TrainingConsole
-from nemo_rl_lora.data.order import RowLoader
-from nemo_rl_lora.data.preferences import PreferenceSet
+from nemo_rl_lora.config.master import DpoMaster
+from nemo_rl_lora.console import KeyMetric
+from nemo_rl_lora.data.preferences import PreferenceSet, load_preference_sets
+from nemo_rl_lora.evaluation.estimates import estimate
 from nemo_rl_lora.metrics import Stopwatch
-from nemo_rl_lora.policy.protocol import Policy
 from nemo_rl_lora.types import Batch, PreferencePair
 
 REFERENCE_FILE = "reference_logprobs.safetensors"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DpoParts:
-    """What the algorithm works with, put together by build/."""
+class Dpo(Tuning[DpoMaster, PreferencePair]):
+    """Direct preference optimization; keeps the reference's logprobs of every pair it has seen."""
 
-    config: DpoConfig
-    policy: Policy
-    loader: RowLoader[PreferencePair]
-    validation: Sequence[PreferenceSet]
-    loss: PreferenceLoss
-    console: TrainingConsole
+    noun = "pairs"
+    key_metrics = (
+        KeyMetric(name="accuracy", higher_is_better=True),
+        KeyMetric(name="accuracy", split="validation", higher_is_better=True),
+        KeyMetric(name="loss", higher_is_better=False),
+        KeyMetric(name="loss", split="validation", higher_is_better=False),
+        KeyMetric(name="rewards_margin_mean", label="margin"),
+        KeyMetric(name="tokens_per_second", label="tokens/s"),
+    )
 
-
-class DpoWork:
-    """A step and a validation of DPO; keeps the reference's logprobs of every pair it has seen."""
-
-    def __init__(self, parts: DpoParts) -> None:
-        self.parts = parts
+    def __init__(self, config: DpoMaster) -> None:
+        super().__init__(config)
+        self.loss = PreferenceLoss(config=config.dpo)
         self._reference = ReferenceCache()
         self._validation_reference = ReferenceCache()  # held-out pairs have indices of their own
 
+    @property
+    def loop(self) -> DpoConfig:
+        return self.config.dpo
+
+    def load_sets(self, tokenizer: Any) -> tuple[list[PreferenceSet], list[PreferenceSet]]:
+        """Pairs, tokenised."""
+        return load_preference_sets(self.config, tokenizer)
+
     def train(self, step: int, watch: Stopwatch) -> StepDone:
         """One optimizer step on the next pairs."""
-        parts = self.parts
+        run = self.run
         with watch.measure("data_processing"):
-            pairs = next(parts.loader)
+            pairs = next(run.loader)
             batch = collate_pairs(pairs)
-        parts.console.stage("reference")
+        run.console.stage("reference")
         with watch.measure("policy_and_reference_logprobs"):
             batch = self._with_reference(pairs, batch, self._reference)
-        parts.console.stage("training")
+        run.console.stage("training")
         with watch.measure("policy_training"):
-            output = parts.policy.train_step(batch, parts.loss)
+            output = run.policy.train_step(batch, self.loss)
         metrics = mean_outputs([output]) | {
             "num_valid_samples": float(len(pairs)),
             "global_valid_toks": float(batch.denominators.num_loss_tokens),
@@ -75,13 +84,13 @@ class DpoWork:
 
     def validate(self, step: int, watch: Stopwatch) -> Validated | None:
         """Loss, accuracy and rewards over the validation pairs; accuracy by source too where there are several."""
-        if not self.parts.validation:
+        if not self.validation_sets:
             return None
         total = Counter[str]()
         outcomes: list[tuple[PreferencePair, float]] = []
         num_pairs = 0
-        for rows in self.parts.validation:
-            for span in validation_spans(len(rows), self.parts.config):
+        for rows in self.validation_sets:
+            for span in validation_spans(len(rows), self.loop):
                 pairs = rows[span]
                 num_pairs += len(pairs)
                 metrics, hits = self._measure(pairs)
@@ -102,19 +111,19 @@ class DpoWork:
         self._validation_reference.load(directory / f"validation_{REFERENCE_FILE}")
 
     def _with_reference(self, pairs: Sequence[PreferencePair], batch: Batch, cache: ReferenceCache) -> Batch:
-        if not self.parts.loss.needs_reference:
+        if not self.loss.needs_reference:
             return batch
-        return replace(batch, reference_logprobs=cache.of(pairs, batch, self.parts.policy))
+        return replace(batch, reference_logprobs=cache.of(pairs, batch, self.run.policy))
 
     @torch.no_grad()
     def _measure(self, pairs: Sequence[PreferencePair]) -> tuple[dict[str, float], list[float]]:
         """Loss and metrics of these pairs, and whether each is told right; nothing of that without a reference."""
         batch = self._with_reference(pairs, collate_pairs(pairs), self._validation_reference)
-        logprobs = self.parts.policy.logprobs(batch)
-        loss, metrics = self.parts.loss(loss_inputs(batch, logprobs))
+        logprobs = self.run.policy.logprobs(batch)
+        loss, metrics = self.loss(loss_inputs(batch, logprobs))
         hits: list[float] = []
         if batch.reference_logprobs is not None:
-            rewards = pair_rewards(logprobs, batch.reference_logprobs, batch.loss_mask, self.parts.config)
+            rewards = pair_rewards(logprobs, batch.reference_logprobs, batch.loss_mask, self.loop)
             hits = rewards.accuracy.tolist()
         return {"loss": float(loss)} | {name: float(value) for name, value in metrics.items()}, hits
 
@@ -122,42 +131,17 @@ class DpoWork:
 def accuracies(outcomes: Sequence[tuple[PreferencePair, float]]) -> dict[str, float]:
     """Mean of what each pair came to (1: told right), with its 95 % interval; by source too where there are several.
 
-    The interval is normal, from the spread of whole clusters: the pairs of one question are not independent
-    (cluster-robust variance, Liang and Zeger 1986).
+    The pairs of one question are not independent: the interval's spread is that of whole questions.
     """
     metrics: dict[str, float] = {}
     sources = sorted({pair.source for pair, _ in outcomes})
     for suffix, source in [("", None), *((f"/{s}", s) for s in sources if len(sources) > 1)]:
         own = [(pair.cluster, hit) for pair, hit in outcomes if source in (None, pair.source)]
-        mean = sum(hit for _, hit in own) / len(own)
-        residuals: defaultdict[str, float] = defaultdict(float)
-        for cluster, hit in own:
-            residuals[cluster] += hit - mean
-        spread = 1.96 * math.sqrt(sum(residual**2 for residual in residuals.values())) / len(own)
+        accuracy = estimate([hit for _, hit in own], clusters=[cluster for cluster, _ in own])
+        half_width = accuracy.half_width or 0.0
         metrics |= {
-            f"accuracy{suffix}": mean,
-            f"accuracy_low{suffix}": max(mean - spread, 0.0),
-            f"accuracy_high{suffix}": min(mean + spread, 1.0),
+            f"accuracy{suffix}": accuracy.mean,
+            f"accuracy_low{suffix}": max(accuracy.mean - half_width, 0.0),
+            f"accuracy_high{suffix}": min(accuracy.mean + half_width, 1.0),
         }
     return metrics
-
-
-def collate_pairs(pairs: Sequence[PreferencePair]) -> Batch:
-    """Two rows per pair, the chosen answer first; the loss is on the answers. Counts the global denominators, once."""
-    rows = [(pair.prompt_ids, answer) for pair in pairs for answer in (pair.chosen_ids, pair.rejected_ids)]
-    prompt_length = torch.tensor([len(prompt) for prompt, _ in rows])
-    sequence_length = prompt_length + torch.tensor([len(answer) for _, answer in rows])
-    token_ids = torch.zeros(len(rows), int(sequence_length.max()), dtype=torch.int64)
-    for row, (prompt, answer) in enumerate(rows):
-        token_ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-    columns = torch.arange(token_ids.shape[1])[None]
-    loss_mask = (columns >= prompt_length[:, None]) & (columns < sequence_length[:, None])
-    return Batch(
-        token_ids=token_ids,
-        loss_mask=loss_mask,
-        sequence_length=sequence_length,
-        prompt_length=prompt_length,
-        group_index=torch.arange(len(pairs)).repeat_interleave(2),
-        denominators=count_denominators(loss_mask),
-        whole_groups=True,
-    )

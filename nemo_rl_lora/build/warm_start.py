@@ -116,7 +116,7 @@ def _refuse_other_base(
             )
         return
     made_for = peft_config.get("base_model_name_or_path")
-    if not made_for or made_for == policy.model_name or Path(made_for).resolve() == source.path.resolve():
+    if not made_for or source.is_named(made_for):
         return
     raise ValueError(
         f"its adapter_config.json says that it was made for {made_for!r}, and policy.model_name={policy.model_name!r}. "

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from nemo_rl_lora.config.layers import SET_BY, Layers, layers_from_record
-from nemo_rl_lora.config.lora import LORA_CFG_KEY, PEFT_KEY, UNIFIED_KEY
+from nemo_rl_lora.config.lora import LoraCfg, PeftCfg, UnifiedLora
 from nemo_rl_lora.config.master import MasterConfig
 from nemo_rl_lora.config.megatron import MegatronSchedulerConfig
 from nemo_rl_lora.config.optimizer import lr_factor
@@ -172,7 +172,7 @@ def effective_values(tree: Mapping[str, Any], written_now: Layers) -> dict[str, 
     moved = {EPS: MEGATRON_EPS, CLIP: MEGATRON_CLIP, WEIGHT_DECAY: MEGATRON_WEIGHT_DECAY}
     changed = {ours: flat.get(theirs) for ours, theirs in moved.items() if wins(theirs, ours)}
     if LR in flat:
-        lora = flat.get(f"{UNIFIED_KEY}.enabled") or flat.get(f"{PEFT_KEY if on_megatron else LORA_CFG_KEY}.enabled")
+        lora = flat.get(f"{UnifiedLora.KEY}.enabled") or flat.get(f"{PeftCfg.KEY if on_megatron else LoraCfg.KEY}.enabled")
         ours = LR if lora or flat.get(FULL_LR) is None else FULL_LR
         changed[LR] = flat.get(MEGATRON_LR if wins(MEGATRON_LR, ours) else ours)
     if wins(WEIGHT_DECAY_SCHEDULE, (WEIGHT_DECAY, MEGATRON_WEIGHT_DECAY)):

@@ -6,30 +6,18 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from nemo_rl_lora.config.base import Section
+from nemo_rl_lora.config.loop import TuningConfig
 
 
-class DpoConfig(Section):
+class DpoConfig(TuningConfig):
     """The DPO loop and its loss."""
 
-    max_num_epochs: int = Field(default=1, ge=1)
-    """Passes over the training pairs."""
     max_num_steps: int = Field(default=150, ge=1)
-    """Optimizer steps; the run ends at whichever of the two limits comes first."""
+    """Optimizer steps of the run."""
     val_period: int = Field(default=25, ge=0)
-    """Steps between validations; 0 for none."""
-    val_batches: int = Field(default=8, ge=0)
-    """Batches of a validation; 0 for the whole validation set."""
+    """Validate every so many steps; 0: never on the way."""
     val_global_batch_size: int = Field(default=8, ge=1)
     """Pairs of a validation batch."""
-    val_micro_batch_size: int = Field(default=1, ge=1)
-    """Pairs of a validation forward pass."""
-    val_at_start: bool = True
-    """Validate before the first step."""
-    val_at_end: bool = False
-    """Validate after the last step."""
-    seed: int = Field(default=42, ge=0)
-    """Seed of every draw of the run."""
     reference_policy_kl_penalty: float = Field(default=0.05, gt=0, allow_inf_nan=False)
     """beta: how strongly the policy is held to the reference."""
     preference_average_log_probs: bool = False

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from nemo_rl_lora.config.base import Fixed, Section
+from nemo_rl_lora.config.loop import LoopConfig
 from nemo_rl_lora.config.loss_fn import LossFnConfig
 
 _NO_ASYNC = "Rollouts and training alternate; remove grpo.async_grpo."
@@ -99,7 +100,7 @@ class AsyncGrpoConfig(Section):
     """Option of asynchronous rollouts."""
 
 
-class GrpoConfig(Section):
+class GrpoConfig(LoopConfig):
     """A GRPO run."""
 
     num_prompts_per_step: int = Field(default=32, ge=1)
@@ -108,22 +109,16 @@ class GrpoConfig(Section):
     """Completions of each prompt: the group. One alone has no advantage."""
     max_rollout_turns: Annotated[int, Fixed(1, remedy="Rollouts have one turn.")] = 1
     """Turns of a rollout."""
-    max_num_epochs: int = Field(default=1, ge=1)
-    """Passes over the prompts; the run ends at this or at max_num_steps, whichever comes first."""
     max_num_steps: int = Field(default=1_000_000, ge=1)
     """Rollouts of the run."""
     normalize_rewards: bool = True
     """Divide advantages by the standard deviation of the rewards that the baseline is taken from."""
     use_leave_one_out_baseline: bool = True
     """Baseline (and standard deviation) of the other completions of the group; false: of the whole group."""
-    val_period: int = Field(default=10, ge=0)
-    """Validate every so many steps; 0: never on the way."""
     val_start_at: int = Field(default=-1, ge=-1)
     """No periodic validation before this step; -1: from the first."""
     val_at_start: bool = False
     """Validate before the first step."""
-    val_at_end: bool = False
-    """Validate after the last step."""
     overlong_filtering: bool = False
     """Completions that reached the length limit count for the baseline and not for the loss."""
     advantage_clip_low: float | None = None
@@ -140,8 +135,6 @@ class GrpoConfig(Section):
     """The value at which to stop."""
     val_batch_size: int = Field(default=256, ge=1)
     """Validation prompts that are generated at once."""
-    seed: int = 42
-    """Seed of everything drawn in the run."""
     use_dynamic_sampling: bool = False
     """DAPO: drop groups whose rewards are all equal and roll out more until num_prompts_per_step are kept."""
     dynamic_sampling_max_gen_batches: int = Field(default=10, ge=1)
@@ -221,7 +214,6 @@ def check_rollout_against_loss(grpo: GrpoConfig, loss_fn: LossFnConfig, train_gl
             f"policy.train_global_batch_size={train_global_batch_size!r}: must divide the "
             f"{num_rows} completions of a step (grpo.num_prompts_per_step={grpo.num_prompts_per_step} times "
             f"grpo.num_generations_per_prompt={grpo.num_generations_per_prompt}). "
-            f""
             f"Use {num_rows} for one optimizer step per rollout."
         )
     if loss_fn.force_on_policy_ratio and num_rows != train_global_batch_size:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from nemo_rl_lora.config.errors import show
 from nemo_rl_lora.config.generation import chosen_engine
 from nemo_rl_lora.config.layers import SET_BY
-from nemo_rl_lora.config.lora import LORA_CFG_KEY, PEFT_KEY, UNIFIED_KEY, lora_block_key, lora_spec_from_policy
+from nemo_rl_lora.config.lora import LoraCfg, PeftCfg, UnifiedLora, lora_block_key, lora_spec_from_policy
 from nemo_rl_lora.config.master import MasterConfig
 from nemo_rl_lora.config.schema import section_at
 from nemo_rl_lora.config.tree import lookup
@@ -43,14 +43,14 @@ def _unused(config: MasterConfig) -> Iterator[tuple[list[str], str]]:
             ["policy.dtensor_cfg"],
             "policy.backend=megatron trains. Remove the change: the Megatron backend has policy.megatron_cfg.",
         )
-    native = LORA_CFG_KEY if backend == "dtensor" else PEFT_KEY
+    native = LoraCfg.KEY if backend == "dtensor" else PeftCfg.KEY
     if lora_spec_from_policy(policy) is None:
-        off = [block for block in (native, UNIFIED_KEY) if not config.is_set(f"{block}.enabled")]
+        off = [block for block in (native, UnifiedLora.KEY) if not config.is_set(f"{block}.enabled")]
         yield off, f"no adapter is trained. Remove it, or set {native}.enabled=true."
-    elif lora_block_key(policy) == UNIFIED_KEY:
-        yield [native], f"the adapter is that of {UNIFIED_KEY}. Set it there."
+    elif lora_block_key(policy) == UnifiedLora.KEY:
+        yield [native], f"the adapter is that of {UnifiedLora.KEY}. Set it there."
     else:
-        yield [UNIFIED_KEY], f"the adapter is that of {native}. Set it there."
+        yield [UnifiedLora.KEY], f"the adapter is that of {native}. Set it there."
     generation = policy.generation
     if generation is not None and chosen_engine(generation.backend)[0] != "vllm":
         yield (

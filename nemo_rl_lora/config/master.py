@@ -15,6 +15,7 @@ from nemo_rl_lora.config.dpo import DpoConfig
 from nemo_rl_lora.config.env import EnvConfig
 from nemo_rl_lora.config.errors import suggestion
 from nemo_rl_lora.config.evaluation import EvalConfig, EvalPolicy, check_evaluation_data, check_evaluation_sampling
+from nemo_rl_lora.config.generation import GenerationConfig
 from nemo_rl_lora.config.grpo import GrpoConfig, check_rollout_against_loss
 from nemo_rl_lora.config.layers import Layers
 from nemo_rl_lora.config.logger import LoggerConfig
@@ -141,6 +142,12 @@ class GrpoMaster(MasterConfig):
     """The policy-gradient loss."""
     env: EnvConfig = EnvConfig()
     """The environments that score completions."""
+
+    @property
+    def generation(self) -> GenerationConfig:
+        """The engine, and how it samples."""
+        assert self.policy.generation is not None, "checked by _generation_where_it_is_used"
+        return self.policy.generation
 
     @property
     def needs_reference(self) -> bool:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from nemo_rl_lora.config.megatron import MegatronConfig
     from nemo_rl_lora.config.policy import PolicyConfig
 
-NamedCheck = tuple[str, Callable[[], str]]
+NamedCheck = tuple[str, Callable[[], str | None]]
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MASTER_BYTES = 4  # adapters, and weights that are trained, are fp32
@@ -45,7 +45,8 @@ _MASTER_BYTES = 4  # adapters, and weights that are trained, are fp32
 def make_plan(config: MasterConfig, checks: Sequence[NamedCheck] = ()) -> Plan:
     """What this run would do.
 
-    Each check is a name and a function that returns what it found, or raises ValueError, which becomes a problem.
+    Each check is a name and a function that returns what it found (None: nothing to show), or raises ValueError, which
+    becomes a problem.
     """
     policy = config.policy
     spec = lora_spec_from_policy(policy)
@@ -270,10 +271,12 @@ def _run_checks(checks: Sequence[NamedCheck]) -> tuple[list[Check], list[str]]:
     passed, problems = [], []
     for name, check in checks:
         try:
-            passed.append(Check(name=name, finding=check()))
+            finding = check()
         except ValueError as error:
             problems.append(str(error))
-    return passed, problems
+        else:
+            passed += [] if finding is None else [Check(name=name, finding=finding)]
+    return passed, list(dict.fromkeys(problems))  # a check that needs what another one lacks says the same
 
 
 def _unchecked(config: MasterConfig, sizes: Sizes, names: Sequence[str]) -> tuple[str, ...]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from nemo_rl_lora.checkpoint import config_differences
 
+from nemo_rl_lora.checkpoints.record import config_differences
 from nemo_rl_lora.config.adam import adam_settings, megatron_adam_settings
 from nemo_rl_lora.config.errors import ConfigError
 from nemo_rl_lora.config.loader import CONFIG_DIR, algorithm_of, load_config, resolved_tree, resolved_yaml

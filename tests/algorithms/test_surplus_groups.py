@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from nemo_rl_lora.algorithms.held_groups import HELD_FILE, HeldGroup, load_held, save_held
+from nemo_rl_lora.algorithms.surplus_groups import SURPLUS_FILE, SurplusGroup, load_surplus, save_surplus
 from nemo_rl_lora.config.loader import ConfigError, load_config
-from nemo_rl_lora.types import Completion, Prompt, RolloutGroup
+from nemo_rl_lora.types import Completion, Prompt
 
 PROMPTS = [Prompt(index=i, token_ids=(1, i), text=f"t{i}", row={"a": i}, environment="math") for i in range(3)]
 
@@ -21,17 +21,23 @@ def sampling(run, *overrides):
     )
 
 
-def test_held_groups_survive_a_file_bit_for_bit(tmp_path):
+def test_surplus_groups_survive_a_file_bit_for_bit(tmp_path):
     third = 0.1 + 0.2
     completion = Completion(
         token_ids=(5, 6), logprobs=(-third, -1e-30), versions=((2, 7),), text="é\n", finish_reason="length"
     )
-    group = RolloutGroup(prompt=PROMPTS[2], completions=(completion, completion), rewards=(third, 0.0))
-    held = [HeldGroup(group=group, old_logprobs=((-third, -2.0), (-3.0, -4.0)))]
-    save_held(tmp_path / HELD_FILE, held)
+    surplus = [
+        SurplusGroup(
+            prompt=PROMPTS[2],
+            completions=(completion, completion),
+            rewards=(third, 0.0),
+            old_logprobs=((-third, -2.0), (-3.0, -4.0)),
+        )
+    ]
+    save_surplus(tmp_path / SURPLUS_FILE, surplus)
 
-    assert load_held(tmp_path / HELD_FILE, PROMPTS) == held
-    assert load_held(tmp_path / "none.json", PROMPTS) == []
+    assert load_surplus(tmp_path / SURPLUS_FILE, PROMPTS) == surplus
+    assert load_surplus(tmp_path / "none.json", PROMPTS) == []
 
 
 def test_surplus_groups_are_trained_in_the_next_step_by_the_ratio_to_the_policy_that_sampled_them(tiny_run):
@@ -52,7 +58,7 @@ def test_surplus_groups_are_trained_in_the_next_step_by_the_ratio_to_the_policy_
         assert line["gen_kl_error"] < 1e-9  # the old logprobs are those of the weights that sampled
         is_old = line["num_reused_groups"] > 0
         assert (line["probs_ratio_min"] < 1 - 1e-4 or line["probs_ratio_max"] > 1 + 1e-4) == is_old
-    file = tiny_run.checkpoints / "step_3" / HELD_FILE
+    file = tiny_run.checkpoints / "step_3" / SURPLUS_FILE
     assert len(json.loads(file.read_text())) == lines[-1]["num_held_groups"]
 
 

@@ -1,25 +1,21 @@
-"""Scores of several models on the same prompts: the loop, and what is computed from the rewards.
+"""What models made of the same prompts: every completion with its reward, and the figures that compare models.
 
 Every model is asked the same prompts with the same seeds, so a difference between two of them is compared prompt by
-prompt. Knows no engine and no file.
-
-Axes: P prompts, G completions of each (`eval.num_tests_per_prompt`).
+prompt. Knows no engine and no file. Axes: P prompts, G completions of each (`eval.num_tests_per_prompt`).
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from nemo_rl_lora.algorithms.rollout import RolloutParams, group_requests, score
 from nemo_rl_lora.environments.protocol import Environment
-from nemo_rl_lora.generation.protocol import Generation, generate
+from nemo_rl_lora.evaluation.ask import RolloutParams, ask, group_requests, total_counts
+from nemo_rl_lora.evaluation.estimates import Estimate, estimate, pass_at_k
+from nemo_rl_lora.generation.protocol import Generation
 from nemo_rl_lora.metrics import Stopwatch
 from nemo_rl_lora.types import GroupRequest, Prompt, RolloutGroup
-
-Z_95 = 1.96  # half a 95 % interval of a normal distribution, in standard deviations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,17 +59,9 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """A mean over prompts. `half_width` is half its 95 % interval; None where there is one prompt, or all are alike:
-    then the prompts say nothing of their spread."""
-
-    mean: float
-    half_width: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What is reported of one model. The last two compare it with the base, where that was asked too."""
+    """What is reported of one model; estimates are over prompts. The last two compare it with the base, where that was
+    asked too."""
 
     accuracy: Estimate  # mean reward
     pass_at: Mapping[int, Estimate]  # by k
@@ -86,7 +74,7 @@ class Result:
     num_changed: int | None  # completions whose text is not the base's
 
 
-def ask(
+def ask_model(
     model: str,
     generation: Generation,
     task: Task,
@@ -96,7 +84,7 @@ def ask(
 ) -> Outcome | None:
     """Sample and score every prompt, telling what came of each batch. None where `stopped` said so before the end."""
     completions: list[ScoredCompletion] = []
-    metrics: dict[str, float] = {}
+    counts: list[Mapping[str, float]] = []
     watch = Stopwatch()
     for begin in range(0, len(task.prompts), task.num_prompts_at_once):
         if stopped():
@@ -104,19 +92,16 @@ def ask(
         prompts = task.prompts[begin : begin + task.num_prompts_at_once]
         # One call for each prompt: its seeds then do not depend on how many are asked at once.
         requests = [request for prompt in prompts for request in group_requests([prompt], task.params, "")]
-        with watch.measure("generation"):
-            groups = generate(generation, requests)
-        with watch.measure("rewards"):
-            scored, counts = score(groups, task.environments)
-        metrics = {name: metrics.get(name, 0.0) + counts.get(name, 0.0) for name in metrics | counts}
-        batch = [line for pair in zip(requests, scored, strict=True) for line in _scored(model, *pair)]
+        groups, counted = ask(generation, requests, task.environments, watch)
+        counts.append(counted)
+        batch = [line for pair in zip(requests, groups, strict=True) for line in _scored(model, *pair)]
         completions += batch
         tell(batch)
     return Outcome(
         completions=tuple(completions),
-        environment_metrics=metrics,
+        environment_metrics=total_counts(counts),
         generation_seconds=watch.seconds("generation"),
-        reward_seconds=watch.seconds("rewards"),
+        reward_seconds=watch.seconds("reward_calculation"),
     )
 
 
@@ -150,10 +135,10 @@ def summarise(
         gain = estimate([statistics.fmean(own) - statistics.fmean(others) for own, others in pairs])
         texts = zip(completions, base.completions, strict=True)
         num_changed = sum(own.completion != other.completion for own, other in texts)
-    num_solved = [sum(reward >= solved_at for reward in row) for row in rewards]
+    is_solved = [[float(reward >= solved_at) for reward in row] for row in rewards]
     return Result(
         accuracy=estimate([statistics.fmean(row) for row in rewards]),
-        pass_at={k: estimate([pass_at_k(num_completions, c, k) for c in num_solved]) for k in k_values},
+        pass_at={k: estimate([pass_at_k(row, k) for row in is_solved]) for k in k_values},
         mean_num_tokens=statistics.fmean(completion.num_tokens for completion in completions),
         truncated_share=statistics.fmean(completion.finish_reason == "length" for completion in completions),
         environment_metrics=outcome.environment_metrics,
@@ -168,16 +153,3 @@ def _by_prompt(outcome: Outcome, num_completions: int) -> list[list[float]]:
     """[P][G]"""
     rewards = [completion.reward for completion in outcome.completions]
     return [rewards[begin : begin + num_completions] for begin in range(0, len(rewards), num_completions)]
-
-
-def pass_at_k(num_completions: int, num_solved: int, k: int) -> float:
-    """The unbiased estimate, from so many completions of a prompt, that at least one of k solves it: the share of the
-    sets of k completions with a solved one (Chen et al. 2021, arXiv 2107.03374, eq. 1)."""
-    return 1.0 - math.comb(num_completions - num_solved, k) / math.comb(num_completions, k)
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of one value a prompt, with its 95 % interval by the normal approximation: 1.96 standard errors."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    half_width = Z_95 * spread / math.sqrt(len(values)) if spread else None
-    return Estimate(mean=statistics.fmean(values), half_width=half_width)

@@ -8,70 +8,54 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as TimeLeftColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from nemo_rl_lora.console import format_seconds
-from nemo_rl_lora.evaluation import Estimate, Result, ScoredCompletion
+from nemo_rl_lora.console import LiveConsole, format_seconds
+from nemo_rl_lora.evaluation.estimates import Estimate
+from nemo_rl_lora.evaluation.results import Result, ScoredCompletion
 
 RESULTS_FILE = "results.json"
 COMPLETIONS_FILE = "completions.jsonl"
 CONFIG_FILE = "config.yaml"
 
 
-class EvaluationConsole:
+class EvaluationConsole(LiveConsole):
     """Live progress, prompt by prompt: a bar on a terminal, otherwise a line a batch."""
 
-    def __init__(self, num_prompts: int, num_completions: int) -> None:
-        self.console = Console(highlight=False)
+    def __init__(self, num_prompts: int, num_completions: int, file: IO[str] | None = None) -> None:
+        super().__init__(file)
         self._num_prompts, self._num_completions = num_prompts, num_completions
         self._rewards: list[float] = []
         self._model = ""
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("accuracy {task.fields[accuracy]}"),
-            TimeElapsedColumn(),
-            TimeLeftColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
     def model(self, name: str) -> None:
         """This model is asked from now on."""
-        self._model, self._rewards = name, []
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(name, total=self._num_prompts, accuracy="-")
+        self._model, self._rewards, self._started = name, [], self._now()
 
     def batch(self, completions: Sequence[ScoredCompletion]) -> None:
         """These completions of the model have been scored."""
-        assert self._task is not None, "no model yet"
         self._rewards += [completion.reward for completion in completions]
-        done = len(self._rewards) // self._num_completions
-        accuracy = f"{statistics.fmean(self._rewards):.3f}"
-        self._bar.update(self._task, completed=done, accuracy=accuracy)
         if not self.console.is_terminal:
-            self.say(f"{self._model}: {done} of {self._num_prompts} prompts, accuracy so far {accuracy}")
+            accuracy = f"accuracy so far {statistics.fmean(self._rewards):.3f}"
+            self.say(f"{self._model}: {self._num_done} of {self._num_prompts} prompts, {accuracy}")
 
-    def say(self, text: str) -> None:
-        """A line of its own, never broken."""
-        self.console.print(Text(text), soft_wrap=True)
+    @property
+    def _num_done(self) -> int:
+        return len(self._rewards) // self._num_completions
+
+    def _cells(self) -> list[Text | ProgressBar]:
+        cells = self._progress(self._model, self._num_done, self._num_prompts)
+        cells.append(Text(f"{format_seconds(self._elapsed)} elapsed"))
+        if self._num_done:
+            left = self._elapsed / self._num_done * (self._num_prompts - self._num_done)
+            cells.append(Text(f"{format_seconds(left)} left"))
+            cells.append(Text(f"accuracy {statistics.fmean(self._rewards):.3f}", style="green"))
+        return cells
 
 
 def print_results(console: Console, results: Mapping[str, Result], *, num_prompts: int, num_completions: int) -> None:

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from nemo_rl_lora.algorithms.rollout import RolloutParams, validation_sampling
-from nemo_rl_lora.build.start import tokenizer_of
+from nemo_rl_lora.build.preflight import tokenizer_of
 from nemo_rl_lora.checkpoints.durable_files import probe_directory
 from nemo_rl_lora.config.data import DatasetConfig
 from nemo_rl_lora.config.evaluation import EvalConfig, EvalPolicy
 from nemo_rl_lora.config.master import EvalMaster
 from nemo_rl_lora.data.prompts import load_prompts
 from nemo_rl_lora.environments.registry import check_prompts, make_environments
-from nemo_rl_lora.evaluation import Task
-from nemo_rl_lora.evaluation_report import refuse_existing_results
+from nemo_rl_lora.evaluation.ask import RolloutParams, validation_sampling
+from nemo_rl_lora.evaluation.report import refuse_existing_results
+from nemo_rl_lora.evaluation.results import Task
 from nemo_rl_lora.generation.in_process import InProcessGeneration
 from nemo_rl_lora.generation.protocol import Generation
 from nemo_rl_lora.lora.files import adapter_tensor_name, read_adapter
@@ -71,20 +71,6 @@ class CheckedEvaluation:
     notes: tuple[str, ...]  # what is worth a warning
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Base:
-    """What adapters have to fit."""
-
-    policy: EvalPolicy
-    source: ModelSource
-    shapes: ModelShapes
-    tokenizer: Any
-
-    def is_named(self, name: str) -> bool:
-        """Whether this name, which an adapter's config may have from another working directory, means this base."""
-        return name == self.policy.model_name or Path(name).resolve() == self.source.path.resolve()
-
-
 def check_evaluation(config: EvalMaster, *, weights: bool) -> CheckedEvaluation:
     """Everything that can be known without weights. ValueError names what is wrong.
 
@@ -98,8 +84,7 @@ def check_evaluation(config: EvalMaster, *, weights: bool) -> CheckedEvaluation:
     shapes = read_model_shapes(source.path, dict(policy.hf_config_overrides))
     _refuse_more_than_the_model_sees(policy, shapes)
     tokenizer = tokenizer_of(policy, source)
-    base = _Base(policy=policy, source=source, shapes=shapes, tokenizer=tokenizer)
-    candidates, notes = _candidates(config.eval, base)
+    candidates, notes = _candidates(config.eval, source, shapes, tokenizer)
     task = _task(config, tokenizer)
     if weights:
         source = resolve_model(policy.model_name)
@@ -145,14 +130,16 @@ def _task(config: EvalMaster, tokenizer: Any) -> Task:
     )
 
 
-def _candidates(settings: EvalConfig, base: _Base) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
+def _candidates(
+    settings: EvalConfig, source: ModelSource, shapes: ModelShapes, tokenizer: Any
+) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
     """The base where it is asked for, then the adapters; and warnings. ValueError names each adapter that is wrong."""
     candidates = [_BARE] if settings.include_base else []
     problems: list[str] = []
     notes: list[str] = []
     for name in settings.adapters:
         try:
-            candidate, more = _candidate(name, base)
+            candidate, more = _candidate(name, source, shapes, tokenizer)
         except ValueError as error:
             problems.append(f"eval.adapters={name!r}: {error}")
         else:
@@ -163,20 +150,20 @@ def _candidates(settings: EvalConfig, base: _Base) -> tuple[tuple[Candidate, ...
     return tuple(candidates), tuple(notes)
 
 
-def _candidate(name: str, base: _Base) -> tuple[Candidate, list[str]]:
+def _candidate(name: str, source: ModelSource, shapes: ModelShapes, tokenizer: Any) -> tuple[Candidate, list[str]]:
     directory = adapter_directory(Path(name).expanduser())
     tensors, peft_config = read_adapter(directory)
-    model_name = base.policy.model_name
-    linears, tied_head = base.shapes.linears, base.shapes.has_tied_head
-    spec, adapted = fit_adapter(tensors, peft_config, linears, tied_head=tied_head, model_name=model_name)
+    spec, adapted = fit_adapter(
+        tensors, peft_config, shapes.linears, tied_head=shapes.has_tied_head, model_name=source.name
+    )
     notes = []
     made_for = peft_config.get("base_model_name_or_path")
-    if made_for and not base.is_named(made_for):
-        notes.append(f"was made for {made_for}, and is evaluated on policy.model_name={model_name!r}.")
+    if made_for and not source.is_named(made_for):
+        notes.append(f"was made for {made_for}, and is evaluated on policy.model_name={source.name!r}.")
     if not any(bool(tensors[adapter_tensor_name(module.name, "B")].any()) for module in adapted):
         notes.append("every B is zero, so this adapter is the base.")
     template = directory.parent / "tokenizer" / "chat_template.jinja"
-    if template.is_file() and template.read_text(encoding="utf-8") != base.tokenizer.chat_template:
+    if template.is_file() and template.read_text(encoding="utf-8") != tokenizer.chat_template:
         notes.append(
             "was trained with another chat template than policy.tokenizer has, so prompts look different to it. "
             f"policy.tokenizer.name={template.parent} has its own."

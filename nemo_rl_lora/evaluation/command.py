@@ -13,9 +13,9 @@ from nemo_rl_lora.config.loader import load_config, resolved_yaml
 from nemo_rl_lora.run_control import EXIT_OK, StopRequest, running
 
 if TYPE_CHECKING:
-    from nemo_rl_lora.build.evaluation import CheckedEvaluation, LoadedBase
-    from nemo_rl_lora.evaluation import Outcome, Result, ScoredCompletion
-    from nemo_rl_lora.evaluation_report import EvaluationConsole, ResultFiles
+    from nemo_rl_lora.evaluation.models import CheckedEvaluation, LoadedBase
+    from nemo_rl_lora.evaluation.report import EvaluationConsole, ResultFiles
+    from nemo_rl_lora.evaluation.results import Outcome, Result, ScoredCompletion
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +26,9 @@ def eval_main(arguments: DriverArguments) -> int:
     if not arguments.plan:
         prepare_process()
     silence_vendors()
-    from nemo_rl_lora.build.evaluation import LoadedBase, check_evaluation
     from nemo_rl_lora.console import setup_logging
-    from nemo_rl_lora.evaluation_report import EvaluationConsole, ResultFiles, print_results
+    from nemo_rl_lora.evaluation.models import LoadedBase, check_evaluation
+    from nemo_rl_lora.evaluation.report import EvaluationConsole, ResultFiles, print_results
 
     setup_logging()
     checked = check_evaluation(config, weights=not arguments.plan)
@@ -69,7 +69,7 @@ def evaluate_all(
     stop: StopRequest,
 ) -> dict[str, Result]:
     """Every model's result, or those of the models before a request to stop."""
-    from nemo_rl_lora.evaluation import ask, summarise
+    from nemo_rl_lora.evaluation.results import ask_model, summarise
 
     settings = checked.config.eval
     results: dict[str, Result] = {}
@@ -83,7 +83,7 @@ def evaluate_all(
     for candidate in checked.candidates:
         console.model(candidate.name)
         with base.serve(candidate) as generation:
-            outcome = ask(candidate.name, generation, checked.task, tell=tell, stopped=lambda: stop.requested)
+            outcome = ask_model(candidate.name, generation, checked.task, tell=tell, stopped=lambda: stop.requested)
         if outcome is None:
             break
         results[candidate.name] = summarise(
@@ -103,7 +103,7 @@ def evaluate_all(
 
 def document(checked: CheckedEvaluation, base_digest: str, results: Mapping[str, Result]) -> dict[str, Any]:
     """What results.json holds. `complete` is false as long as a model is missing."""
-    from nemo_rl_lora.evaluation_report import result_document
+    from nemo_rl_lora.evaluation.report import result_document
 
     config, task = checked.config, checked.task
     models = {}

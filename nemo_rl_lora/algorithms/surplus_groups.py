@@ -1,0 +1,94 @@
+"""Groups that dynamic sampling kept beyond what a step needs, for the next one.
+
+A surplus group is older than the policy that trains on it, so it brings the log-probabilities of the policy that
+sampled it: the ratio of the loss is the one between the two. Values survive a checkpoint bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_rl_lora.algorithms.batch import collate_rollouts
+from nemo_rl_lora.policy.protocol import Policy
+from nemo_rl_lora.types import Batch, Completion, Prompt, RolloutGroup
+
+SURPLUS_FILE = "held_groups.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SurplusGroup(RolloutGroup):
+    """A group, and for each completion what the policy that sampled it gave its tokens."""
+
+    old_logprobs: tuple[tuple[float, ...], ...]
+
+
+def as_surplus(groups: Sequence[RolloutGroup], policy: Policy) -> list[SurplusGroup]:
+    """These groups with the log-probabilities of the policy as it is now, which sampled them."""
+    if not groups:
+        return []
+    num_rows = sum(len(group.completions) for group in groups)
+    batch = collate_rollouts(groups, torch.zeros(num_rows), overlong_filtering=False)
+    logprobs = policy.logprobs(batch)
+    spans = zip(batch.prompt_length.tolist(), batch.sequence_length.tolist(), strict=True)
+    rows = iter([tuple(logprobs[row, begin:end].tolist()) for row, (begin, end) in enumerate(spans)])
+    return [
+        SurplusGroup(
+            prompt=group.prompt,
+            completions=group.completions,
+            rewards=group.rewards,
+            old_logprobs=tuple(next(rows) for _ in group.completions),
+        )
+        for group in groups
+    ]
+
+
+def with_old_logprobs(batch: Batch, logprobs: torch.Tensor, groups: Sequence[RolloutGroup]) -> Batch:
+    """The batch of these groups with `logprobs`, [B, T] of the policy as it is now, as the old ones; a surplus group
+    has its own."""
+    old, row = logprobs.clone(), 0
+    for group in groups:
+        if isinstance(group, SurplusGroup):
+            for place, own in enumerate(group.old_logprobs, start=row):
+                old[place, int(batch.prompt_length[place]) : int(batch.sequence_length[place])] = torch.tensor(own)
+        row += len(group.completions)
+    return replace(batch, old_logprobs=old)
+
+
+def save_surplus(path: Path, groups: Sequence[SurplusGroup]) -> None:
+    """A JSON list; a prompt is named by its index in the dataset."""
+    rows = [
+        {
+            "prompt_index": group.prompt.index,
+            "completions": [asdict(completion) for completion in group.completions],
+            "rewards": group.rewards,
+            "old_logprobs": group.old_logprobs,
+        }
+        for group in groups
+    ]
+    path.write_text(json.dumps(rows) + "\n", encoding="utf-8")
+
+
+def load_surplus(path: Path, prompts: Sequence[Prompt]) -> list[SurplusGroup]:
+    """What `save_surplus` wrote; nothing where a run keeps no surplus."""
+    if not path.is_file():
+        return []
+    return [
+        SurplusGroup(
+            prompt=prompts[row["prompt_index"]],
+            completions=tuple(_completion(**completion) for completion in row["completions"]),
+            rewards=tuple(row["rewards"]),
+            old_logprobs=tuple(tuple(logprobs) for logprobs in row["old_logprobs"]),
+        )
+        for row in json.loads(path.read_text(encoding="utf-8"))
+    ]
+
+
+def _completion(**fields: Any) -> Completion:
+    lists = {name: tuple(fields[name]) for name in ("token_ids", "logprobs")}
+    return Completion(**{**fields, **lists, "versions": tuple((n, version) for n, version in fields["versions"])})
