@@ -172,7 +172,8 @@ def effective_values(tree: Mapping[str, Any], written_now: Layers) -> dict[str, 
     moved = {EPS: MEGATRON_EPS, CLIP: MEGATRON_CLIP, WEIGHT_DECAY: MEGATRON_WEIGHT_DECAY}
     changed = {ours: flat.get(theirs) for ours, theirs in moved.items() if wins(theirs, ours)}
     if LR in flat:
-        lora = flat.get(f"{UnifiedLora.KEY}.enabled") or flat.get(f"{PeftCfg.KEY if on_megatron else LoraCfg.KEY}.enabled")
+        blocks = (UnifiedLora, PeftCfg if on_megatron else LoraCfg)
+        lora = any(flat.get(f"{block.KEY}.enabled") for block in blocks)
         ours = LR if lora or flat.get(FULL_LR) is None else FULL_LR
         changed[LR] = flat.get(MEGATRON_LR if wins(MEGATRON_LR, ours) else ours)
     if wins(WEIGHT_DECAY_SCHEDULE, (WEIGHT_DECAY, MEGATRON_WEIGHT_DECAY)):
