@@ -30,7 +30,9 @@ from typing import IO, Any, Literal
 
 import yaml
 
+from nemo_rl_lora.config.adam import effective_values
 from nemo_rl_lora.config.checkpointing import CheckpointingConfig
+from nemo_rl_lora.config.layers import SET_BY, layers_from_record
 from nemo_rl_lora.step_files import (
     TMP_PREFIX,
     DamagedError,
@@ -435,7 +437,8 @@ class Checkpointer:
 
 def config_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (saved value, current value), for each key that a continued run must not change."""
-    old, new = _flatten(_plain(saved)), _flatten(_plain(current))
+    written_now = layers_from_record(current.get(SET_BY, []), "the configuration")
+    old, new = (effective_values(_plain(tree), written_now) for tree in (saved, current))
     return {
         key: (old.get(key, _ABSENT), new.get(key, _ABSENT))
         for key in sorted(old.keys() | new.keys())
@@ -494,15 +497,6 @@ def _read_info(directory: Path) -> TrainingInfo:
         return TrainingInfo(**record)
     except TypeError as error:
         raise DamagedError(directory, INFO_FILE, f"does not have the fields of a checkpoint ({error})") from error
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or (not value and prefix):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flatten(item, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def _seeds(value: Any, prefix: str = "") -> dict[str, int]:

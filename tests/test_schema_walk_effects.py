@@ -18,17 +18,22 @@ import types
 
 import pytest
 import torch
+import yaml
 
 from nemo_rl_lora.algorithms.advantages import advantages_from_config, shaped_rewards
 from nemo_rl_lora.algorithms.losses import count_denominators, make_policy_loss
 from nemo_rl_lora.build.start import make_recipe
+from nemo_rl_lora.config import loader
+from nemo_rl_lora.config.adam import adam_settings, megatron_adam_settings
 from nemo_rl_lora.config.base import Fixed
-from nemo_rl_lora.config.loader import ConfigError, load_config
+from nemo_rl_lora.config.loader import CONFIG_DIR, ConfigError, load_config, resolved_tree
 from nemo_rl_lora.config.lora import lora_spec_from_policy
 from nemo_rl_lora.config.master import GrpoMaster
 from nemo_rl_lora.config.optimizer import lr_factor
 from nemo_rl_lora.config.runnable import check_runnable
 from nemo_rl_lora.config.schema import leaves
+from nemo_rl_lora.config.tree import flatten
+from nemo_rl_lora.metrics import read_metrics
 from nemo_rl_lora.policy.microbatches import plan_from_config
 from nemo_rl_lora.types import LossInputs
 from tests.config.schema_walk import flippable_leaves
@@ -257,7 +262,7 @@ def _with_values(config, values):
             node[part] = {} if node[part] is None else node[part]
             node = node[part]
         node[last] = value
-    return type(config).model_validate(tree)
+    return type(config).model_validate(tree).with_layers(config.layers.with_layer("test", list(values)))
 
 
 def _differing_fields(spec, other):
@@ -313,6 +318,74 @@ def test_data_default_reaches_both_datasets() -> None:
         assert section is not None
         found = (section.env_name, section.processor, section.prompt_file, section.system_prompt_file)
         assert found == ("math", "x", "y", "z")
+
+
+# Keys that are set to the value they have anyway
+
+
+@pytest.mark.parametrize("backend", ["dtensor", "megatron"])
+def test_a_key_set_to_its_inherited_value_changes_nothing_or_is_honoured_or_refused(
+    backend, common, tmp_path, monkeypatch
+) -> None:
+    """Every key by itself: AdamW and what a start says are the same, or Megatron's own value is in force, or the key is
+    named. Then all of those that change nothing at once: the same reads, and the same metrics of a run."""
+    monkeypatch.setattr(loader, "_read_tracked", functools.cache(loader._read_tracked))
+    chosen = [*common, f"policy.backend={backend}", "policy.lora.dim=4", "checkpointing.enabled=false"]
+    plain = load_config(None, chosen, "grpo")
+    values = flatten(resolved_tree(plain))
+    silent, changing = {}, set()
+    for key in (".".join(path) for path, _ in leaves(GrpoMaster)):
+        if key not in values or plain.is_set(key):
+            continue
+        config, problems = _checked(_file_that_sets(tmp_path / f"{key}.yaml", {key: values[key]}), chosen)
+        if problems:
+            assert key in problems
+        elif config == plain and _adam_values(config) == _adam_values(plain):
+            silent[key] = values[key]
+        else:
+            changing.add(key)
+    own = "policy.megatron_cfg."
+    assert {key for key in changing if not key.startswith(own)} <= {"policy.optimizer.kwargs.lr"}
+    assert (backend == "megatron") == any(key.startswith(f"{own}optimizer.lr") for key in changing)
+    assert len(silent) > 150
+    traces = []
+    for number, keys in enumerate(({}, silent)):
+        found, logs = Reads(), tmp_path / f"logs{number}"
+        file = _file_that_sets(tmp_path / f"all{number}.yaml", keys)
+        assert traced_run(found, [*chosen, f"logger.log_dir={logs}"], file=file) == 0
+        lines = read_metrics(logs / "exp_001")
+        traces.append(
+            (found.keys, [{k: v for k, v in line.items() if "tim" not in k and "_per_" not in k} for line in lines])
+        )
+    assert traces[0] == traces[1]
+
+
+def _checked(file, overrides):
+    """The configuration, and what a start says against it."""
+    try:
+        config = load_config(file, overrides, "grpo")
+    except ConfigError as error:
+        return None, str(error)
+    return config, "\n".join(check_runnable(config))
+
+
+def _file_that_sets(file, values):
+    tree: dict = {"defaults": str(CONFIG_DIR / "quickstart" / "grpo.yaml")}
+    for key, value in values.items():
+        *path, last = key.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def _adam_values(config):
+    of = megatron_adam_settings if config.policy.active_backend == "megatron" else None
+    settings = of(config, lora=True) if of else adam_settings(config.policy, lora=True)
+    rates = [settings.lr_at(step) for step in range(60)]
+    return rates, settings.weight_decay_at(0), settings.betas, settings.eps, settings.max_grad_norm
 
 
 # Effects that can be computed at once. Each change: a context, and the keys that are set beside it.

@@ -18,10 +18,10 @@ from nemo_rl_lora.algorithms.loop import LoopSettings, RunParts, TrainingLoop, W
 from nemo_rl_lora.base_identity import base_digest
 from nemo_rl_lora.build.warm_start import InitialAdapter, check_initial_adapter
 from nemo_rl_lora.checkpoint import Checkpointer, ResumePoint, is_finished, probe_directory
-from nemo_rl_lora.config.adam import adam_settings, constant
+from nemo_rl_lora.config.adam import adam_settings, constant, megatron_adam_settings
+from nemo_rl_lora.config.loader import resolved_tree
 from nemo_rl_lora.config.lora import lora_spec_from_policy
 from nemo_rl_lora.config.master import DpoMaster, GrpoMaster, MasterConfig, SftMaster
-from nemo_rl_lora.config.megatron_rules import megatron_adam_settings
 from nemo_rl_lora.config.policy import ModelConfig
 from nemo_rl_lora.console import KeyMetric, TrainingConsole
 from nemo_rl_lora.data.order import RowLoader
@@ -160,7 +160,7 @@ def check_start(config: MasterConfig) -> CheckedStart:
     loader = recipe.load_data(tokenizer)
     settings = recipe.settings
     num_steps = min(settings.max_num_steps, settings.max_num_epochs * loader.num_batches_per_epoch)
-    checkpointer = Checkpointer(config.checkpointing, config.model_dump(mode="json", by_alias=True))
+    checkpointer = Checkpointer(config.checkpointing, resolved_tree(config))
     checkpointer.prepare(required_bytes=plan.sizes.checkpoint_bytes)
     resume = checkpointer.find_resume()
     digest = base_digest(source.path)

@@ -183,6 +183,11 @@ class DatasetConfig(DatasetDefaults):
         return self
 
 
+def keys_without_use(dataset_name: object) -> frozenset[str]:
+    """Keys of a dataset block that the dataset named has no use for; empty where there is no such dataset."""
+    return _KEYS_OF_SOME - _OWN_KEYS.get(str(dataset_name), _KEYS_OF_SOME)
+
+
 def require_rows_for(algorithm: Literal["sft", "dpo", "grpo"], section: DatasetConfig, key: str) -> None:
     """ValueError where the dataset at `key` has no rows of the algorithm's kind."""
     kind, names = _KINDS[algorithm]

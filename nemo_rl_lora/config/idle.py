@@ -1,99 +1,92 @@
-"""Keys of a backend or an engine that this run does not use.
+"""Keys of a backend, an adapter or an engine that this run does not use.
 
-Contract: a value that was changed there is refused by name, so that nothing asked for is ignored silently. Changed is
-what differs from the algorithm's base file, from its quick start or from the schema's defaults, whichever is least: so
-a recipe that says nothing about the other backend starts, whichever file it inherits. Switches (`enabled`) choose what
-is used and are not judged here.
+Contract: such a key that the user set is refused by name, whatever its value, so that nothing asked for is ignored
+silently; one that was only inherited is not. Switches (`enabled`) choose what is used and are not judged here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
-
-from pydantic import BaseModel
+from collections.abc import Iterator
 
 from nemo_rl_lora.config.errors import show
 from nemo_rl_lora.config.generation import chosen_engine
-from nemo_rl_lora.config.loader import usual_sections
+from nemo_rl_lora.config.layers import SET_BY
+from nemo_rl_lora.config.lora import LORA_CFG_KEY, PEFT_KEY, UNIFIED_KEY, lora_block_key, lora_spec_from_policy
 from nemo_rl_lora.config.master import MasterConfig
+from nemo_rl_lora.config.schema import section_at
+from nemo_rl_lora.config.tree import lookup
 
 _PROCESS_KEYS = ("max_generation_failures", "timeout_seconds")
 _VLLM_KEYS = ("vllm_cfg", "vllm_kwargs", *_PROCESS_KEYS)
+_WHOLE_FILE = 15  # keys: nobody writes so many by hand into a block that is not used
 
 
-def idle_problems(config: MasterConfig) -> list[str]:
-    """One paragraph for each unused block in which a value was changed."""
-    policy, problems = config.policy, []
-    if policy.active_backend == "dtensor":
-        problems += _problem(
-            config,
-            policy.megatron_cfg,
-            "policy.megatron_cfg",
+def unused_key_problems(config: MasterConfig) -> list[str]:
+    """One paragraph for each unused block in which the user set a key."""
+    return [
+        _paragraph(config, keys, reason) for prefixes, reason in _unused(config) if (keys := _set(config, prefixes))
+    ]
+
+
+def _unused(config: MasterConfig) -> Iterator[tuple[list[str], str]]:
+    """What is not used: keys or blocks, and why."""
+    policy = config.policy
+    backend = policy.active_backend
+    if backend == "dtensor":
+        yield (
+            ["policy.megatron_cfg"],
             "policy.backend=dtensor trains. Remove the change: the DTensor backend has policy.dtensor_cfg, "
             "policy.optimizer and policy.scheduler.",
         )
     else:
-        problems += _problem(
-            config,
-            policy.dtensor_cfg,
-            "policy.dtensor_cfg",
+        yield (
+            ["policy.dtensor_cfg"],
             "policy.backend=megatron trains. Remove the change: the Megatron backend has policy.megatron_cfg.",
-            judged=lambda key: key != "lora_cfg",  # a block that is off
         )
-    if policy.generation is not None and chosen_engine(policy.generation.backend)[0] != "vllm":
-        problems += _problem(
-            config,
-            policy.generation,
-            "policy.generation",
-            f"completions do not come from vLLM (policy.generation.backend={policy.generation.backend}). Remove the "
-            "change.",
-            judged=lambda key: key in _VLLM_KEYS,
+    native = LORA_CFG_KEY if backend == "dtensor" else PEFT_KEY
+    if lora_spec_from_policy(policy) is None:
+        off = [block for block in (native, UNIFIED_KEY) if not config.is_set(f"{block}.enabled")]
+        yield off, f"no adapter is trained. Remove it, or set {native}.enabled=true."
+    elif lora_block_key(policy) == UNIFIED_KEY:
+        yield [native], f"the adapter is that of {UNIFIED_KEY}. Set it there."
+    else:
+        yield [UNIFIED_KEY], f"the adapter is that of {native}. Set it there."
+    generation = policy.generation
+    if generation is not None and chosen_engine(generation.backend)[0] != "vllm":
+        yield (
+            [f"policy.generation.{key}" for key in _VLLM_KEYS],
+            f"completions do not come from vLLM (policy.generation.backend={generation.backend}). Remove the change.",
         )
-    elif policy.generation is not None and policy.generation.colocated.enabled:
-        problems += _problem(
-            config,
-            policy.generation,
-            "policy.generation",
+    elif generation is not None and generation.colocated.enabled:
+        yield (
+            [f"policy.generation.{key}" for key in _PROCESS_KEYS],
             "the engine runs in the trainer's process (policy.generation.colocated.enabled=true). Remove the change.",
-            judged=lambda key: key in _PROCESS_KEYS,
         )
-    return problems
 
 
-def changed_values(
-    config: MasterConfig, section: BaseModel, path: str, judged: Callable[[str], bool] = lambda _: True
-) -> list[tuple[str, Any]]:
-    """Keys of a section, relative to it, that were changed, with their values; `judged` says which of its own keys are
-    looked at."""
-    usual = [type(section)(), *usual_sections(config, path)]
-    differing = [
-        [(key, value) for key, value in _changed(section, base) if judged(key.split(".")[0])] for base in usual
-    ]
-    return min(differing, key=len)
+def _set(config: MasterConfig, prefixes: list[str]) -> list[str]:
+    """The keys of the schema at or under the prefixes that the user set."""
+    written = [_schema_key(config, key) for prefix in prefixes for key in config.layers.set_keys(prefix)]
+    switches = {key for key in written if key.endswith(".enabled")}
+    blocks = {key for key in written if section_at(type(config), key.split(".")) is not None}  # null, or {}
+    return [key for key in dict.fromkeys(written) if key not in switches | blocks]
 
 
-def _problem(
-    config: MasterConfig,
-    section: BaseModel,
-    path: str,
-    reason: str,
-    judged: Callable[[str], bool] = lambda _: True,
-) -> list[str]:
-    """The paragraph about a section, or nothing where none of its values was changed."""
-    changed = [(f"{path}.{key}", value) for key, value in changed_values(config, section, path, judged)]
-    if not changed:
-        return []
-    (key, value), others = changed[0], [key for key, _ in changed[1:]]
+def _schema_key(config: MasterConfig, key: str) -> str:
+    """The key without what stands in a free mapping (`vllm_kwargs.seed`)."""
+    parts = key.split(".")
+    for length in range(1, len(parts)):
+        if section_at(type(config), parts[:length]) is None:
+            return ".".join(parts[:length])
+    return key
+
+
+def _paragraph(config: MasterConfig, keys: list[str], reason: str) -> str:
+    key, *others = keys
+    (value,) = lookup(config.model_dump(by_alias=True), key.split(".")) or (None,)
     also = f" (nor are {', '.join(others)})" if others else ""
-    return [f"{key}={show(value)}: is read by nothing{also}, since {reason}"]
-
-
-def _changed(section: BaseModel, base: BaseModel) -> Iterator[tuple[str, Any]]:
-    """Keys whose value is not the base's, relative to the section."""
-    for name, field in type(section).model_fields.items():
-        key, value, usual = field.alias or name, getattr(section, name), getattr(base, name)
-        if isinstance(value, BaseModel) and isinstance(usual, BaseModel):
-            yield from ((f"{key}.{inner}", found) for inner, found in _changed(value, usual))
-        elif name != "enabled" and value != usual:
-            yield key, value
+    whole = (
+        f" A file that holds every key, such as the config.yaml of an earlier version, says with `{SET_BY}: []` that "
+        "nothing in it was chosen."
+    )
+    return f"{key}={show(value)}: is read by nothing{also}, since {reason}{whole if len(keys) > _WHOLE_FILE else ''}"

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from nemo_rl_lora.config.errors import ConfigError, not_mappings, show, validation_paragraphs
+from nemo_rl_lora.config.layers import SET_BY, Layers, Tracked, layers_from_record, overlaid
 from nemo_rl_lora.config.master import (
     MASTERS,
     Algorithm,
@@ -28,8 +29,9 @@ from nemo_rl_lora.config.master import (
     MasterConfig,
     SftMaster,
 )
-from nemo_rl_lora.config.overrides import apply_overrides, merged, stripped
-from nemo_rl_lora.config.schema import section_at
+from nemo_rl_lora.config.overrides import overridden
+from nemo_rl_lora.config.replaced import without_replaced
+from nemo_rl_lora.config.tree import flatten, plain
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "examples" / "configs"
 
@@ -73,15 +75,16 @@ def load_config(path: Path | None, overrides: Sequence[str], algorithm: Driver) 
     """The configuration of a run; `path` None is the quick-start file of the driver. Raises ConfigError."""
     root = MASTERS[algorithm]
     file = path if path is not None else CONFIG_DIR / "quickstart" / f"{algorithm}.yaml"
-    tree = read_tree(file)
-    _check_driver(file, tree, algorithm)
-    unresolved = apply_overrides(tree, overrides, root)
+    read = _read_tracked(file, ())
+    _check_driver(file, read.tree, algorithm)
+    tracked = without_replaced(read, overridden(read, overrides, root))
+    unresolved = tracked.tree
     try:
         resolved = _resolved(unresolved)
     except ConfigError as error:
         raise ConfigError("\n".join(not_mappings(root, unresolved)) or str(error)) from error
     try:
-        return root.model_validate(resolved)
+        return root.model_validate(resolved).with_layers(tracked.layers)
     except ValidationError as error:
         raise ConfigError("\n".join(validation_paragraphs(error, root, resolved, unresolved))) from error
 
@@ -100,39 +103,20 @@ def algorithm_of(path: Path) -> Driver:
 
 def read_tree(path: Path) -> dict[str, Any]:
     """The file merged over what its `defaults:` name, with interpolations unresolved. Raises ConfigError."""
-    return stripped(_read_tree(path, ()))
+    return _read_tracked(path, ()).tree
 
 
-def resolved_yaml(config: BaseModel) -> str:
-    """The configuration as YAML that loads again to an equal configuration."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(config.model_dump(by_alias=True))))
+def resolved_tree(config: MasterConfig | EvalMaster) -> dict[str, Any]:
+    """The configuration as plain data for a file, with who set what under `set_by`."""
+    return {**config.model_dump(mode="json", by_alias=True), SET_BY: config.layers.as_record()}
 
 
-def usual_sections(config: MasterConfig, dotted: str) -> list[BaseModel]:
-    """A section as the base file and the quick start of the algorithm have it, references resolved in this
-    configuration; a file without such a section is left out."""
-    files = (_BASE_FILES[config.algorithm], f"quickstart/{config.algorithm}.yaml")
-    found = [_section_of(config, dotted, file) for file in files]
-    return [section for section in found if section is not None]
+def resolved_yaml(config: MasterConfig | EvalMaster) -> str:
+    """The configuration as YAML that loads again to an equal configuration, and to the same decisions."""
+    return OmegaConf.to_yaml(OmegaConf.create(plain(resolved_tree(config))))
 
 
-def _section_of(config: MasterConfig, dotted: str, file: str) -> BaseModel | None:
-    path = dotted.split(".")
-    section = _raw(_tree_of(file), dotted)
-    kind = section_at(type(config), path)
-    if kind is None or not isinstance(section, Mapping):
-        return None
-    tree = _plain(config.model_dump(by_alias=True))
-    _raw(tree, ".".join(path[:-1]))[path[-1]] = section
-    return kind.model_validate(_raw(_resolved(tree), dotted))
-
-
-@cache
-def _tree_of(file: str) -> Mapping[str, Any]:
-    return read_tree(CONFIG_DIR / file)
-
-
-def _read_tree(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+def _read_tracked(path: Path, chain: tuple[Path, ...]) -> Tracked:
     file = path.resolve()
     if file in chain:
         names = " -> ".join(step.name for step in (*chain[chain.index(file) :], file))
@@ -140,15 +124,30 @@ def _read_tree(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
             f"defaults={str(path.name)!r}: the files inherit each other ({names}). Remove one `defaults`."
         )
     tree = _read_file(path, chain[-1] if chain else None)
-    parents = tree.pop("defaults", [])
+    parents, record = tree.pop("defaults", []), tree.pop(SET_BY, None)
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
         raise ConfigError(
             f"defaults={show(parents)}: must be a path or a list of paths, relative to {path}. "
             "Write for example `defaults: ../../sft.yaml`."
         )
-    inherited = [_read_tree(path.parent / parent, (*chain, file)) for parent in parents]
-    return reduce(merged, [*inherited, tree], {})
+    inherited = [_read_tracked(path.parent / parent, (*chain, file)) for parent in parents]
+    layers = _own_layers(path, tree) if record is None else layers_from_record(record, str(path))
+    return reduce(_overlaid, [*inherited, Tracked(tree, layers.restricted_to(flatten(tree)))], Tracked({}))
+
+
+def _overlaid(below: Tracked, above: Tracked) -> Tracked:
+    return without_replaced(below, overlaid(below, above))
+
+
+def _own_layers(path: Path, tree: Mapping[str, Any]) -> Layers:
+    """The one layer of a file: none for a base file, whose values are as good as the schema's defaults."""
+    file = path.resolve()
+    if file in {CONFIG_DIR / name for name in _BASE_FILES.values() if "/" not in name}:
+        return Layers()
+    is_quick_start = file.parent == CONFIG_DIR / "quickstart"
+    name = f"quickstart/{file.name}" if is_quick_start else str(path)
+    return Layers().with_layer(name, list(flatten(tree)), is_users=not is_quick_start)
 
 
 def _read_file(path: Path, inherited_by: Path | None) -> dict[str, Any]:
@@ -235,14 +234,3 @@ def _raw(tree: Any, dotted: str) -> Any:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, and text that looks like an interpolation kept as text."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, str):
-        return value.replace("${", "\\${")
-    return value

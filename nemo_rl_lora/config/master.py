@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import PrivateAttr, model_validator
 
 from nemo_rl_lora.config.adapter_start import check_adapter_start
 from nemo_rl_lora.config.base import Section
@@ -16,6 +16,7 @@ from nemo_rl_lora.config.env import EnvConfig
 from nemo_rl_lora.config.errors import suggestion
 from nemo_rl_lora.config.evaluation import EvalConfig, EvalPolicy, check_evaluation_data, check_evaluation_sampling
 from nemo_rl_lora.config.grpo import GrpoConfig, check_rollout_against_loss
+from nemo_rl_lora.config.layers import Layers
 from nemo_rl_lora.config.logger import LoggerConfig
 from nemo_rl_lora.config.lora import lora_spec_from_policy
 from nemo_rl_lora.config.loss_fn import LossFnConfig
@@ -26,7 +27,32 @@ Algorithm = Literal["sft", "dpo", "grpo"]
 Driver = Literal[Algorithm, "eval"]
 
 
-class MasterConfig(Section):
+class _Loaded(Section):
+    """A whole configuration, which knows who set what (config/layers.py). Equality is that of the values."""
+
+    _layers: Layers = PrivateAttr(default=Layers())
+
+    @property
+    def layers(self) -> Layers:
+        """The layers that wrote its keys; none where it was not loaded from a file."""
+        return self._layers
+
+    def with_layers(self, layers: Layers) -> Self:
+        """The same configuration, written by these layers."""
+        copy = self.model_copy()
+        copy._layers = layers
+        return copy
+
+    def is_set(self, key: str) -> bool:
+        """Whether the user wrote the dotted key, in a file or on the command line."""
+        return self._layers.is_set(key)
+
+    def layer_of(self, key: str) -> int:
+        """The number of the layer that wrote the dotted key last; 0: a base file, or nobody."""
+        return self._layers.layer_of(key)
+
+
+class MasterConfig(_Loaded):
     """What every algorithm has."""
 
     algorithm: ClassVar[Algorithm]
@@ -132,7 +158,7 @@ class GrpoMaster(MasterConfig):
         return self
 
 
-class EvalMaster(Section):
+class EvalMaster(_Loaded):
     """Evaluation of a model, or of adapters on it. Nothing is trained."""
 
     policy: EvalPolicy

@@ -1,28 +1,22 @@
-"""What `policy.megatron_cfg` comes to when Megatron trains: its optimizer and schedule, and what is refused.
-
-Contract: `policy.optimizer` and `policy.scheduler` drive this backend too; a value of `policy.megatron_cfg.optimizer`
-or `.scheduler` that was set explicitly (config/idle.py says when) wins here. A schedule key that was set makes the
-whole schedule Megatron's. Any other changed key that the backend does not read is refused by name.
-"""
+"""What of `policy.megatron_cfg` is refused when Megatron trains: a key that the user set and the backend does not read,
+and values that do not fit together. What AdamW gets of it is in config/adam.py."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
-from nemo_rl_lora.config.adam import AdamSettings, adam_settings, constant
+from nemo_rl_lora.config.adam import (
+    megatron_peak_lr,
+    megatron_schedule_is_in_force,
+    weight_decay_schedule_is_in_force,
+)
 from nemo_rl_lora.config.errors import show
-from nemo_rl_lora.config.idle import changed_values
 from nemo_rl_lora.config.lora import lora_block_key, lora_spec_from_policy
 from nemo_rl_lora.config.master import MasterConfig
 from nemo_rl_lora.config.megatron import MegatronSchedulerConfig
+from nemo_rl_lora.config.tree import lookup
 
 _KEY = "policy.megatron_cfg"
-_SCHEDULE_KEYS = ("lr_decay_style", "lr_decay_iters", "lr_warmup_iters", "lr_warmup_init")
-_WEIGHT_DECAY_KEYS = ("start_weight_decay", "end_weight_decay", "weight_decay_incr_style")
 _OPTIMIZER_KEYS = ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
 _READ = (
     "tensor_model_parallel_size",
@@ -34,7 +28,7 @@ _READ = (
     "num_layers_in_last_pipeline_stage",
     "sequence_parallel",
     *(f"optimizer.{key}" for key in _OPTIMIZER_KEYS),
-    *(f"scheduler.{key}" for key in (*_SCHEDULE_KEYS, *_WEIGHT_DECAY_KEYS)),
+    *(f"scheduler.{key}" for key in MegatronSchedulerConfig.model_fields),
     "activation_checkpointing",
     "freeze_moe_router",
     "fused_linear_logprobs_chunk_size",
@@ -53,63 +47,22 @@ _DONE_ANYWAY: dict[str, tuple[Any, ...]] = {
 """Other values of a key that are what this backend does anyway."""
 
 
-def megatron_adam_settings(config: MasterConfig, *, lora: bool) -> AdamSettings:
-    """AdamW of a run on Megatron. The configuration has no megatron_problems."""
-    settings = adam_settings(config.policy, lora=lora)
-    megatron = config.policy.megatron_cfg
-    optimizer, changed = megatron.optimizer, _changed(config)
-    explicit: dict[str, Any] = {}
-    if "optimizer.lr" in changed:
-        explicit["lr_at"] = partial(_scaled, settings.lr_at, optimizer.lr / (_peak(config, lora) or 1.0))
-    if any(f"scheduler.{key}" in changed for key in _SCHEDULE_KEYS):
-        lr = optimizer.lr if "optimizer.lr" in changed else _peak(config, lora)
-        explicit["lr_at"] = partial(megatron_lr, megatron.scheduler, lr, optimizer.min_lr)
-    if any(f"scheduler.{key}" in changed for key in _WEIGHT_DECAY_KEYS):
-        explicit["weight_decay_at"] = partial(constant, megatron.scheduler.end_weight_decay)
-    elif "optimizer.weight_decay" in changed:
-        explicit["weight_decay_at"] = partial(constant, optimizer.weight_decay)
-    first, second = settings.betas
-    explicit["betas"] = (
-        optimizer.adam_beta1 if "optimizer.adam_beta1" in changed else first,
-        optimizer.adam_beta2 if "optimizer.adam_beta2" in changed else second,
-    )
-    if "optimizer.adam_eps" in changed:
-        explicit["eps"] = optimizer.adam_eps
-    if "optimizer.clip_grad" in changed:
-        explicit["max_grad_norm"] = optimizer.clip_grad or None
-    return replace(settings, **explicit)
-
-
-def megatron_lr(scheduler: MegatronSchedulerConfig, lr: float, min_lr: float, step: int) -> float:
-    """The learning rate of a step, counted from 0, as megatron-core's OptimizerParamScheduler has it."""
-    warmup, end = scheduler.lr_warmup_iters, scheduler.lr_decay_iters
-    if warmup and step <= warmup:
-        return scheduler.lr_warmup_init + (lr - scheduler.lr_warmup_init) * step / warmup
-    if scheduler.lr_decay_style == "constant":
-        return lr
-    assert end is not None, "refused by megatron_problems"
-    if step > end:
-        return min_lr
-    if scheduler.lr_decay_style == "inverse-square-root":
-        return max(min_lr, lr * math.sqrt(max(warmup, 1) / max(step, 1)))
-    progress = (step - warmup) / (end - warmup)
-    share = 1 - progress if scheduler.lr_decay_style == "linear" else (math.cos(math.pi * progress) + 1) / 2
-    return min_lr + share * (lr - min_lr)
-
-
 def megatron_problems(config: MasterConfig) -> list[str]:
-    """A paragraph for each changed value of `policy.megatron_cfg` that this backend does not run."""
-    changed = _changed(config)
-    problems = [
-        f"{_KEY}.{key}={show(value)}: the Megatron backend of this version has no such setting. Remove the change."
-        for key, value in changed.items()
-        if not (key.startswith("peft.") or key in _READ or (key in _DONE_ANYWAY and value in _DONE_ANYWAY[key]))
-    ]
+    """A paragraph for each value of `policy.megatron_cfg` that this backend does not run."""
+    section = config.policy.megatron_cfg.model_dump(by_alias=True)
+    problems = []
+    for key in (key.removeprefix(f"{_KEY}.") for key in config.layers.set_keys(_KEY)):
+        (value,) = lookup(section, key.split(".")) or (None,)
+        if not (key.startswith("peft.") or key == "enabled" or key in _READ or value in _DONE_ANYWAY.get(key, ())):
+            problems.append(
+                f"{_KEY}.{key}={show(value)}: the Megatron backend of this version has no such setting. Remove the "
+                "change."
+            )
     return [
         *problems,
         *_sequence_problems(config),
         *_context_problems(config),
-        *_schedule_problems(config, changed),
+        *_schedule_problems(config),
         *_a2a_problems(config),
     ]
 
@@ -134,19 +87,23 @@ def _context_problems(config: MasterConfig) -> list[str]:
     ]
 
 
-def _schedule_problems(config: MasterConfig, changed: dict[str, Any]) -> list[str]:
+def _schedule_problems(config: MasterConfig) -> list[str]:
     megatron = config.policy.megatron_cfg
-    scheduler, optimizer, key = megatron.scheduler, megatron.optimizer, f"{_KEY}.scheduler"
+    scheduler, key = megatron.scheduler, f"{_KEY}.scheduler"
+    varies = (
+        scheduler.start_weight_decay != scheduler.end_weight_decay or scheduler.weight_decay_incr_style != "constant"
+    )
     problems = []
-    if scheduler.start_weight_decay != scheduler.end_weight_decay or scheduler.weight_decay_incr_style != "constant":
+    if weight_decay_schedule_is_in_force(config.layers) and varies:
         problems.append(
             f"{key}.end_weight_decay={scheduler.end_weight_decay}: weight decay is constant here, and it starts at "
             f"{scheduler.start_weight_decay} ({scheduler.weight_decay_incr_style}). Set both to one value and "
             f"{key}.weight_decay_incr_style=constant."
         )
-    if not any(f"scheduler.{name}" in changed for name in _SCHEDULE_KEYS):
+    if not megatron_schedule_is_in_force(config.layers):
         return problems
     style, warmup, end = scheduler.lr_decay_style, scheduler.lr_warmup_iters, scheduler.lr_decay_iters
+    peak = megatron_peak_lr(config, lora=lora_spec_from_policy(config.policy) is not None)
     if style == "WSD":
         problems.append(
             f"{key}.lr_decay_style='WSD': no key says how long its decay is. Use "
@@ -157,10 +114,15 @@ def _schedule_problems(config: MasterConfig, changed: dict[str, Any]) -> list[st
             f"{key}.lr_decay_iters={end}: the {style} schedule has to end after its warm-up of {warmup} steps. "
             f"Set it to the number of optimizer steps."
         )
-    if style != "constant" and optimizer.min_lr > optimizer.lr:
+    if style != "constant" and megatron.optimizer.min_lr > peak:
         problems.append(
-            f"{_KEY}.optimizer.min_lr={optimizer.min_lr}: is where the learning rate of {optimizer.lr} decays to. "
-            f"Lower it to {optimizer.lr} or less."
+            f"{_KEY}.optimizer.min_lr={megatron.optimizer.min_lr}: is where the learning rate of {peak} decays to. "
+            f"Lower it to {peak} or less."
+        )
+    if warmup and scheduler.lr_warmup_init > peak and config.is_set(f"{key}.lr_warmup_init"):
+        problems.append(
+            f"{key}.lr_warmup_init={scheduler.lr_warmup_init}: is where the warm-up to the learning rate of {peak} "
+            f"starts. Lower it to {peak} or less."
         )
     return problems
 
@@ -179,15 +141,3 @@ def _a2a_problems(config: MasterConfig) -> list[str]:
         f"there are {sizes.tensor_model_parallel_size} with {_KEY}.sequence_parallel={sizes.sequence_parallel}. "
         f"Set it to false."
     ]
-
-
-def _changed(config: MasterConfig) -> dict[str, Any]:
-    return dict(changed_values(config, config.policy.megatron_cfg, _KEY))
-
-
-def _peak(config: MasterConfig, lora: bool) -> float:
-    return config.policy.optimizer.learning_rate(lora=lora)
-
-
-def _scaled(lr_at: Callable[[int], float], factor: float, step: int) -> float:
-    return lr_at(step) * factor

@@ -16,31 +16,11 @@ from hydra.errors import HydraException
 from pydantic import BaseModel
 
 from nemo_rl_lora.config.errors import ConfigError, show, unknown_key
+from nemo_rl_lora.config.layers import COMMAND_LINE, Tracked
 from nemo_rl_lora.config.schema import types_at
+from nemo_rl_lora.config.tree import flatten, lookup, merged, stripped, without
 
 _GRAMMAR = "Write key=value, +key=value, ++key=value or ~key"
-
-
-def merged(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
-    """`update` over `base`: mappings merge key by key, anything else replaces; `_override_: true` in a mapping of
-    `update` replaces the whole mapping."""
-    if update.get("_override_") is True:
-        return {key: stripped(value) for key, value in update.items() if key != "_override_"}
-    result = dict(base)
-    for key, value in update.items():
-        if key == "_override_":
-            continue
-        below = result.get(key)
-        if isinstance(value, Mapping):
-            result[key] = merged(below if isinstance(below, Mapping) else {}, value)
-        else:
-            result[key] = value
-    return result
-
-
-def stripped(value: Any) -> Any:
-    """The value without `_override_` marks."""
-    return merged({}, value) if isinstance(value, Mapping) else value
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], root: type[BaseModel]) -> dict[str, Any]:
@@ -48,6 +28,21 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], root: type[B
     for text in overrides:
         tree = _apply(tree, _parsed(text), root)
     return tree
+
+
+def overridden(tracked: Tracked, overrides: Sequence[str], root: type[BaseModel]) -> Tracked:
+    """The overrides applied as the last layer. What `~key` deletes is of no layer any more."""
+    tree = apply_overrides(tracked.tree, overrides, root)
+    written = set[str]()
+    for override in map(_parsed, overrides):
+        key = override.key_or_group
+        written |= {key} if override.is_delete() else flatten(override.value(), key).keys()
+    keys = [
+        key
+        for key, value in flatten(tree).items()
+        if key in written or (isinstance(value, list) and any(name.startswith(f"{key}.") for name in written))
+    ]
+    return Tracked(tree, tracked.layers.restricted_to(flatten(tree)).with_layer(COMMAND_LINE, keys))
 
 
 def _parsed(text: str) -> Override:
@@ -68,7 +63,8 @@ def _parsed(text: str) -> Override:
 
 def _apply(tree: dict[str, Any], override: Override, root: type[BaseModel]) -> dict[str, Any]:
     path = tuple(override.key_or_group.split("."))
-    present, current = _look_up(tree, path)
+    found = lookup(tree, path)
+    present, current = found is not None, found[0] if found else None
     value = override.value()
     if override.is_delete():
         if not present:
@@ -77,7 +73,7 @@ def _apply(tree: dict[str, Any], override: Override, root: type[BaseModel]) -> d
             raise ConfigError(
                 f"~{'.'.join(path)}={show(value)}: the value is {show(current)}. Leave the value out to delete it."
             )
-        return _without(tree, path)
+        return without(tree, path)
     if override.is_add() and present and not isinstance(value, (Mapping, list)):
         raise ConfigError(
             f"+{'.'.join(path)}={show(value)}: the key exists, with the value {show(current)}. "
@@ -99,19 +95,7 @@ def _check_indices(tree: Any, path: tuple[str, ...], value: str) -> None:
                 f"{'.'.join(path)}={value}: {place} is a list of {len(tree)} elements, counted from 0. "
                 f"Give the whole list: {place}=[...]."
             )
-        _, tree = _look_up(tree, (key,))
-
-
-def _look_up(tree: Any, path: Sequence[str]) -> tuple[bool, Any]:
-    """Whether there is something at the path, and what."""
-    for key in path:
-        if isinstance(tree, Mapping) and key in tree:
-            tree = tree[key]
-        elif isinstance(tree, list) and key.isdigit() and int(key) < len(tree):
-            tree = tree[int(key)]
-        else:
-            return False, None
-    return True, tree
+        (tree,) = lookup(tree, (key,)) or (None,)
 
 
 def _with(node: Any, path: tuple[str, ...], value: Any) -> Any:
@@ -128,23 +112,11 @@ def _with(node: Any, path: tuple[str, ...], value: Any) -> Any:
     return base
 
 
-def _without(node: Any, path: tuple[str, ...]) -> Any:
-    """A copy of the node without what is at the path."""
-    key, rest = path[0], path[1:]
-    if isinstance(node, list):
-        if not rest:
-            return [item for i, item in enumerate(node) if i != int(key)]
-        return [_without(item, rest) if i == int(key) else item for i, item in enumerate(node)]
-    if not rest:
-        return {name: value for name, value in node.items() if name != key}
-    return {**node, key: _without(node[key], rest)}
-
-
 def _neighbours(tree: Mapping[str, Any], path: tuple[str, ...]) -> str:
     """What stands beside the path, for an error."""
     while path:
         path = path[:-1]
-        present, node = _look_up(tree, path)
-        if present and isinstance(node, Mapping):
+        (node,) = lookup(tree, path) or (None,)
+        if isinstance(node, Mapping):
             return f"Keys of {'.'.join(path) or 'the top level'}: {', '.join(sorted(map(str, node)))}."
     return "The configuration is empty."

@@ -6,7 +6,7 @@ It reads the configuration, and of the machine only whether there is a GPU; no m
 from __future__ import annotations
 
 from nemo_rl_lora.config.generation import chosen_engine
-from nemo_rl_lora.config.idle import idle_problems
+from nemo_rl_lora.config.idle import unused_key_problems
 from nemo_rl_lora.config.master import MasterConfig
 from nemo_rl_lora.config.megatron_rules import megatron_problems
 
@@ -17,7 +17,7 @@ def check_runnable(config: MasterConfig) -> list[str]:
         *_backend_problems(config),
         *_world_problems(config),
         *_engine_problems(config),
-        *idle_problems(config),
+        *unused_key_problems(config),
     ]
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_rl_lora.config.adam import adam_settings
+from nemo_rl_lora.config.adam import adam_settings, megatron_adam_settings, megatron_lr
 from nemo_rl_lora.config.loader import CONFIG_DIR, load_config
 from nemo_rl_lora.config.megatron import MegatronSchedulerConfig
-from nemo_rl_lora.config.megatron_rules import megatron_adam_settings, megatron_lr, megatron_problems
+from nemo_rl_lora.config.megatron_rules import megatron_problems
 from nemo_rl_lora.config.runnable import check_runnable
 
 MEGATRON = ["policy.backend=megatron", "policy.lora.dim=4"]
@@ -62,7 +62,7 @@ def test_recipes_of_megatron_have_their_own_values():
     file = CONFIG_DIR / "recipes" / "llm" / "sft-llama3.1-8b-1n8g-megatron-lora.yaml"
     config = load_config(file, ["cluster.gpus_per_node=1"], "sft")
     settings = megatron_adam_settings(config, lora=True)
-    assert (settings.lr_at(0), settings.weight_decay_at(0), settings.eps) == (2e-5, 0.01, 1e-8)
+    assert (settings.lr_at(50), settings.weight_decay_at(0), settings.eps) == (2e-5, 0.01, 1e-8)
     assert settings.betas == config.policy.optimizer.kwargs.betas
     assert megatron_problems(config) == []
 

@@ -11,7 +11,6 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ import torch  # before a driver's main, which would start the process again to s
 from pydantic import BaseModel
 
 from nemo_rl_lora import command_line
-from nemo_rl_lora.config import idle
 from nemo_rl_lora.config.base import Section
 from nemo_rl_lora.config.master import Algorithm
 from nemo_rl_lora.lora.spec import LoraSpec
@@ -79,7 +77,7 @@ class Reads:
 
         def of_section(section: Section, name: str) -> Any:
             path = self._paths.get(id(section))
-            if path is not None and name in type(section).model_fields and not _is_comparison(sys._getframe(1)):
+            if path is not None and name in type(section).model_fields:
                 self.keys.add(path + (type(section).model_fields[name].alias or name))
             return object.__getattribute__(section, name)
 
@@ -94,7 +92,14 @@ class Reads:
             yield
 
 
-def traced_run(reads: Reads, overrides: list[str], *, plan: bool = False, algorithm: Algorithm = "grpo") -> int:
+def traced_run(
+    reads: Reads,
+    overrides: list[str],
+    *,
+    plan: bool = False,
+    algorithm: Algorithm = "grpo",
+    file: Path | None = None,
+) -> int:
     """The driver's own main with these overrides; reads are recorded from the end of loading on."""
     load = command_line.load_config
 
@@ -103,16 +108,11 @@ def traced_run(reads: Reads, overrides: list[str], *, plan: bool = False, algori
         reads.watch(config)
         return config
 
-    arguments = command_line.DriverArguments(config=None, overrides=tuple(overrides), plan=plan)
+    arguments = command_line.DriverArguments(config=file, overrides=tuple(overrides), plan=plan)
     with pytest.MonkeyPatch.context() as patch, reads.recording():
         patch.setattr(command_line, "load_config", load_and_watch)
         patch.setattr("nemo_rl_lora.console.setup_logging", lambda *_: None)  # pytest has its own handlers
         return command_line.train_main(algorithm, arguments)
-
-
-def _is_comparison(caller: FrameType) -> bool:
-    """Whether the reader only compares the values of unused blocks with those of the base file."""
-    return caller.f_globals["__name__"] == idle.__name__
 
 
 def _sections(section: BaseModel, prefix: str) -> Iterator[tuple[str, BaseModel]]:

@@ -1,0 +1,75 @@
+"""Inherited keys that give way, since the user chose something beside which they have no meaning.
+
+A base file and a quick start describe one dataset, one schedule, one learning rate. Where the user names another
+dataset or schedule, what was only inherited for the former one is left out before the schema sees it. What the user set
+himself is never left out: the schema and the reader of the data refuse it by name where it has no meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_rl_lora.config.data import keys_without_use
+from nemo_rl_lora.config.layers import Tracked
+from nemo_rl_lora.config.optimizer import ShortScheduler
+from nemo_rl_lora.config.tree import flatten, lookup, without
+
+_FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+_SHORT_NAMES = ("constant", "linear", "cosine", "wsd")
+
+
+def without_replaced(below: Tracked, tracked: Tracked) -> Tracked:
+    """The tree without inherited keys that have no meaning beside what the user chose. `below` is what the last layer
+    was laid over."""
+    for block in ("data.train", "data.validation"):
+        tracked = _without_inherited(tracked, block, _of_another_source(below, tracked, block))
+    tracked = _without_inherited(tracked, "policy.scheduler", _of_another_schedule(tracked))
+    if tracked.layers.is_set("policy.optimizer.kwargs.lr"):
+        tracked = _without_inherited(tracked, "policy.optimizer", {"full_finetuning_lr"})
+    return tracked
+
+
+def _of_another_source(below: Tracked, tracked: Tracked, block: str) -> set[str]:
+    """Keys of a dataset block that describe another dataset, or another kind of source, than the user chose."""
+    section, is_set, meaningless = _mapping(tracked, block), tracked.layers.is_set, set[str]()
+    if "dataset_name" in section and is_set(f"{block}.dataset_name"):
+        name = section["dataset_name"]
+        meaningless |= keys_without_use(name)
+        if name != _mapping(below, block).get("dataset_name") and "data_path" in section:
+            meaningless |= {"data_path", *(() if is_set(f"{block}.data_path") else ("split", "subset"))}
+    if is_set(f"{block}.data_path") and str(section.get("data_path")).endswith(_FILE_SUFFIXES):
+        meaningless |= {"split", "subset"}
+    return meaningless
+
+
+def _of_another_schedule(tracked: Tracked) -> set[str]:
+    """Keys of the short form of a scheduler that one of another name has no use for."""
+    section = _mapping(tracked, "policy.scheduler")
+    name = section.get("name")
+    if name is None or not tracked.layers.is_set("policy.scheduler.name"):
+        return set()
+    if name in _SHORT_NAMES:
+        return {"kwargs"} | (ShortScheduler.model_fields.keys() & section.keys() - _keys_of_schedule(name))
+    return ShortScheduler.model_fields.keys() - {"name"}
+
+
+def _keys_of_schedule(name: str) -> set[str]:
+    keys = {"name", "warmup_steps"}
+    if name != "constant":
+        keys |= {"total_steps", "min_lr_ratio"}
+    return keys | {"decay_steps"} if name == "wsd" else keys
+
+
+def _without_inherited(tracked: Tracked, block: str, keys: set[str]) -> Tracked:
+    """The tree without those of a block's keys that the user did not set."""
+    tree = tracked.tree
+    for key in keys & _mapping(tracked, block).keys():
+        if not tracked.layers.is_set(f"{block}.{key}"):
+            tree = without(tree, (*block.split("."), key))
+    return tracked if tree is tracked.tree else Tracked(tree, tracked.layers.restricted_to(flatten(tree)))
+
+
+def _mapping(tracked: Tracked, block: str) -> Mapping[str, Any]:
+    found = lookup(tracked.tree, block.split("."))
+    return found[0] if found and isinstance(found[0], Mapping) else {}
