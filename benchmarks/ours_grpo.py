@@ -29,7 +29,7 @@ from work import (
 from nemo_rl_lora.algorithms.grpo import GrpoParts, GrpoWork
 from nemo_rl_lora.build.start import Run, build_run, check_start
 from nemo_rl_lora.command_line import silence_vendors
-from nemo_rl_lora.config.loader import load_config, resolved_yaml
+from nemo_rl_lora.config.load import load_config, resolved_yaml
 from nemo_rl_lora.metrics import RunLog
 from nemo_rl_lora.model_source import load_tokenizer, resolve_model
 from nemo_rl_lora.run_control import StopRequest

@@ -30,9 +30,9 @@ from typing import IO, Any, Literal
 
 import yaml
 
-from nemo_rl_lora.config.adam import effective_values
 from nemo_rl_lora.config.checkpointing import CheckpointingConfig
 from nemo_rl_lora.config.layers import SET_BY, layers_from_record
+from nemo_rl_lora.config.optimizer_settings import effective_values
 from nemo_rl_lora.step_files import (
     TMP_PREFIX,
     DamagedError,

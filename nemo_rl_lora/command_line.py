@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_rl_lora.config.loader import load_config, resolved_yaml
+from nemo_rl_lora.config.load import load_config, resolved_yaml
 from nemo_rl_lora.config.master import Algorithm, Driver, MasterConfig
 from nemo_rl_lora.run_control import EXIT_CONFIG, EXIT_OK
 

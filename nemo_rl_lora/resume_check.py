@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from nemo_rl_lora.checkpoint import CONFIG_FILE, INFO_FILE, config_differences
-from nemo_rl_lora.config.loader import CONFIG_DIR
+from nemo_rl_lora.config.load import CONFIG_DIR
 from nemo_rl_lora.metrics import TIMING, read_metrics
 from nemo_rl_lora.step_digests import DIGESTS_FILE, stored_digests
 from nemo_rl_lora.step_files import read_json_file, verify_files

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from nemo_rl_lora import evaluation_command
 from nemo_rl_lora.build.evaluation import LoadedBase, check_evaluation
-from nemo_rl_lora.config.loader import load_config
+from nemo_rl_lora.config.load import load_config
 from nemo_rl_lora.evaluation import Outcome, ScoredCompletion, estimate, pass_at_k, summarise
 from nemo_rl_lora.generation.in_process import InProcessGeneration
 from nemo_rl_lora.lora.files import ADAPTER_FILE

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rl_lora.config.errors import ConfigError, show
-from nemo_rl_lora.config.loader import algorithm_of, load_config, resolved_yaml
+from nemo_rl_lora.config.load import algorithm_of, load_config, resolved_yaml
 from nemo_rl_lora.config.translate import translate_file
 
 ABSENT = object()

@@ -18,10 +18,10 @@ from nemo_rl_lora.algorithms.loop import LoopSettings, RunParts, TrainingLoop, W
 from nemo_rl_lora.base_identity import base_digest
 from nemo_rl_lora.build.warm_start import InitialAdapter, check_initial_adapter
 from nemo_rl_lora.checkpoint import Checkpointer, ResumePoint, is_finished, probe_directory
-from nemo_rl_lora.config.adam import adam_settings, constant, megatron_adam_settings
-from nemo_rl_lora.config.loader import resolved_tree
+from nemo_rl_lora.config.load import resolved_tree
 from nemo_rl_lora.config.lora import lora_spec_from_policy
 from nemo_rl_lora.config.master import DpoMaster, GrpoMaster, MasterConfig, SftMaster
+from nemo_rl_lora.config.optimizer_settings import adam_settings, constant, megatron_adam_settings
 from nemo_rl_lora.config.policy import ModelConfig
 from nemo_rl_lora.console import KeyMetric, TrainingConsole
 from nemo_rl_lora.data.order import RowLoader

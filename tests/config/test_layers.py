@@ -11,10 +11,10 @@ import torch
 import yaml
 
 from nemo_rl_lora.checkpoint import config_differences
-from nemo_rl_lora.config.adam import adam_settings, megatron_adam_settings
 from nemo_rl_lora.config.errors import ConfigError
-from nemo_rl_lora.config.loader import CONFIG_DIR, algorithm_of, load_config, resolved_tree, resolved_yaml
-from nemo_rl_lora.config.runnable import check_runnable
+from nemo_rl_lora.config.load import CONFIG_DIR, algorithm_of, load_config, resolved_tree, resolved_yaml
+from nemo_rl_lora.config.optimizer_settings import adam_settings, megatron_adam_settings
+from nemo_rl_lora.config.support import check_runnable
 
 RECIPES = CONFIG_DIR / "recipes" / "llm"
 MEGATRON = ["policy.backend=megatron", "policy.lora.dim=4"]
