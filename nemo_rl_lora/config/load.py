@@ -60,7 +60,7 @@ def load_config(path: Path | None, overrides: Sequence[str], driver: Driver) -> 
 
 def load_config(path: Path | None, overrides: Sequence[str], driver: type[Any] | Driver) -> Any:
     """The configuration of a run, of the driver's class or name; `path` None is its quick start. Raises ConfigError."""
-    name = driver if isinstance(driver, str) else next(name for name, kind in MASTERS.items() if kind is driver)
+    name: Driver = next(name for name, kind in MASTERS.items() if driver in (name, kind))
     root = MASTERS[name]
     file = path if path is not None else CONFIG_DIR / "quickstart" / f"{name}.yaml"
     read = _read_tracked(file, ())

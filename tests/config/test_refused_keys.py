@@ -1,6 +1,7 @@
 """refused_keys.tsv: NeMo RL's keys that have no effect here are known, and accepted at their values."""
 
 import json
+import re
 
 import pytest
 
@@ -15,8 +16,8 @@ TABLE = refused_keys(GrpoMaster)
 
 
 def override(key: str, value) -> str:
-    text = json.dumps(value)
-    return f"{key}={text if not isinstance(value, dict) else text.replace(': ', ':')}"
+    text = re.sub(r'"(\w+)":', r"\1:", json.dumps(value))  # Hydra has no quotes around the keys of a mapping
+    return f"{key}={text}"
 
 
 @pytest.mark.parametrize("root", MASTERS.values())
@@ -63,13 +64,13 @@ def test_values_of_the_base_files_are_accepted(file):
             "unknown key. Did you mean 'fp8'? Keys of policy.megatron_cfg.fp8_cfg: e",
         ),
         ("policy.megatron_cfg.fp8_cfg=3", "must be a mapping. Its keys: enabled, fp8, fp8_param, fp8_recipe."),
-        ("++grpo.async_grpo.seed=3", "unknown key. Keys of grpo.async_grpo: enabled, in_flight_weight_updates, "),
+        ("++grpo.async_grpo.seed=3", "Keys of grpo.async_grpo: enabled, in_flight_weight_updates, "),
     ],
 )
 def test_mistakes_beside_the_table_are_explained(override, error):
     with pytest.raises(ConfigError, match=error.replace("?", r"\?")) as raised:
         load_config(None, [override], "grpo")
-    assert str(raised.value).startswith(override.lstrip("+"))
+    assert str(raised.value).startswith(override.lstrip("+").split("=")[0])
 
 
 def test_a_driver_has_the_keys_of_its_own_sections():
