@@ -311,6 +311,7 @@ def test_a_key_of_a_lora_block_that_is_off_is_refused(overrides, named):
         ["policy.lora=null"],
         ["policy.megatron_cfg.peft.enabled=false", "policy.dtensor_cfg.lora_cfg.enabled=true"],
         ["policy.dtensor_cfg.lora_cfg={enabled: false, dim: 4}"],  # switched off on purpose
+        [*MEGATRON, "policy.dtensor_cfg.lora_cfg={enabled: false, dim: 4}"],
         ["~policy.megatron_cfg"],
     ],
 )
