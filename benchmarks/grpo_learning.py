@@ -135,7 +135,7 @@ def _evaluate(run: Any, overrides: Sequence[str], when: str, num_completions: in
 
 def _fixed_prompts(tokenizer: Any, overrides: Sequence[str], low: int, high: int) -> Any:
     """The same sums in every run, as the product makes them of `data.validation`."""
-    from nemo_rl_lora.config.loader import load_config
+    from nemo_rl_lora.config.load import load_config
     from nemo_rl_lora.data.prompts import load_prompt_sets
 
     section = f"{{dataset_name: generated_sums, low: {low}, high: {high}, num_rows: {NUM_EVALUATED}, "

@@ -32,7 +32,7 @@ from nemo_rl_lora.algorithms.loop import TrainingLoop
 from nemo_rl_lora.build.preflight import check_start
 from nemo_rl_lora.build.start import build_run
 from nemo_rl_lora.command_line import silence_vendors
-from nemo_rl_lora.config.loader import load_config, resolved_yaml
+from nemo_rl_lora.config.load import load_config, resolved_yaml
 from nemo_rl_lora.metrics import RunLog
 from nemo_rl_lora.model_source import load_tokenizer, resolve_model
 from nemo_rl_lora.run_control import StopRequest

@@ -36,7 +36,7 @@ def main() -> None:
     from nemo_rl_lora.build.preflight import check_start
     from nemo_rl_lora.build.start import build_run
     from nemo_rl_lora.command_line import silence_vendors
-    from nemo_rl_lora.config.loader import load_config, resolved_yaml
+    from nemo_rl_lora.config.load import load_config, resolved_yaml
     from nemo_rl_lora.run_control import StopRequest
 
     torch.set_num_threads(arguments.threads)

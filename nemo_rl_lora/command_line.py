@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_rl_lora.config.loader import load_config, resolved_yaml
+from nemo_rl_lora.config.load import load_config, resolved_yaml
 from nemo_rl_lora.config.master import Algorithm, Driver, MasterConfig
 from nemo_rl_lora.run_control import EXIT_CONFIG, EXIT_OK
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from nemo_rl_lora.checkpoints.durable_files import read_json_file, verify_files
 from nemo_rl_lora.checkpoints.record import CONFIG_FILE, INFO_FILE, config_differences, read_config
-from nemo_rl_lora.config.loader import CONFIG_DIR
+from nemo_rl_lora.config.load import CONFIG_DIR
 from nemo_rl_lora.metrics import TIMING, read_metrics
 from nemo_rl_lora.step_digests import DIGESTS_FILE, stored_digests
 

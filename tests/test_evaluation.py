@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from nemo_rl_lora.config.loader import load_config
+from nemo_rl_lora.config.load import load_config
 from nemo_rl_lora.evaluation import command
 from nemo_rl_lora.evaluation.estimates import estimate, pass_at_k
 from nemo_rl_lora.evaluation.models import LoadedBase, check_evaluation

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, Qwen3Config, Qwen3MoeConfig
 
-from nemo_rl_lora.config.loader import CONFIG_DIR, load_config
+from nemo_rl_lora.config.load import CONFIG_DIR, load_config
 from nemo_rl_lora.lora.files import adapter_tensor_name, write_adapter, write_moments
 from nemo_rl_lora.plan import make_plan, print_plan
 from nemo_rl_lora.plan.render import human_bytes

@@ -4,7 +4,7 @@ import pytest
 
 from nemo_rl_lora.build.preflight import check_start, plan_run
 from nemo_rl_lora.command_line import train
-from nemo_rl_lora.config.loader import load_config
+from nemo_rl_lora.config.load import load_config
 from tests.driver import run_driver
 
 WRONG = {

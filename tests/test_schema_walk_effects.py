@@ -23,15 +23,15 @@ import yaml
 from nemo_rl_lora.algorithms.advantages import advantages_from_config, shaped_rewards
 from nemo_rl_lora.algorithms.losses import count_denominators, make_policy_loss
 from nemo_rl_lora.build.preflight import make_algorithm
-from nemo_rl_lora.config import loader
-from nemo_rl_lora.config.adam import adam_settings, megatron_adam_settings
+from nemo_rl_lora.config import load as loader
 from nemo_rl_lora.config.base import Fixed
-from nemo_rl_lora.config.loader import CONFIG_DIR, ConfigError, load_config, resolved_tree
+from nemo_rl_lora.config.load import CONFIG_DIR, ConfigError, load_config, resolved_tree
 from nemo_rl_lora.config.lora import lora_spec_from_policy
 from nemo_rl_lora.config.master import GrpoMaster
 from nemo_rl_lora.config.optimizer import lr_factor
-from nemo_rl_lora.config.runnable import check_runnable
+from nemo_rl_lora.config.optimizer_settings import adam_settings, megatron_adam_settings
 from nemo_rl_lora.config.schema import leaves
+from nemo_rl_lora.config.support import check_runnable
 from nemo_rl_lora.config.tree import flatten
 from nemo_rl_lora.metrics import read_metrics
 from nemo_rl_lora.policy.microbatches import plan_from_config
@@ -41,12 +41,7 @@ from tests.config.traced_run import Reads, make_tiny_model, traced_run
 
 # Keys whose accepted values mean the same here, and why that is no silence.
 SAME_MEANING = {
-    "policy.generation_batch_size": "the value of NeMo RL's base file or none: its Hugging Face engine is not here",
     "policy.dtensor_cfg._v2": "NeMo RL's choice between two workers; there is one, and false is refused with LoRA",
-    "policy.dtensor_cfg.env_vars": "none, or the empty variable of NeMo RL's recipes",
-    "policy.dtensor_cfg.automodel_kwargs": "force_hf, which NeMo RL's recipes set, always holds here",
-    "policy.megatron_cfg.env_vars": "two ways to write none",
-    "checkpointing.model_save_format": "safetensors, or no word about it",
     "data.num_workers": "0 and 1 both mean that the driver's process tokenises",
     "grpo.skip_reference_policy_logprobs_calculation": "asserts what the KL coefficient decides; refused against it",
 }

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from nemo_rl_lora.config.loader import load_config
+from nemo_rl_lora.config.load import load_config
 from nemo_rl_lora.config.schema import leaves
 from tests.config.schema_walk import flippable_leaves
 from tests.config.traced_run import Reads, make_tiny_model, traced_run

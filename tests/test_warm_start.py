@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from nemo_rl_lora.config.loader import ConfigError, load_config
+from nemo_rl_lora.config.load import ConfigError, load_config
 from nemo_rl_lora.config.translate import translate_file
 from tests.driver import TinyRun, adapter, make_tiny_llama, same, without_seconds
 from tests.evaluation_runs import save_peft_adapter

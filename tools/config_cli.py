@@ -15,7 +15,7 @@ from typing import Any
 
 from nemo_rl_lora.config.differences import ABSENT, differences
 from nemo_rl_lora.config.errors import ConfigError, show
-from nemo_rl_lora.config.loader import algorithm_of, load_config, resolved_yaml
+from nemo_rl_lora.config.load import algorithm_of, load_config, resolved_yaml
 from nemo_rl_lora.config.translate import translate_file
 
 

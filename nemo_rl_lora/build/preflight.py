@@ -21,7 +21,7 @@ from nemo_rl_lora.build.engines import check_engine
 from nemo_rl_lora.build.warm_start import InitialAdapter, check_initial_adapter
 from nemo_rl_lora.checkpoints.durable_files import probe_directory
 from nemo_rl_lora.checkpoints.steps import Checkpointer, ResumePoint, is_finished
-from nemo_rl_lora.config.loader import resolved_tree
+from nemo_rl_lora.config.load import resolved_tree
 from nemo_rl_lora.config.lora import lora_spec_from_policy
 from nemo_rl_lora.config.master import DpoMaster, GrpoMaster, MasterConfig, SftMaster
 from nemo_rl_lora.config.policy import ModelConfig

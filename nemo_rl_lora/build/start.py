@@ -13,7 +13,7 @@ from nemo_rl_lora.algorithms.algorithm import Run
 from nemo_rl_lora.build.engines import build_generation
 from nemo_rl_lora.build.preflight import Start
 from nemo_rl_lora.checkpoints.record import TrainingInfo
-from nemo_rl_lora.config.adam import adam_settings, constant, megatron_adam_settings
+from nemo_rl_lora.config.optimizer_settings import adam_settings, constant, megatron_adam_settings
 from nemo_rl_lora.console import TrainingConsole
 from nemo_rl_lora.metrics import RunLog
 from nemo_rl_lora.policy.protocol import PolicySetup

@@ -22,9 +22,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
 
 from nemo_rl_lora.checkpoints.durable_files import DamagedError, read_json_file
-from nemo_rl_lora.config.adam import effective_values
 from nemo_rl_lora.config.differences import ABSENT, differences
 from nemo_rl_lora.config.layers import SET_BY, layers_from_record
+from nemo_rl_lora.config.optimizer_settings import effective_values
 
 INFO_FILE = "training_info.json"
 CONFIG_FILE = "config.yaml"

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from nemo_rl_lora.config.base import Fixed, Section
+from nemo_rl_lora.config.base import Section
 
 _WALL_CLOCK = re.compile(r"(\d+):([01]?\d|2[0-3]):([0-5]?\d):([0-5]?\d)")
 
@@ -52,16 +52,6 @@ class CheckpointingConfig(Section):
     on_damage: Literal["stop", "previous"] = "stop"
     """When a file of the step to continue from is damaged: `stop`, or continue from the `previous` undamaged step. No
     NeMo RL key."""
-
-    model_save_format: Annotated[
-        str | None, Fixed("safetensors", None, remedy="Leave it out: weights are saved as safetensors.")
-    ] = "safetensors"
-    """Weights are saved as safetensors."""
-
-    save_consolidated: Annotated[
-        bool, Fixed(False, remedy="Leave it out: an adapter is always one file that PEFT reads as it is.")
-    ] = False
-    """NeMo RL's second, consolidated copy of sharded weights. An adapter is one file here."""
 
     @field_validator("metric_name")
     @classmethod

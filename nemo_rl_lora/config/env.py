@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, model_validator
 
-from nemo_rl_lora.config.base import Fixed, Section
+from nemo_rl_lora.config.base import Section
 
 
 class MathEnvConfig(Section):
@@ -19,11 +19,6 @@ class MathEnvConfig(Section):
 
     num_workers: Annotated[int, Field(ge=1)] = 1
     """Most processes that verify at the same time; never more than there are cores."""
-
-    math_verify_impl: Annotated[
-        str, Fixed("hf_math_verify", remedy="Completions are compared by the math-verify package.")
-    ] = "hf_math_verify"
-    """Which verifier."""
 
     timeout_seconds: Annotated[float, Field(gt=0)] = 5.0
     """Time for one completion; beyond it the reward is 0 and the metric `math_verify_timeouts` counts it."""

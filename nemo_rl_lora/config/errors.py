@@ -10,7 +10,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
+from nemo_rl_lora.config.refused_keys import names_below
 from nemo_rl_lora.config.schema import field_at, field_map, leaves, section_at, types_at
+from nemo_rl_lora.config.tree import lookup
 
 _NAMES_ITS_KEY = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=.+?: |([A-Za-z_]\w*(?:\.\w+)+): ", re.DOTALL)
 _MAX_VALUE_CHARS = 120
@@ -65,8 +67,11 @@ def suggestion(key: str, names: Iterable[str]) -> str | None:
 def unknown_key(root: type[BaseModel], path: Sequence[str], value: str) -> str:
     """The paragraph on a key that the schema does not have; `value` is already shown."""
     parent, key = tuple(path[:-1]), path[-1]
+    below = names_below(root, path)
+    if below:
+        return f"{'.'.join(path)}={value}: must be a mapping. Its keys: {', '.join(sorted(below))}."
     section = section_at(root, parent)
-    names = sorted(field_map(section)) if section is not None else []
+    names = sorted(names_below(root, parent) | (field_map(section).keys() if section is not None else set()))
     similar = suggestion(key, names)
     if similar is None:
         elsewhere = [".".join(leaf) for leaf, _ in leaves(root) if leaf[-1] == key]
@@ -86,7 +91,7 @@ def validation_paragraphs(
     by_key: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         by_key.setdefault(_dotted_path(detail, resolved), []).append(detail)
-    written = [path for path in by_key if "${" not in str(_value_at(unresolved, path))]
+    written = [path for path in by_key if "${" not in str(lookup(unresolved, path))]
     return [_paragraph(root, path, by_key[path]) for path in written or by_key]
 
 
@@ -104,37 +109,18 @@ def not_mappings(root: type[BaseModel], tree: Mapping[str, Any], path: tuple[str
     return found
 
 
-def _value_at(tree: Any, path: Sequence[str]) -> Any:
-    """What the tree has at a path, or None."""
-    for key in path:
-        below = _below(tree, int(key) if isinstance(tree, list) and key.isdigit() else key)
-        if below is None:
-            return None
-        (tree,) = below
-    return tree
-
-
 def _dotted_path(detail: ErrorDetails, tree: Mapping[str, Any]) -> tuple[str, ...]:
     """Where the error stands in the user's tree: pydantic's location without its names of union members."""
     path: list[str] = []
     node: Any = tree
     for position, item in enumerate(detail["loc"]):
-        below = _below(node, item)
+        below = lookup(node, (item,))
         if below is not None:
             (node,) = below
         elif detail["type"] != "missing" or position != len(detail["loc"]) - 1:
             continue
         path.append(str(item))
     return tuple(path)
-
-
-def _below(node: Any, item: int | str) -> tuple[Any] | None:
-    """What stands under a key or an index, in a tuple of its own; None where there is no such thing."""
-    if isinstance(node, Mapping) and item in node:
-        return (node[item],)
-    if isinstance(node, list) and isinstance(item, int) and item < len(node):
-        return (node[item],)
-    return None
 
 
 def _paragraph(root: type[BaseModel], path: tuple[str, ...], details: list[ErrorDetails]) -> str:

@@ -7,13 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from nemo_rl_lora.config.base import Fixed, Section
-
-_NO_PORTS = "Engines of one run find each other without fixed ports: remove the key."
-_NO_NIXL = "Weights are not moved by NIXL: remove the key."
-_NO_HTTP_REFIT = "Weights are not moved over HTTP or ZeroMQ: remove the key."
-_NO_FP8 = "FP8 rollouts are not part of this product: remove the key."
-_NO_SPLIT = "The engine has no devices of its own: remove the key."
+from nemo_rl_lora.config.base import Section
 
 
 def chosen_engine(asked: str) -> tuple[str, str]:
@@ -29,30 +23,6 @@ def chosen_engine(asked: str) -> tuple[str, str]:
     return "vllm", "there is a GPU"
 
 
-class NixlConfig(Section):
-    """NeMo RL: weight transfer by NIXL."""
-
-    update_weights_bucket_memory_ratio: Annotated[float, Fixed(0.05, remedy=_NO_NIXL)] = 0.05
-    """NeMo RL: share of memory for a transfer buffer."""
-    device: Annotated[str, Fixed("cuda", remedy=_NO_NIXL)] = "cuda"
-    """NeMo RL: where the buffer is."""
-    backend_name: Annotated[str, Fixed("UCX", remedy=_NO_NIXL)] = "UCX"
-    """NeMo RL: NIXL's transport."""
-    backend_init_params: Annotated[dict[str, Any] | None, Fixed(None, remedy=_NO_NIXL)] = None
-    """NeMo RL: arguments of the transport."""
-    release_after_refit: Annotated[bool, Fixed(False, remedy=_NO_NIXL)] = False
-    """NeMo RL: free the buffer after each transfer."""
-    shard_expert_weights: Annotated[bool, Fixed(False, remedy=_NO_NIXL)] = False
-    """NeMo RL: move only a rank's own experts."""
-
-
-class RefitConfig(Section):
-    """NeMo RL: how weights reach the engine."""
-
-    nixl: NixlConfig = NixlConfig()
-    """NeMo RL: its NIXL transport."""
-
-
 class VllmConfig(Section):
     """The vLLM engine; nothing here touches the in-process engine."""
 
@@ -60,12 +30,6 @@ class VllmConfig(Section):
     """Use vLLM's asynchronous engine."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """dtype of the engine's weights and computation."""
-    kv_cache_dtype: Annotated[str, Fixed("auto", remedy=_NO_FP8)] = "auto"
-    """dtype of the key-value cache; auto is that of the weights."""
-    logprobs_mode: Annotated[
-        str, Fixed("processed_logprobs", remedy="The trainer compares logprobs at the sampling temperature.")
-    ] = "processed_logprobs"
-    """Which logprobs the engine reports."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share each weight matrix of the engine."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
@@ -78,37 +42,6 @@ class VllmConfig(Section):
     """Longest sequence of the engine; null is the model's own limit."""
     enforce_eager: bool = False
     """Do without CUDA graphs and compilation."""
-    use_tqdm: Annotated[bool, Fixed(True, False, remedy="Set it to true or false.")] = True
-    """NeMo RL: the engine's progress bar; progress is shown by the driver here, at either value."""
-    use_deep_gemm: Annotated[bool, Fixed(False, remedy=_NO_FP8)] = False
-    """NeMo RL: FP8 matrix products."""
-    num_last_layers_in_bf16: Annotated[int, Fixed(0, remedy=_NO_FP8)] = 0
-    """NeMo RL: layers that FP8 leaves alone, at the end."""
-    num_first_layers_in_bf16: Annotated[int, Fixed(0, remedy=_NO_FP8)] = 0
-    """NeMo RL: layers that FP8 leaves alone, at the start."""
-    enable_vllm_metrics_logger: Annotated[bool, Fixed(True, False, remedy="Set it to true or false.")] = True
-    """NeMo RL: log the engine's counters; here the run's metrics say what the engine did, at either value."""
-    vllm_metrics_logger_interval: Annotated[float, Fixed(0.5, remedy="The run's metrics are logged each step.")] = 0.5
-    """NeMo RL: seconds between two readings of the engine's counters."""
-    http_refit_api_key_env_var: Annotated[str | None, Fixed(None, remedy=_NO_HTTP_REFIT)] = None
-    """NeMo RL: environment variable with the key of its HTTP transfer."""
-    reset_encoder_cache_after_weight_update: Annotated[
-        bool, Fixed(False, remedy="There are no multimodal encoders here: remove the key.")
-    ] = False
-    """NeMo RL: drop cached encoder outputs after a sync."""
-    http_refit_server_port: Annotated[int | None, Fixed(None, remedy=_NO_HTTP_REFIT)] = None
-    """NeMo RL: port of its HTTP transfer."""
-    zmq_refit_server_port: Annotated[int | None, Fixed(None, remedy=_NO_HTTP_REFIT)] = None
-    """NeMo RL: port of its ZeroMQ transfer."""
-
-
-class ColocatedResources(Section):
-    """NeMo RL: devices of an engine of its own."""
-
-    gpus_per_node: Annotated[int | None, Fixed(None, remedy=_NO_SPLIT)] = None
-    """NeMo RL: GPUs of each node that the engine has for itself."""
-    num_nodes: Annotated[int | None, Fixed(None, remedy=_NO_SPLIT)] = None
-    """NeMo RL: nodes that the engine has for itself."""
 
 
 class ColocatedConfig(Section):
@@ -117,8 +50,6 @@ class ColocatedConfig(Section):
     enabled: bool = True
     """true: the engine runs in the trainer's process. false: vLLM runs in a process of its own, which is started again
     if it dies; weights reach it through a file in shared memory."""
-    resources: ColocatedResources = ColocatedResources()
-    """NeMo RL: the devices of an engine that does not share."""
 
 
 class ParityConfig(Section):
@@ -168,20 +99,6 @@ class GenerationConfig(EngineConfig):
     """Must be 1.0: the trainer's logprobs are those of the full distribution. Truncate in validation (val_top_p)."""
     top_k: int | None = Field(default=None, ge=1)
     """Must be null, for the same reason (val_top_k)."""
-    port_range_low: Annotated[int, Fixed(3000, remedy=_NO_PORTS)] = 3000
-    """NeMo RL: first port of its engines."""
-    port_range_high: Annotated[int, Fixed(4999, remedy=_NO_PORTS)] = 4999
-    """NeMo RL: last port of its engines."""
-    refit_transport: Annotated[
-        str | None, Fixed(None, remedy="The way of the weights follows from the engine: remove the key.")
-    ] = None
-    """NeMo RL: how weights reach the engine."""
-    real_quant_export_cpu_offload: Annotated[
-        bool, Fixed(True, remedy="There are no quantized rollouts here: remove the key.")
-    ] = True
-    """NeMo RL: quantize weights for the engine on the CPU."""
-    refit_cfg: RefitConfig = RefitConfig()
-    """NeMo RL: details of its weight transfer."""
     vllm_cfg: VllmConfig = VllmConfig()
     """The vLLM engine."""
     vllm_kwargs: dict[str, Any] = {}

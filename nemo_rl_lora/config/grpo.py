@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from pydantic import Field, model_validator
 
-from nemo_rl_lora.config.base import Fixed, Section
+from nemo_rl_lora.config.base import Section
 from nemo_rl_lora.config.loop import LoopConfig
 from nemo_rl_lora.config.loss_fn import LossFnConfig
-
-_NO_ASYNC = "Rollouts and training alternate; remove grpo.async_grpo."
 
 
 class AdvEstimatorConfig(Section):
     """Which advantage a completion gets; two switches mirror those of `grpo` and must agree with them."""
 
-    name: Annotated[
-        str,
-        Fixed(
-            "grpo",
-            remedy="gdpo, reinforce_plus_plus, raw, gae and opd are not supported; use the group baseline.",
-        ),
-    ] = "grpo"
-    """The estimator: rewards against a baseline of their own group."""
     normalize_rewards: bool | None = None
     """As grpo.normalize_rewards, which the base file copies here."""
     use_leave_one_out_baseline: bool | None = None
     """As grpo.use_leave_one_out_baseline, which the base file copies here."""
-    minus_baseline: Annotated[bool, Fixed(True, remedy="It is an option of reinforce_plus_plus.")] = True
-    """Option of an estimator that is not supported."""
     std_epsilon: float = Field(default=1e-6, ge=0)
     """Added to the standard deviation that divides advantages."""
 
@@ -85,21 +71,6 @@ class RewardScalingConfig(Section):
         return self
 
 
-class AsyncGrpoConfig(Section):
-    """Asynchronous rollouts: off."""
-
-    enabled: Annotated[bool, Fixed(False, remedy=_NO_ASYNC)] = False
-    """Asynchronous rollouts."""
-    max_trajectory_age_steps: Annotated[int, Fixed(1, remedy=_NO_ASYNC)] = 1
-    """Option of asynchronous rollouts."""
-    max_generation_failures: Annotated[int, Fixed(0, remedy=_NO_ASYNC)] = 0
-    """Option of asynchronous rollouts."""
-    in_flight_weight_updates: Annotated[bool, Fixed(False, remedy=_NO_ASYNC)] = False
-    """Option of asynchronous rollouts."""
-    recompute_kv_cache_after_weight_updates: Annotated[bool, Fixed(False, remedy=_NO_ASYNC)] = False
-    """Option of asynchronous rollouts."""
-
-
 class GrpoConfig(LoopConfig):
     """A GRPO run."""
 
@@ -107,8 +78,6 @@ class GrpoConfig(LoopConfig):
     """Prompts of one rollout."""
     num_generations_per_prompt: int = Field(default=16, ge=2)
     """Completions of each prompt: the group. One alone has no advantage."""
-    max_rollout_turns: Annotated[int, Fixed(1, remedy="Rollouts have one turn.")] = 1
-    """Turns of a rollout."""
     max_num_steps: int = Field(default=1_000_000, ge=1)
     """Rollouts of the run."""
     normalize_rewards: bool = True
@@ -151,22 +120,9 @@ class GrpoConfig(LoopConfig):
     """How advantages are estimated."""
     reward_scaling: RewardScalingConfig = RewardScalingConfig()
     """A linear map of rewards."""
-    seq_logprob_error_threshold: Annotated[
-        float | None,
-        Fixed(None, remedy="Use loss_fn.truncated_importance_sampling_type=tis against mismatched engines."),
-    ] = None
-    """Dropping sequences by their mismatch with the engine: off."""
-    invalid_tool_call_advantage: Annotated[float | None, Fixed(None, remedy="Rollouts call no tools.")] = None
-    """Tool calls: none."""
-    malformed_thinking_advantage: Annotated[
-        float | None, Fixed(None, remedy="Score the format in the environment.")
-    ] = None
-    """Advantage of malformed thinking: off."""
     skip_reference_policy_logprobs_calculation: bool | None = None
     """true asserts that no reference pass runs, which needs loss_fn.reference_policy_kl_penalty=0. At 0 the
     pass is left out in any case."""
-    async_grpo: AsyncGrpoConfig = AsyncGrpoConfig()
-    """Asynchronous rollouts: off."""
 
     @property
     def num_completions_per_step(self) -> int:

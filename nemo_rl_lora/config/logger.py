@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from nemo_rl_lora.config.base import Fixed, Section
+from nemo_rl_lora.config.base import Section
 
 
 class WandbConfig(Section):
@@ -23,11 +23,6 @@ class WandbConfig(Section):
 
     entity: str | None = None
     """The user or team that owns the project; null is the account's own."""
-
-    log_nemo_gym_full_result_tables: Annotated[
-        bool, Fixed(False, remedy="There are no NeMo Gym environments here; leave it out.")
-    ] = False
-    """Tables of NeMo Gym, which is not supported."""
 
 
 class SwanlabConfig(Section):

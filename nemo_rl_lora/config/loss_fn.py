@@ -5,11 +5,11 @@ Formulas and sources stand in docs/grpo_losses.md; the loss itself is algorithms
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from nemo_rl_lora.config.base import Fixed, Section
+from nemo_rl_lora.config.base import Section
 
 Objective = Literal["clip", "cispo", "sapo", "vespo", "reinforce"]
 
@@ -77,14 +77,6 @@ class LossFnConfig(Section):
     loss tokens. Usually the maximum completion length; 1 sums over tokens (LUSPO). null: off."""
     force_on_policy_ratio: bool = False
     """Take the ratio as 1, with its gradient: needs one optimizer step per rollout."""
-    use_kl_in_reward: Annotated[
-        bool,
-        Fixed(
-            False,
-            remedy="It belongs to reinforce_plus_plus; the loss has reference_policy_kl_penalty.",
-        ),
-    ] = False
-    """KL in the reward: off."""
     use_cispo: bool = False
     """CISPO: log-probabilities weighted by the detached clipped ratio; every token keeps its gradient."""
     sapo: SapoConfig | None = None
@@ -93,10 +85,6 @@ class LossFnConfig(Section):
     """Set (to `{}` for the defaults) to use VESPO's sequence weights in the place of the clip."""
     disable_ppo_ratio: bool = False
     """REINFORCE: advantages times log-probabilities, without ratio and clip."""
-    positive_example_nll_weight: Annotated[
-        float, Fixed(0.0, remedy="An extra likelihood term on rewarded completions is not supported.")
-    ] = 0.0
-    """Likelihood term on rewarded completions: off."""
 
     @property
     def objective(self) -> Objective:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from nemo_rl_lora.config.base import Fixed, Section
+from nemo_rl_lora.config.base import Section
 
 _TORCH = "torch.optim.lr_scheduler."
 
@@ -46,11 +46,6 @@ class AdamWKwargs(Section):
 class OptimizerConfig(Section):
     """Which optimizer trains the adapter (or, without LoRA, all weights)."""
 
-    name: Annotated[
-        str,
-        Fixed("torch.optim.AdamW", remedy="Leave the name out and set policy.optimizer.kwargs."),
-    ] = "torch.optim.AdamW"
-    """Dotted path of the optimizer class."""
     kwargs: AdamWKwargs = AdamWKwargs()
     """Its arguments."""
     full_finetuning_lr: float | None = Field(default=None, ge=0, allow_inf_nan=False)

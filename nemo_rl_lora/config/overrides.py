@@ -17,8 +17,9 @@ from pydantic import BaseModel
 
 from nemo_rl_lora.config.errors import ConfigError, show, unknown_key
 from nemo_rl_lora.config.layers import COMMAND_LINE, Tracked
+from nemo_rl_lora.config.refused_keys import is_refused_key
 from nemo_rl_lora.config.schema import types_at
-from nemo_rl_lora.config.tree import flatten, lookup, merged, stripped, without
+from nemo_rl_lora.config.tree import flatten, lookup, with_value, without
 
 _GRAMMAR = "Write key=value, +key=value, ++key=value or ~key"
 
@@ -80,10 +81,10 @@ def _apply(tree: dict[str, Any], override: Override, root: type[BaseModel]) -> d
             "Leave the '+' out to change it, or write '++'."
         )
     is_change = not (override.is_add() or override.is_force_add())
-    if is_change and not present and not types_at(root, path):
+    if is_change and not present and not types_at(root, path) and not is_refused_key(root, path):
         raise ConfigError(unknown_key(root, path, show(value)))
     _check_indices(tree, path, show(value))
-    return _with(tree, path, value)
+    return with_value(tree, path, value)
 
 
 def _check_indices(tree: Any, path: tuple[str, ...], value: str) -> None:
@@ -96,20 +97,6 @@ def _check_indices(tree: Any, path: tuple[str, ...], value: str) -> None:
                 f"Give the whole list: {place}=[...]."
             )
         (tree,) = lookup(tree, (key,)) or (None,)
-
-
-def _with(node: Any, path: tuple[str, ...], value: Any) -> Any:
-    """A copy of the node with the value at the path; mappings on the way are made where they are missing."""
-    if not path:
-        if isinstance(node, Mapping) and isinstance(value, Mapping):
-            return merged(node, value)
-        return stripped(value)
-    key, rest = path[0], path[1:]
-    if isinstance(node, list):
-        return [_with(item, rest, value) if i == int(key) else item for i, item in enumerate(node)]
-    base = dict(node) if isinstance(node, Mapping) else {}
-    base[key] = _with(base.get(key), rest, value)
-    return base
 
 
 def _neighbours(tree: Mapping[str, Any], path: tuple[str, ...]) -> str:

@@ -1,17 +1,17 @@
 """`policy`: the model, its optimizer, how it is fed, its backend and its adapter.
 
 Cross-field rules of the policy stand here, once. What a machine, a version or an architecture cannot run is not
-judged here: see config/runnable.py.
+judged here: see config/support.py.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from nemo_rl_lora.config.adapter_start import AdapterStartConfig
-from nemo_rl_lora.config.base import Fixed, Section
+from nemo_rl_lora.config.base import Section
 from nemo_rl_lora.config.dtensor import DTensorConfig
 from nemo_rl_lora.config.generation import GenerationConfig
 from nemo_rl_lora.config.lora import UnifiedLora, lora_spec_from_policy
@@ -30,8 +30,6 @@ class TokenizerConfig(Section):
     """"default": the tokenizer's own; null: messages are joined as they are; else Jinja text or a .jinja file."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Further variables of the chat template."""
-    use_fastokens: Annotated[bool, Fixed(False, remedy="transformers' tokenizer is used: remove the key.")] = False
-    """NeMo RL: another tokenizer library."""
 
 
 class DynamicBatchingConfig(Section):
@@ -56,15 +54,6 @@ class SequencePackingConfig(Section):
     """Tokens of a packed training row; null is max_total_sequence_length x train_micro_batch_size."""
     logprob_mb_tokens: int | None = Field(default=None, ge=1)
     """Tokens of a packed logprob row; null is max_total_sequence_length x logprob_batch_size."""
-    algorithm: Annotated[
-        str,
-        Fixed("modified_first_fit_decreasing", remedy="There is one packing algorithm: remove the key."),
-    ] = "modified_first_fit_decreasing"
-    """NeMo RL: how sequences are assigned to rows."""
-    microbatch_order: Annotated[
-        str, Fixed("packer", remedy="Rows are trained in the order of the packer: remove the key.")
-    ] = "packer"
-    """NeMo RL: order of the packed rows."""
     sequence_length_round: int = Field(default=64, ge=1)
     """Lengths of packed rows are rounded up to a multiple of this."""
 
@@ -111,18 +100,10 @@ class PolicyConfig(ModelConfig):
     """Rows of an optimizer step."""
     train_micro_batch_size: int = Field(default=1, ge=1)
     """Rows of a forward and backward pass, where neither dynamic batching nor packing is on."""
-    generation_batch_size: Annotated[
-        int | None, Fixed(None, 32, remedy="The generation engine batches by itself: remove the key.")
-    ] = None
-    """NeMo RL: rows that its Hugging Face engine decodes at once."""
     logprob_batch_size: int | None = Field(default=None, ge=1)
     """Rows of a pass without gradient; null is train_micro_batch_size."""
     logprob_chunk_size: int | None = Field(default=None, ge=1)
     """Tokens whose logits exist at a time; null is 256."""
-    offload_optimizer_for_logprob: Annotated[
-        bool, Fixed(False, remedy="Optimizer state stays on its device: remove the key.")
-    ] = False
-    """NeMo RL: move optimizer state to host memory during logprob passes."""
     make_sequence_length_divisible_by: int = Field(default=1, ge=1)
     """Padded lengths are a multiple of this."""
     max_grad_norm: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)

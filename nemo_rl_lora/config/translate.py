@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from nemo_rl_lora.config.errors import ConfigError
-from nemo_rl_lora.config.loader import algorithm_of, load_config
+from nemo_rl_lora.config.load import algorithm_of, load_config
 from nemo_rl_lora.config.lora import lora_block_key, lora_spec_from_policy, unified_from_spec
 from nemo_rl_lora.config.master import EvalMaster
 from nemo_rl_lora.lora.other_tools import Translation, translate

@@ -40,7 +40,7 @@ def stripped(value: Any) -> Any:
     return merged({}, value) if isinstance(value, Mapping) else value
 
 
-def lookup(tree: Any, path: Sequence[str]) -> tuple[Any] | None:
+def lookup(tree: Any, path: Sequence[str | int]) -> tuple[Any] | None:
     """What stands at a path, in a tuple of its own; None where there is nothing. Elements of a list go by number."""
     for key in path:
         if isinstance(tree, Mapping) and key in tree:
@@ -50,6 +50,19 @@ def lookup(tree: Any, path: Sequence[str]) -> tuple[Any] | None:
         else:
             return None
     return (tree,)
+
+
+def with_value(node: Any, path: Sequence[str], value: Any) -> Any:
+    """A copy of the node with the value at the path; mappings on the way are made where they are missing."""
+    if not path:
+        if isinstance(node, Mapping) and isinstance(value, Mapping):
+            return merged(node, value)
+        return stripped(value)
+    key, rest = path[0], path[1:]
+    if isinstance(node, list):
+        return [*node[: int(key)], with_value(node[int(key)], rest, value), *node[int(key) + 1 :]]
+    base = dict(node) if isinstance(node, Mapping) else {}
+    return {**base, key: with_value(base.get(key), rest, value)}
 
 
 def without(node: Any, path: Sequence[str]) -> Any:

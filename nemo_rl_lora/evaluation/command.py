@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl_lora.command_line import DriverArguments, prepare_process, silence_vendors
-from nemo_rl_lora.config.loader import load_config, resolved_yaml
+from nemo_rl_lora.config.load import load_config, resolved_yaml
 from nemo_rl_lora.run_control import EXIT_OK, StopRequest, running
 
 if TYPE_CHECKING:

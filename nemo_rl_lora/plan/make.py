@@ -15,7 +15,7 @@ import torch
 
 from nemo_rl_lora.config.generation import chosen_engine
 from nemo_rl_lora.config.lora import kernels_off_because, lora_block_key, lora_field_key, lora_spec_from_policy
-from nemo_rl_lora.config.runnable import check_runnable
+from nemo_rl_lora.config.support import check_runnable
 from nemo_rl_lora.generation.vllm import vllm_problems
 from nemo_rl_lora.lora.spec import LoraSpec, require_adapter_dtype
 from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets

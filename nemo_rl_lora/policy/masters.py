@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nemo_rl_lora.config.adam import AdamSettings
+from nemo_rl_lora.config.optimizer_settings import AdamSettings
 
 
 class MasterAdam(torch.optim.AdamW):

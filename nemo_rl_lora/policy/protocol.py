@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from nemo_rl_lora.config.adam import AdamSettings
+from nemo_rl_lora.config.optimizer_settings import AdamSettings
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nemo_rl_lora.algorithms.surplus_groups import SURPLUS_FILE, SurplusGroup, load_surplus, save_surplus
-from nemo_rl_lora.config.loader import ConfigError, load_config
+from nemo_rl_lora.config.load import ConfigError, load_config
 from nemo_rl_lora.types import Completion, Prompt
 
 PROMPTS = [Prompt(index=i, token_ids=(1, i), text=f"t{i}", row={"a": i}, environment="math") for i in range(3)]

@@ -5,7 +5,7 @@ import yaml
 
 from nemo_rl_lora.checkpoints.record import TrainingInfo, config_differences
 from nemo_rl_lora.checkpoints.steps import Checkpointer
-from nemo_rl_lora.config.loader import load_config
+from nemo_rl_lora.config.load import load_config
 
 
 @pytest.fixture(scope="module")

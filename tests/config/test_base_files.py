@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_lora.config.loader import CONFIG_DIR, load_config, read_tree, resolved_yaml
+from nemo_rl_lora.config.load import CONFIG_DIR, load_config, read_tree, resolved_yaml
 from nemo_rl_lora.config.lora import lora_spec_from_policy
 from nemo_rl_lora.config.optimizer import lr_factor
 

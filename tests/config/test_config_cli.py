@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_lora.config.loader import CONFIG_DIR, load_config
+from nemo_rl_lora.config.load import CONFIG_DIR, load_config
 from tools.config_cli import main
 
 QWEN = CONFIG_DIR / "recipes" / "llm" / "grpo-qwen3-8B-base-1n8g-fsdp2-lora.yaml"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nemo_rl_lora.config.errors import ConfigError
-from nemo_rl_lora.config.loader import CONFIG_DIR, algorithm_of, load_config
+from nemo_rl_lora.config.load import CONFIG_DIR, algorithm_of, load_config
 
 QUICK = CONFIG_DIR / "quickstart" / "grpo.yaml"
 

@@ -10,7 +10,7 @@ from nemo_rl_lora.config.data import (
 )
 from nemo_rl_lora.config.env import EnvConfig
 from nemo_rl_lora.config.errors import ConfigError
-from nemo_rl_lora.config.loader import load_config
+from nemo_rl_lora.config.load import load_config
 
 
 def data(**values):

@@ -3,7 +3,7 @@
 import pytest
 
 from nemo_rl_lora.config.errors import ConfigError
-from nemo_rl_lora.config.loader import CONFIG_DIR, load_config
+from nemo_rl_lora.config.load import CONFIG_DIR, load_config
 
 WRONG = {
     "dpo.label_smoothing=0.5": "dpo.label_smoothing=0.5: must be less than 0.5. "

@@ -4,7 +4,7 @@ import pytest
 
 from nemo_rl_lora.config.data import DataConfig
 from nemo_rl_lora.config.errors import ConfigError
-from nemo_rl_lora.config.loader import CONFIG_DIR, algorithm_of, load_config, resolved_yaml
+from nemo_rl_lora.config.load import CONFIG_DIR, algorithm_of, load_config, resolved_yaml
 from nemo_rl_lora.config.translate import translate_file
 
 QUICK = CONFIG_DIR / "quickstart" / "eval.yaml"

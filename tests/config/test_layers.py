@@ -11,10 +11,10 @@ import torch
 import yaml
 
 from nemo_rl_lora.checkpoints.record import config_differences
-from nemo_rl_lora.config.adam import adam_settings, megatron_adam_settings
 from nemo_rl_lora.config.errors import ConfigError
-from nemo_rl_lora.config.loader import CONFIG_DIR, algorithm_of, load_config, resolved_tree, resolved_yaml
-from nemo_rl_lora.config.runnable import check_runnable
+from nemo_rl_lora.config.load import CONFIG_DIR, algorithm_of, load_config, resolved_tree, resolved_yaml
+from nemo_rl_lora.config.optimizer_settings import adam_settings, megatron_adam_settings
+from nemo_rl_lora.config.support import check_runnable
 
 RECIPES = CONFIG_DIR / "recipes" / "llm"
 MEGATRON = ["policy.backend=megatron", "policy.lora.dim=4"]
@@ -311,6 +311,7 @@ def test_a_key_of_a_lora_block_that_is_off_is_refused(overrides, named):
         ["policy.lora=null"],
         ["policy.megatron_cfg.peft.enabled=false", "policy.dtensor_cfg.lora_cfg.enabled=true"],
         ["policy.dtensor_cfg.lora_cfg={enabled: false, dim: 4}"],  # switched off on purpose
+        [*MEGATRON, "policy.dtensor_cfg.lora_cfg={enabled: false, dim: 4}"],
         ["~policy.megatron_cfg"],
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from nemo_rl_lora.config.loader import CONFIG_DIR, load_config
+from nemo_rl_lora.config.load import CONFIG_DIR, load_config
 from nemo_rl_lora.config.optimizer import SchedulerConfig, lr_factor
 
 LR = 3e-4

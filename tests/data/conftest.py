@@ -5,7 +5,7 @@ import types
 import pytest
 
 from nemo_rl_lora.config.data import DataConfig
-from nemo_rl_lora.config.loader import CONFIG_DIR, read_tree
+from nemo_rl_lora.config.load import CONFIG_DIR, read_tree
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} : {{ m.content }} \n{% endfor %}"

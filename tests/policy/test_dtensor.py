@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_rl_lora.algorithms.losses import make_policy_loss
-from nemo_rl_lora.config.adam import adam_settings
 from nemo_rl_lora.config.loss_fn import LossFnConfig
+from nemo_rl_lora.config.optimizer_settings import adam_settings
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.lora.files import adapter_tensor_name
 from nemo_rl_lora.lora.spec import LoraSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from safetensors.torch import load_file
 
-from nemo_rl_lora.config.loader import CONFIG_DIR, algorithm_of
+from nemo_rl_lora.config.load import CONFIG_DIR, algorithm_of
 from tests.driver import Ended, TinyRun, run_driver
 
 NO_DTENSOR_BLOCK = "policy.dtensor_cfg.lora_cfg.enabled=false"

@@ -1,70 +1,92 @@
-"""What of `policy.megatron_cfg` is refused when Megatron trains: a key that the user set and the backend does not read,
-and values that do not fit together. What AdamW gets of it is in config/adam.py."""
+"""What this version cannot run, though the configuration is valid. Asked by `--plan` and by every start.
+
+It reads the configuration, and of the machine only whether there is a GPU; no model.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
-from nemo_rl_lora.config.adam import (
+from nemo_rl_lora.config.generation import chosen_engine
+from nemo_rl_lora.config.lora import lora_field_key, lora_spec_from_policy
+from nemo_rl_lora.config.master import MasterConfig
+from nemo_rl_lora.config.optimizer_settings import (
     megatron_peak_lr,
     megatron_schedule_is_in_force,
     weight_decay_schedule_is_in_force,
 )
-from nemo_rl_lora.config.errors import show
-from nemo_rl_lora.config.lora import lora_field_key, lora_spec_from_policy
-from nemo_rl_lora.config.master import MasterConfig
-from nemo_rl_lora.config.megatron import MegatronSchedulerConfig
-from nemo_rl_lora.config.tree import lookup
+from nemo_rl_lora.config.unused_keys import unused_key_problems
 
 _KEY = "policy.megatron_cfg"
-_OPTIMIZER_KEYS = ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
-_READ = (
-    "tensor_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "expert_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "sequence_parallel",
-    *(f"optimizer.{key}" for key in _OPTIMIZER_KEYS),
-    *(f"scheduler.{key}" for key in MegatronSchedulerConfig.model_fields),
-    "activation_checkpointing",
-    "freeze_moe_router",
-    "fused_linear_logprobs_chunk_size",
-    "moe_router_dtype",
-    "moe_token_dispatcher_type",
-)
-_DONE_ANYWAY: dict[str, tuple[Any, ...]] = {
-    "use_fused_linear_logprobs": (True,),  # the head always runs in chunks, with its gradient
-    "force_reconvert_from_hf": (True,),  # weights are always read from the Hugging Face files
-    "apply_rope_fusion": (False,),
-    "bias_activation_fusion": (False,),
-    "moe_permute_fusion": (False,),
-    "moe_router_load_balancing_type": ("none",),
-    "optimizer.use_distributed_optimizer": (False, "auto"),
-}
-"""Other values of a key that are what this backend does anyway."""
+
+
+def check_runnable(config: MasterConfig) -> list[str]:
+    """One paragraph for each setting that this version cannot run; empty where it can."""
+    return [
+        *_backend_problems(config),
+        *_world_problems(config),
+        *_engine_problems(config),
+        *unused_key_problems(config),
+    ]
+
+
+def _backend_problems(config: MasterConfig) -> list[str]:
+    return megatron_problems(config) if config.policy.active_backend == "megatron" else []
+
+
+def _engine_problems(config: MasterConfig) -> list[str]:
+    generation = config.policy.generation
+    if generation is None or generation.colocated.enabled or chosen_engine(generation.backend)[0] == "vllm":
+        return []
+    return [
+        f"policy.generation.colocated.enabled=False: only vLLM runs in a process of its own, and "
+        f"policy.generation.backend={generation.backend!r}. Set policy.generation.backend=vllm, or "
+        f"policy.generation.colocated.enabled=true."
+    ]
+
+
+def _world_problems(config: MasterConfig) -> list[str]:
+    problems = []
+    cluster, parallel = config.cluster, config.policy.dtensor_cfg
+    if cluster.num_nodes > 1:
+        problems.append(
+            f"cluster.num_nodes={cluster.num_nodes}: this version trains on one node. Set cluster.num_nodes=1."
+        )
+    if config.policy.active_backend != "dtensor":
+        return problems
+    if cluster.gpus_per_node > 1:
+        problems.append(
+            f"cluster.gpus_per_node={cluster.gpus_per_node}: the DTensor backend of this version trains in one "
+            f"process. Set cluster.gpus_per_node=1, or policy.backend=megatron."
+        )
+    for key in ("tensor_parallel_size", "context_parallel_size", "dp_replicate_size"):
+        size = getattr(parallel, key)
+        if size > 1:
+            problems.append(
+                f"policy.dtensor_cfg.{key}={size}: this version trains in one process. Set policy.dtensor_cfg.{key}=1."
+            )
+    if parallel.sequence_parallel:
+        problems.append(
+            "policy.dtensor_cfg.sequence_parallel=True: it shards activations between tensor-parallel ranks, and this "
+            "version has one. Set policy.dtensor_cfg.sequence_parallel=false."
+        )
+    return problems
 
 
 def megatron_problems(config: MasterConfig) -> list[str]:
     """A paragraph for each value of `policy.megatron_cfg` that this backend does not run."""
-    section = config.policy.megatron_cfg.model_dump(by_alias=True)
-    problems = []
-    for key in (key.removeprefix(f"{_KEY}.") for key in config.layers.set_keys(_KEY)):
-        (value,) = lookup(section, key.split(".")) or (None,)
-        if not (key.startswith("peft.") or key == "enabled" or key in _READ or value in _DONE_ANYWAY.get(key, ())):
-            problems.append(
-                f"{_KEY}.{key}={show(value)}: the Megatron backend of this version has no such setting. Remove the "
-                "change."
-            )
     return [
-        *problems,
+        *_balancing_problems(config),
         *_sequence_problems(config),
         *_context_problems(config),
         *_schedule_problems(config),
         *_a2a_problems(config),
     ]
+
+
+def _balancing_problems(config: MasterConfig) -> list[str]:
+    key, kind = f"{_KEY}.moe_router_load_balancing_type", config.policy.megatron_cfg.moe_router_load_balancing_type
+    if kind == "none" or not config.is_set(key):
+        return []
+    return [f"{key}={kind!r}: the Megatron backend of this version has no such setting. Remove the change."]
 
 
 def _sequence_problems(config: MasterConfig) -> list[str]:

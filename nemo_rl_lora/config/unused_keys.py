@@ -1,7 +1,8 @@
 """Keys of a backend, an adapter or an engine that this run does not use.
 
 Contract: such a key that the user set is refused by name, whatever its value, so that nothing asked for is ignored
-silently; one that was only inherited is not. Switches (`enabled`) choose what is used and are not judged here.
+silently; one that was only inherited is not. Switches (`enabled`) choose what is used and are not judged here; nor is a
+LoRA block that the user himself switched off, unless all of `policy.megatron_cfg` is unused.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from nemo_rl_lora.config.tree import lookup
 
 _PROCESS_KEYS = ("max_generation_failures", "timeout_seconds")
 _VLLM_KEYS = ("vllm_cfg", "vllm_kwargs", *_PROCESS_KEYS)
-_WHOLE_FILE = 15  # keys: nobody writes so many by hand into a block that is not used
+_WHOLE_FILE = 5  # keys in one unused block: more look like a file that has every key
 
 
 def unused_key_problems(config: MasterConfig) -> list[str]:
@@ -45,8 +46,7 @@ def _unused(config: MasterConfig) -> Iterator[tuple[list[str], str]]:
         )
     native = LoraCfg.KEY if backend == "dtensor" else PeftCfg.KEY
     if lora_spec_from_policy(policy) is None:
-        off = [block for block in (native, UnifiedLora.KEY) if not config.is_set(f"{block}.enabled")]
-        yield off, f"no adapter is trained. Remove it, or set {native}.enabled=true."
+        yield [native, UnifiedLora.KEY], f"no adapter is trained. Remove it, or set {native}.enabled=true."
     elif lora_block_key(policy) == UnifiedLora.KEY:
         yield [native], f"the adapter is that of {UnifiedLora.KEY}. Set it there."
     else:
@@ -66,10 +66,11 @@ def _unused(config: MasterConfig) -> Iterator[tuple[list[str], str]]:
 
 def _set(config: MasterConfig, prefixes: list[str]) -> list[str]:
     """The keys of the schema at or under the prefixes that the user set."""
+    blocks = [LoraCfg.KEY, UnifiedLora.KEY, *([PeftCfg.KEY] if config.policy.active_backend == "megatron" else [])]
+    switched_off = tuple(f"{block}." for block in blocks if config.is_set(f"{block}.enabled"))
     written = [_schema_key(config, key) for prefix in prefixes for key in config.layers.set_keys(prefix)]
-    switches = {key for key in written if key.endswith(".enabled")}
-    blocks = {key for key in written if section_at(type(config), key.split(".")) is not None}  # null, or {}
-    return [key for key in dict.fromkeys(written) if key not in switches | blocks]
+    values = [key for key in written if section_at(type(config), key.split(".")) is None]  # else null, or {}
+    return [key for key in dict.fromkeys(values) if not (key.endswith(".enabled") or key.startswith(switched_off))]
 
 
 def _schema_key(config: MasterConfig, key: str) -> str:

@@ -1,37 +1,32 @@
 """From a YAML file and overrides to one frozen, validated configuration.
 
 The order: files with their `defaults:`, overrides, interpolations and resolvers, then the schema. Nothing is read
-besides these files, and nothing is judged that depends on a machine or a model (config/runnable.py).
+besides these files, and nothing is judged that depends on a machine or a model (config/support.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, TypeVar, overload
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from nemo_rl_lora.config.errors import ConfigError, not_mappings, show, validation_paragraphs
+from nemo_rl_lora.config.errors import ConfigError, not_mappings, show, unknown_key, validation_paragraphs
+from nemo_rl_lora.config.gives_way import without_replaced
 from nemo_rl_lora.config.layers import SET_BY, Layers, Tracked, layers_from_record, overlaid
-from nemo_rl_lora.config.master import (
-    MASTERS,
-    Algorithm,
-    DpoMaster,
-    Driver,
-    EvalMaster,
-    GrpoMaster,
-    MasterConfig,
-    SftMaster,
-)
+from nemo_rl_lora.config.master import MASTERS, Driver, EvalMaster, MasterConfig
 from nemo_rl_lora.config.overrides import overridden
-from nemo_rl_lora.config.replaced import without_replaced
-from nemo_rl_lora.config.tree import flatten, plain
+from nemo_rl_lora.config.refused_keys import refused_keys, take_out
+from nemo_rl_lora.config.tree import flatten, lookup, plain
+
+M = TypeVar("M", bound=MasterConfig | EvalMaster)
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "examples" / "configs"
 
@@ -58,35 +53,43 @@ def register_resolvers() -> None:
 
 
 @overload
-def load_config(path: Path | None, overrides: Sequence[str], algorithm: Literal["sft"]) -> SftMaster: ...
+def load_config(path: Path | None, overrides: Sequence[str], driver: type[M]) -> M: ...
 @overload
-def load_config(path: Path | None, overrides: Sequence[str], algorithm: Literal["dpo"]) -> DpoMaster: ...
-@overload
-def load_config(path: Path | None, overrides: Sequence[str], algorithm: Literal["grpo"]) -> GrpoMaster: ...
-@overload
-def load_config(path: Path | None, overrides: Sequence[str], algorithm: Literal["eval"]) -> EvalMaster: ...
-@overload
-def load_config(path: Path | None, overrides: Sequence[str], algorithm: Algorithm) -> MasterConfig: ...
-@overload
-def load_config(path: Path | None, overrides: Sequence[str], algorithm: Driver) -> MasterConfig | EvalMaster: ...
+def load_config(path: Path | None, overrides: Sequence[str], driver: Driver) -> Any: ...
 
 
-def load_config(path: Path | None, overrides: Sequence[str], algorithm: Driver) -> MasterConfig | EvalMaster:
-    """The configuration of a run; `path` None is the quick-start file of the driver. Raises ConfigError."""
-    root = MASTERS[algorithm]
-    file = path if path is not None else CONFIG_DIR / "quickstart" / f"{algorithm}.yaml"
+def load_config(path: Path | None, overrides: Sequence[str], driver: type[Any] | Driver) -> Any:
+    """The configuration of a run, of the driver's class or name; `path` None is its quick start. Raises ConfigError."""
+    name: Driver = next(name for name, kind in MASTERS.items() if driver in (name, kind))
+    root = MASTERS[name]
+    file = path if path is not None else CONFIG_DIR / "quickstart" / f"{name}.yaml"
     read = _read_tracked(file, ())
-    _check_driver(file, read.tree, algorithm)
+    _check_driver(file, read.tree, name)
     tracked = without_replaced(read, overridden(read, overrides, root))
-    unresolved = tracked.tree
+    resolved, problems = _accepted(root, tracked.tree)
     try:
-        resolved = _resolved(unresolved)
-    except ConfigError as error:
-        raise ConfigError("\n".join(not_mappings(root, unresolved)) or str(error)) from error
-    try:
-        return root.model_validate(resolved).with_layers(tracked.layers)
+        config = root.model_validate(resolved)
     except ValidationError as error:
-        raise ConfigError("\n".join(validation_paragraphs(error, root, resolved, unresolved))) from error
+        problems += validation_paragraphs(error, root, resolved, tracked.tree)
+        raise ConfigError("\n".join(problems)) from error
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config.with_layers(tracked.layers.restricted_to(flatten(resolved)))
+
+
+def _accepted(root: type[BaseModel], tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The resolved tree without the keys of refused_keys.tsv, and what is wrong with those."""
+    try:
+        resolved = _resolved(tree)
+    except ConfigError as error:
+        raise ConfigError("\n".join(not_mappings(root, tree)) or str(error)) from error
+    kept, refused, unknown = take_out(root, resolved)
+    problems = [
+        f"{key}={show(value)}: {refused_keys(root)[key].rule}"
+        for key, value in refused.items()
+        if "${" not in str(lookup(tree, key.split(".")))  # the key that it refers to is refused
+    ]
+    return kept, problems + [unknown_key(root, key.split("."), show(value)) for key, value in unknown.items()]
 
 
 def algorithm_of(path: Path) -> Driver:
@@ -191,14 +194,16 @@ def _check_driver(path: Path, tree: Mapping[str, Any], algorithm: Driver) -> Non
 def _resolved(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The tree with every interpolation replaced by its value. ConfigError where one fails or a value is missing."""
     register_resolvers()
-    missing = list(_missing_keys(tree))
+    missing = [key for key, value in flatten(tree).items() if value == "???"]
     if missing:
         raise ConfigError("\n".join(_missing_paragraph(key) for key in missing))
     try:
         plain = OmegaConf.to_container(OmegaConf.create(dict(tree)), resolve=True)
     except OmegaConfBaseException as error:
         key = error.full_key or error.key
-        present = f"{key}={show(_raw(tree, str(key)))}" if key is not None else "interpolation"
+        path = re.split(r"[.\[\]]+", str(key).rstrip("]"))
+        (written,) = lookup(tree, path) or (None,)
+        present = f"{key}={show(written)}" if key is not None else "interpolation"
         raise ConfigError(f"{present}: this reference has no value ({_first_line(error)}). Correct it.") from error
     except RecursionError as error:
         raise ConfigError("interpolation: references form a circle. Give one of them a value.") from error
@@ -206,30 +211,11 @@ def _resolved(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def _missing_keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted keys that hold `???`."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _missing_keys(value, f"{prefix}{key}.")
-        elif value == "???":
-            yield f"{prefix}{key}"
-
-
 def _missing_paragraph(key: str) -> str:
     return (
         f"{key}='???': is mandatory, and the file leaves it open. "
         f"Set it in a file that inherits this one, or on the command line: {key}=VALUE."
     )
-
-
-def _raw(tree: Any, dotted: str) -> Any:
-    """What stands at a key of OmegaConf's notation (`a.b[0].c`)."""
-    for key in dotted.replace("[", ".").replace("]", "").split("."):
-        if isinstance(tree, Mapping):
-            tree = tree.get(key)
-        elif isinstance(tree, list) and key.isdigit() and int(key) < len(tree):
-            tree = tree[int(key)]
-    return tree
 
 
 def _first_line(error: Exception) -> str:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nemo_rl_lora.config.loader import CONFIG_DIR, load_config
-from nemo_rl_lora.config.runnable import check_runnable
+from nemo_rl_lora.config.load import CONFIG_DIR, load_config
+from nemo_rl_lora.config.support import check_runnable
 
 
 @pytest.mark.parametrize("backend", ["dtensor", "megatron"])

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from nemo_rl_lora.config.errors import ConfigError
-from nemo_rl_lora.config.loader import CONFIG_DIR, load_config, read_tree, register_resolvers
+from nemo_rl_lora.config.load import CONFIG_DIR, load_config, read_tree, register_resolvers
 from nemo_rl_lora.config.master import DpoMaster, SftMaster
-from nemo_rl_lora.config.overrides import apply_overrides, merged
+from nemo_rl_lora.config.overrides import apply_overrides
+from nemo_rl_lora.config.tree import merged
 
 QUICK = CONFIG_DIR / "quickstart" / "grpo.yaml"
 

@@ -15,10 +15,11 @@ from typing import Any
 
 from nemo_rl_lora.config.layers import SET_BY, Layers, layers_from_record
 from nemo_rl_lora.config.lora import LoraCfg, PeftCfg, UnifiedLora
-from nemo_rl_lora.config.master import MasterConfig
+from nemo_rl_lora.config.master import GrpoMaster, MasterConfig
 from nemo_rl_lora.config.megatron import MegatronSchedulerConfig
 from nemo_rl_lora.config.optimizer import lr_factor
 from nemo_rl_lora.config.policy import PolicyConfig
+from nemo_rl_lora.config.refused_keys import refused_keys
 from nemo_rl_lora.config.tree import flatten
 
 _KWARGS = "policy.optimizer.kwargs"
@@ -186,4 +187,5 @@ def effective_values(tree: Mapping[str, Any], written_now: Layers) -> dict[str, 
         unused |= set(MEGATRON_SCHEDULE)
     else:
         unused |= {key for key in flat if key == SCHEDULE or key.startswith(f"{SCHEDULE}.")}
+    unused |= {key for key in flat for known in refused_keys(GrpoMaster) if f"{key}.".startswith(f"{known}.")}
     return {key: value for key, value in (flat | changed).items() if key not in unused}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_rl_lora.config.adam import adam_settings, megatron_adam_settings, megatron_lr
-from nemo_rl_lora.config.loader import CONFIG_DIR, load_config
+from nemo_rl_lora.config.errors import ConfigError
+from nemo_rl_lora.config.load import CONFIG_DIR, load_config
 from nemo_rl_lora.config.megatron import MegatronSchedulerConfig
-from nemo_rl_lora.config.megatron_rules import megatron_problems
-from nemo_rl_lora.config.runnable import check_runnable
+from nemo_rl_lora.config.optimizer_settings import adam_settings, megatron_adam_settings, megatron_lr
+from nemo_rl_lora.config.support import check_runnable, megatron_problems
 
 MEGATRON = ["policy.backend=megatron", "policy.lora.dim=4"]
 OPTIMIZER, SCHEDULER = "policy.megatron_cfg.optimizer", "policy.megatron_cfg.scheduler"
@@ -106,8 +106,6 @@ def test_learning_rates_are_megatron_cores(style, warmup):
             f"{OPTIMIZER}.min_lr=5e-07: is where the learning rate of 1e-08 decays to",
         ),
         ([f"{SCHEDULER}.end_weight_decay=0.5"], f"{SCHEDULER}.end_weight_decay=0.5: weight decay is constant here"),
-        ([f"{OPTIMIZER}.use_precision_aware_optimizer=false"], f"{OPTIMIZER}.use_precision_aware_optimizer=False: "),
-        (["policy.megatron_cfg.recompute_granularity=selective"], "policy.megatron_cfg.recompute_granularity="),
         (["policy.megatron_cfg.sequence_parallel=true"], "policy.megatron_cfg.sequence_parallel=True: "),
         (["policy.lora.a2a=true"], "policy.lora.a2a=True: one all-to-all"),
         (["policy.dtensor_cfg.activation_checkpointing=true"], "policy.dtensor_cfg.activation_checkpointing=True: is"),
@@ -117,6 +115,17 @@ def test_what_is_not_run_is_refused_by_name(overrides, error):
     problems = check_runnable(loaded(*overrides))
     assert [problem for problem in problems if problem.startswith(error)], problems
     assert len(problems) == 1
+
+
+@pytest.mark.parametrize(
+    "override",
+    [f"{OPTIMIZER}.use_precision_aware_optimizer=false", "policy.megatron_cfg.recompute_granularity=selective"],
+)
+def test_what_the_backend_has_no_setting_for_is_refused_when_the_file_is_loaded(override):
+    with pytest.raises(
+        ConfigError, match=rf"^{override.split('=')[0]}=.*: only .* The Megatron backend .* remove the k"
+    ):
+        loaded(override)
 
 
 def test_what_is_done_anyway_may_be_asked_for():
