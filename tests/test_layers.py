@@ -20,6 +20,7 @@ LAYERS = [
         "step_files",
         "base_identity",
         "step_digests",
+        "distributed.ranks",
     ],
     ["config", "model_source"],
     [

@@ -1,12 +1,11 @@
 """What every driver checks before a weight is loaded, and how a run is then put together.
 
-An algorithm is a `Recipe`: its data, its work, its headline metrics. The only place that picks a training backend.
+An algorithm is a `Recipe`: its data, its work, its headline metrics.
 """
 
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.metrics import RunLog, check_sinks
 from nemo_rl_lora.model_source import ModelSource, load_tokenizer, resolve_model
 from nemo_rl_lora.plan import make_plan
+from nemo_rl_lora.policy.backends import build_policy
 from nemo_rl_lora.policy.protocol import PolicySetup
 
 if TYPE_CHECKING:
@@ -308,15 +308,8 @@ def _build_policy(start: CheckedStart) -> RunPolicy:
     )
     if start.initial_adapter is not None:
         logger.info(f"policy.adapter.init_from: {start.initial_adapter}")
-    if not is_megatron:
-        from nemo_rl_lora.policy.dtensor import DTensorPolicy
-
-        return DTensorPolicy(config, setup)
-    with warnings.catch_warnings():  # megatron-core says of each optional package that it is not there
-        warnings.simplefilter("ignore")
-        from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
     if num_processes > 1:
         from nemo_rl_lora.distributed.policy_group import PolicyGroup
 
         return PolicyGroup(config, setup, num_processes)
-    return MegatronPolicy(config, setup)
+    return build_policy(config, setup)

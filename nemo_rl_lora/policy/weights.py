@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl_lora.base_identity import header_bytes
-from nemo_rl_lora.lora.files import adapter_tensor_name
-from nemo_rl_lora.lora.merge import merged_weight
+from nemo_rl_lora.lora.adapter_tensors import AdapterTensors
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.types import SyncMode, TensorInfo, WeightsRef
 
@@ -38,14 +37,9 @@ def merged_entry(
     module: AdaptedModule, tensors: Mapping[str, Tensor], weight_of: Callable[[str], Tensor], dtype: torch.dtype
 ) -> LazyTensor:
     """A weight with its adapter merged in, when it is read. `tensors` holds A and B, `weight_of` the base's weights."""
-    name = f"{module.name}.weight"
-    a, b = (tensors[adapter_tensor_name(module.name, side)] for side in "AB")
-
-    def merge() -> Tensor:
-        weight = weight_of(name).detach()
-        return merged_weight(weight, a.to(weight.device), b.to(weight.device), module.scale)
-
-    return LazyTensor(TensorInfo(name=name, shape=(module.out_features, module.in_features), dtype=dtype), merge)
+    name, adapter = f"{module.name}.weight", AdapterTensors.of(module.name, module.scale, tensors)
+    info = TensorInfo(name=name, shape=(module.out_features, module.in_features), dtype=dtype)
+    return LazyTensor(info, lambda: adapter.merged(weight_of(name).detach()))
 
 
 class LazyTensors(Mapping[str, Tensor]):

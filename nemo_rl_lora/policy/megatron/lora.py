@@ -27,14 +27,14 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
+from nemo_rl_lora.distributed.ranks import Shard
+from nemo_rl_lora.lora.adapter_tensors import SIDES, AdapterTensors, Side, canonical_shapes, factor_shape
 from nemo_rl_lora.lora.files import adapter_tensor_name
 from nemo_rl_lora.lora.names import hf_names, megatron_name
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
-from nemo_rl_lora.policy.adapter import DTYPES, AdapterSwitch, draw_a, keep_mask
+from nemo_rl_lora.policy.adapter_state import DTYPES, AdapterSwitch, draw_a, keep_mask
 from nemo_rl_lora.policy.megatron.convert import (
-    Shape,
-    Side,
     adapter_shard_shape,
     join_adapter,
     owners,
@@ -43,19 +43,18 @@ from nemo_rl_lora.policy.megatron.convert import (
     unshare,
 )
 from nemo_rl_lora.policy.megatron.families import Family
-from nemo_rl_lora.policy.megatron.ranks import Ranks, Shard
+from nemo_rl_lora.policy.megatron.groups import MegatronRanks
 
 _ROW_PARALLEL = ("linear_proj", "linear_fc2")
-SIDES: tuple[Side, Side] = ("A", "B")
 
 
-class Factors(nn.Module):
-    """A [dim, in] and B [out, dim] of one update, or a rank's shards of them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factors(AdapterTensors):
+    """The masters of one update, or a rank's shards of them."""
 
-    def __init__(self, name: str, scale: float, a: Tensor, b: Tensor) -> None:
-        super().__init__()
-        self.name, self.scale = name, scale
-        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+    name: str  # what A and dropout are drawn for
+    a: nn.Parameter
+    b: nn.Parameter
 
     def factor(self, side: Side) -> nn.Parameter:
         return self.a if side == "A" else self.b
@@ -80,13 +79,10 @@ class AdaptedLinear(nn.Module):
         """`slots`: how many rows a module has in each repetition of the layer's pattern, and its factors if any."""
         super().__init__()
         self.base = base
-        self.factors = nn.ModuleList(factors for _, factors in slots if factors is not None)
+        self.parts = [factors for _, factors in slots if factors is not None]
+        self.factors = nn.ParameterList(part.factor(side) for part in self.parts for side in SIDES)
         self._slots = [(width, factors is not None) for width, factors in slots]
         self._setting, self._is_row = setting, is_row
-
-    @property
-    def parts(self) -> list[Factors]:
-        return [part for part in self.factors if isinstance(part, Factors)]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As the base: the output, and a bias that the caller adds."""
@@ -213,10 +209,8 @@ class Held:
 
     def shape(self, side: Side) -> tuple[int, int]:
         """Of the whole factor."""
-        module = self.modules[0]
-        if side == "A":
-            return module.dim, module.in_features
-        return sum(m.out_features for m in self.modules), module.dim
+        rows, columns = factor_shape(self.modules[0], side)
+        return (rows, columns) if side == "A" else (sum(m.out_features for m in self.modules), columns)
 
 
 class Adapters:
@@ -229,11 +223,12 @@ class Adapters:
         spec: LoraSpec,
         *,
         family: Family,
-        ranks: Ranks,
+        ranks: MegatronRanks,
         seed: int,
     ) -> None:
         """Freeze the model and put adapters into it, with A drawn and B zero."""
         self._family, self._ranks, self._layout, self._seed = family, ranks, ranks.layout, seed
+        self.adapted = tuple(adapted)
         self.switch = AdapterSwitch()
         self._setting = Setting(
             spec=spec, switch=self.switch, group=ranks.tensor_group, sequence_parallel=ranks.sequence_parallel
@@ -263,6 +258,10 @@ class Adapters:
             for side in SIDES
         }
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The masters: they are what the layers read."""
+        return self.masters()
+
     def canonical(self, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         """`of` every master, under canonical names, on the first process (`Ranks.fetch`).
 
@@ -278,16 +277,9 @@ class Adapters:
             canonical |= zip(held.tensor_names(side), whole, strict=True)
         return canonical
 
-    def shapes(self) -> dict[str, Shape]:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor of `canonical`."""
-        return {
-            adapter_tensor_name(module.name, side): (module.dim, module.in_features)
-            if side == "A"
-            else (module.out_features, module.dim)
-            for held in self._held
-            for side in SIDES
-            for module in held.modules
-        }
+        return canonical_shapes(self.adapted)
 
     def masters_from(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Every master with what canonical tensors say of it. ValueError where a shape or a shared A does not fit."""
@@ -326,7 +318,6 @@ class Adapters:
         parent, _, leaf = self._layout.local_name(layer).rpartition(".")
         holder = model.get_submodule(parent)
         base = holder.get_submodule(leaf)
-        device = next(base.parameters()).device
         if self._setting.spec.fused == "shared":
             slots = [(0, self._draw(Held(layer=layer, modules=tuple(modules.values()))))]
         else:
@@ -335,7 +326,7 @@ class Adapters:
                 for name, width in zip(hf_names(layer), self._widths(leaf), strict=True)
             ]
         linear = AdaptedLinear(base, slots, self._setting, is_row=leaf in _ROW_PARALLEL)
-        linear.factors.to(device)
+        linear.factors.to(next(base.parameters()).device)
         setattr(holder, leaf, linear)
 
     def _draw(self, held: Held) -> Factors:
@@ -343,7 +334,8 @@ class Adapters:
         a = draw_a(self._setting.spec, name=held.name, in_features=in_features, dim=dim, seed=self._seed)
         b = torch.zeros(adapter_shard_shape(held.layer, "B", held.shape("B"), self._layout))
         a = shard_adapter(held.layer, "A", a, self._layout).contiguous()
-        self._factors[held.name] = Factors(held.name, held.modules[0].scale, a, b)
+        scale = held.modules[0].scale
+        self._factors[held.name] = Factors(name=held.name, a=nn.Parameter(a), b=nn.Parameter(b), scale=scale)
         return self._factors[held.name]
 
     def _widths(self, leaf: str) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nemo_rl_lora.distributed.ranks import Shard
 from nemo_rl_lora.policy.megatron.convert import (
     Shape,
     hf_tensors,
@@ -23,13 +24,13 @@ from nemo_rl_lora.policy.megatron.convert import (
     separate,
 )
 from nemo_rl_lora.policy.megatron.families import Family
-from nemo_rl_lora.policy.megatron.ranks import Ranks, Shard
+from nemo_rl_lora.policy.megatron.groups import MegatronRanks
 
 
 class StageWeights:
     """The parameters of a model without adapters."""
 
-    def __init__(self, model: nn.Module, family: Family, ranks: Ranks) -> None:
+    def __init__(self, model: nn.Module, family: Family, ranks: MegatronRanks) -> None:
         self._family, self._ranks, self._layout = family, ranks, ranks.layout
         self.parameters = dict(model.named_parameters())
         self._holders = {
@@ -98,6 +99,7 @@ class AllWeights:
     Beside narrower parameters the gradients of all microbatches are added up in fp32.
     """
 
+    adapted, switch = (), None
     aliases: Mapping[str, str] = {}
 
     def __init__(self, weights: StageWeights, *, freeze_router: bool) -> None:
@@ -115,6 +117,10 @@ class AllWeights:
     def masters(self) -> dict[str, nn.Parameter]:
         """What is trained, by its global name."""
         return {self._weights.global_name(name): master for name, master in self._masters.items()}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What the layers read, by its name in this process."""
+        return self._weights.parameters
 
     def canonical(self, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         """`of` every master, under Hugging Face names."""
