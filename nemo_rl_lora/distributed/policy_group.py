@@ -11,9 +11,8 @@ import contextlib
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from nemo_rl_lora.policy.adapter_state import DTYPES
 from nemo_rl_lora.policy.backends import build_policy
 from nemo_rl_lora.policy.model import load_model
 from nemo_rl_lora.policy.protocol import PolicySetup
-from nemo_rl_lora.policy.weights import write_tensors
+from nemo_rl_lora.policy.weights import LazyTensors, write_tensors
 from nemo_rl_lora.shared_memory import shared_memory
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
@@ -74,29 +73,6 @@ class _Rank:
         for name in ref.tensors:
             ref.tensors[name]
         return None
-
-
-class FileTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read when it is asked for; the file is opened once, at the first."""
-
-    def __init__(self, path: Path, names: Sequence[str]) -> None:
-        self._path, self._names = path, dict.fromkeys(names)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._file.get_tensor(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    @cached_property
-    def _file(self) -> Any:
-        return safe_open(self._path, framework="pt")
 
 
 class PolicyGroup:
@@ -149,7 +125,8 @@ class PolicyGroup:
             self._published.unlink(missing_ok=True)
         self._published = path
         ref = self._wait([rank.publish.remote(version, mode, path) for rank in self._ranks])[0]
-        return replace(ref, tensors=FileTensors(path, [info.name for info in ref.manifest]))
+        file = safe_open(path, framework="pt")
+        return replace(ref, tensors=LazyTensors({i.name: partial(file.get_tensor, i.name) for i in ref.manifest}))
 
     def save(self, path: Path) -> None:
         """As a policy in this process; the files are the same."""

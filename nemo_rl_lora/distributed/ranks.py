@@ -41,14 +41,6 @@ class Shard:
     read: Callable[[], Tensor]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GradientSum:
-    """A group whose processes each have a part of the gradient of some parameters."""
-
-    group: dist.ProcessGroup
-    includes: Callable[[str], bool]  # a parameter, by name
-
-
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
     """This process among all of them; by default it is the only one."""
@@ -57,7 +49,8 @@ class Ranks:
     number: int = 1
     data_share: DataShare = ALONE
     reports: bool = True  # its losses and metrics count: of processes that compute the same, one reports
-    gradient_sums: tuple[GradientSum, ...] = ()  # in this order
+    # Groups whose processes each have a part of some parameters' gradient, and which those are by name; in this order.
+    gradient_sums: tuple[tuple[dist.ProcessGroup, Callable[[str], bool]], ...] = ()
     counts: Callable[[str], bool] = lambda _name: True  # this process answers for a parameter that others hold too
 
     @property
@@ -99,8 +92,8 @@ class Ranks:
         for p in trained.values():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        for one in self.gradient_sums:
-            _sum((p for name, p in trained.items() if one.includes(name)), one.group)
+        for group, includes in self.gradient_sums:
+            _sum((p for name, p in trained.items() if includes(name)), group)
 
     def total_norm(self, named: Mapping[str, nn.Parameter]) -> Tensor:
         """The L2 norm of all gradients of the model, each element counted once, on every process."""

@@ -29,7 +29,7 @@ from nemo_rl_lora.policy.model import load_model, share_structure
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.policy.segment_attention import layout_problems, supports_segments
 from nemo_rl_lora.policy.step import microbatch_loss
-from nemo_rl_lora.policy.trained import TrainedPolicy, adapted_modules
+from nemo_rl_lora.policy.trained import Trained, TrainedPolicy, adapted_modules
 from nemo_rl_lora.types import Batch, LossFn, StepOutput
 
 logger = logging.getLogger(__name__)
@@ -121,44 +121,32 @@ class DTensorPolicy(TrainedPolicy):
                 module.training = True  # this layer alone: its children keep dropout off
 
 
-class ModuleParameters:
-    """The parameters of a Hugging Face model that are trained (policy/trained.py), under canonical adapter names or the
-    model's own. Every process has them whole: the two places that would gather and scatter shards say so."""
+class ModuleParameters(Trained):
+    """The parameters of a Hugging Face model that are trained, under canonical adapter names or the model's own.
 
-    aliases: Mapping[str, str] = {}
+    Every process has them whole: the two places that would gather and cut shards say so.
+    """
 
     def __init__(
         self, model: nn.Module, adapted: tuple[AdaptedModule, ...] = (), switch: AdapterSwitch | None = None
     ) -> None:
         self.adapted, self.switch = adapted, switch
-        if switch is None:
-            self._masters = dict(model.named_parameters())
-        else:
+        self._masters = dict(model.named_parameters())
+        if switch is not None:
             tensors = canonical_tensors({name: linear.tensors for name, linear in _named_adapters(model, adapted)})
             self._masters = cast(dict[str, nn.Parameter], tensors)
 
     def masters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by its canonical name."""
-        return self._masters
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The masters: they are what the layers read."""
         return self._masters
 
     def canonical(self, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
-        """`of` every master. A shard would be gathered here."""
-        return {name: of(master).detach() for name, master in self._masters.items()}
+        return {name: of(master).detach() for name, master in self._masters.items()}  # shards would be gathered here
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor of `canonical`."""
         return {name: tuple(master.shape) for name, master in self._masters.items()}
 
     def masters_from(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Every master with its canonical tensor. A shard would be cut from it here."""
-        return ((master, tensors[name]) for name, master in self._masters.items())
-
-    def apply(self) -> None:
-        """Nothing: masters are what the layers read."""
+        return ((master, tensors[name]) for name, master in self._masters.items())  # shards would be cut here
 
 
 def _named_adapters(model: nn.Module, adapted: tuple[AdaptedModule, ...]) -> Iterator[tuple[str, AdapterLinear]]:

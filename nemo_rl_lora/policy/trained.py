@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,46 +47,36 @@ from nemo_rl_lora.policy.weights import offer
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
 
-class Trained(Protocol):
+class Trained(ABC):
     """The fp32 masters of this process, and the way between them and canonical tensors."""
 
-    @property
-    def adapted(self) -> tuple[AdaptedModule, ...]:
-        """The modules that have an adapter, in module order; none where all weights are trained."""
-        ...
+    adapted: tuple[AdaptedModule, ...] = ()  # in module order; none where all weights are trained
+    switch: AdapterSwitch | None = None
+    aliases: Mapping[str, str] = {}  # of a master with several canonical names: each further name -> the first
 
-    @property
-    def switch(self) -> AdapterSwitch | None: ...
-
-    @property
-    def aliases(self) -> Mapping[str, str]:
-        """Of a master that has several canonical names: each further name -> the first."""
-        ...
-
-    def masters(self) -> Mapping[str, nn.Parameter]:
+    @abstractmethod
+    def masters(self) -> dict[str, nn.Parameter]:
         """What the optimizer holds, by a name that is the same in every process that holds a part of it."""
-        ...
 
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        """What the layers read; a copied reference takes its place."""
-        ...
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What the layers read, and a copied reference takes the place of: by default, the masters."""
+        return self.masters()
 
+    @abstractmethod
     def canonical(self, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         """`of` every master (itself, its gradient, a moment), gathered under canonical names on the first process; on
         others of the meta device."""
-        ...
 
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor of `canonical`."""
-        ...
 
+    @abstractmethod
     def masters_from(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Every master of this process with its part of canonical tensors. ValueError where they do not fit."""
-        ...
 
-    def apply(self) -> None:
+    def apply(self) -> None:  # noqa: B027 (nothing to do where the layers read the masters)
         """Bring the masters, which have moved, into the parameters."""
-        ...
 
 
 def adapted_modules(

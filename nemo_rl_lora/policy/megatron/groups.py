@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from nemo_rl_lora.config.megatron import MegatronConfig
-from nemo_rl_lora.distributed.ranks import DataShare, GradientSum, Ranks
+from nemo_rl_lora.distributed.ranks import DataShare, Ranks
 from nemo_rl_lora.policy.megatron import shim
 from nemo_rl_lora.policy.megatron.convert import ParallelLayout, layout_of, owners
 from nemo_rl_lora.policy.megatron.families import Family
@@ -91,7 +91,7 @@ def ranks_of(family: Family, megatron: MegatronConfig) -> MegatronRanks:
             in_step=_group(parallel_state.get_expert_tensor_and_model_parallel_group()).size() > 1,
         ),
         reports=layout.pp_rank == layout.pp - 1 and layout.tp_rank == 0 and context_group.rank() == 0,
-        gradient_sums=tuple(GradientSum(group=_group(group), includes=includes) for group, includes in sums),
+        gradient_sums=tuple((_group(group), includes) for group, includes in sums),
         counts=counts,
         layouts=layouts,
         tensor_group=tensor_group,

@@ -44,6 +44,7 @@ from nemo_rl_lora.policy.megatron.convert import (
 )
 from nemo_rl_lora.policy.megatron.families import Family
 from nemo_rl_lora.policy.megatron.groups import MegatronRanks
+from nemo_rl_lora.policy.trained import Trained
 
 _ROW_PARALLEL = ("linear_proj", "linear_fc2")
 
@@ -213,7 +214,7 @@ class Held:
         return (rows, columns) if side == "A" else (sum(m.out_features for m in self.modules), columns)
 
 
-class Adapters:
+class Adapters(Trained):
     """Every adapter of a rank's part of the model, and the way between its factors and canonical tensors."""
 
     def __init__(
@@ -244,13 +245,14 @@ class Adapters:
             for layer, by_name in by_layer.items()
             for modules in ([tuple(by_name.values())] if spec.fused == "shared" else [(m,) for m in by_name.values()])
         ]
+        shared = [held.tensor_names("A") for held in self._held]
+        self.aliases = {further: first for first, *others in shared for further in others}
         self._factors: dict[str, Factors] = {}
         for layer, by_name in by_layer.items():
             if self._layout.holds(layer):
                 self._install(model, layer, by_name)
 
     def masters(self) -> dict[str, nn.Parameter]:
-        """What is trained here, by a name that is the same wherever its layer is."""
         return {
             held.parameter(side): self._factors[held.name].factor(side)
             for held in self._held
@@ -258,15 +260,8 @@ class Adapters:
             for side in SIDES
         }
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The masters: they are what the layers read."""
-        return self.masters()
-
     def canonical(self, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
-        """`of` every master, under canonical names, on the first process (`Ranks.fetch`).
-
-        A shared A is a copy for each of its modules.
-        """
+        """As in `Trained`. A shared A is a copy for each of its modules."""
         places: list[tuple[Held, Side]] = [(held, side) for held in self._held for side in SIDES]
         shards = [self._shards(held, side, of) for held, side in places]
         fetched = iter(self._ranks.fetch([shard for one in shards for shard in one], torch.float32))
@@ -278,11 +273,10 @@ class Adapters:
         return canonical
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor of `canonical`."""
         return canonical_shapes(self.adapted)
 
     def masters_from(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Every master with what canonical tensors say of it. ValueError where a shape or a shared A does not fit."""
+        """As in `Trained`. ValueError where modules that share an A have several."""
         for held in self._held:
             if (part := self._factors.get(held.name)) is None:
                 continue
@@ -290,15 +284,6 @@ class Adapters:
                 layer = held.layer
                 shards = [shard_adapter(layer, side, tensors[name], self._layout) for name in held.tensor_names(side)]
                 yield part.factor(side), shards[0] if len(shards) == 1 else share(layer, side, shards, self._family)
-
-    @property
-    def aliases(self) -> dict[str, str]:
-        """Of a shared A: each further canonical name -> the first."""
-        names = [held.tensor_names("A") for held in self._held]
-        return {further: first for first, *others in names for further in others}
-
-    def apply(self) -> None:
-        """Nothing: masters are what the layers read."""
 
     def _shards(self, held: Held, side: Side, of: Callable[[nn.Parameter], Tensor]) -> list[Shard]:
         layouts = self._ranks.layouts
