@@ -303,24 +303,23 @@ class Adapters(Trained):
         parent, _, leaf = self._layout.local_name(layer).rpartition(".")
         holder = model.get_submodule(parent)
         base = holder.get_submodule(leaf)
+        device = next(base.parameters()).device
         if self._setting.spec.fused == "shared":
-            slots = [(0, self._draw(Held(layer=layer, modules=tuple(modules.values()))))]
+            slots = [(0, self._draw(Held(layer=layer, modules=tuple(modules.values())), device))]
         else:
             slots = [
-                (width, self._draw(Held(layer=layer, modules=(modules[name],))) if name in modules else None)
+                (width, self._draw(Held(layer=layer, modules=(modules[name],)), device) if name in modules else None)
                 for name, width in zip(hf_names(layer), self._widths(leaf), strict=True)
             ]
-        linear = AdaptedLinear(base, slots, self._setting, is_row=leaf in _ROW_PARALLEL)
-        linear.factors.to(next(base.parameters()).device)
-        setattr(holder, leaf, linear)
+        setattr(holder, leaf, AdaptedLinear(base, slots, self._setting, is_row=leaf in _ROW_PARALLEL))
 
-    def _draw(self, held: Held) -> Factors:
+    def _draw(self, held: Held, device: torch.device) -> Factors:
         dim, in_features = held.shape("A")
         a = draw_a(self._setting.spec, name=held.name, in_features=in_features, dim=dim, seed=self._seed)
         b = torch.zeros(adapter_shard_shape(held.layer, "B", held.shape("B"), self._layout))
         a = shard_adapter(held.layer, "A", a, self._layout).contiguous()
-        scale = held.modules[0].scale
-        self._factors[held.name] = Factors(name=held.name, a=nn.Parameter(a), b=nn.Parameter(b), scale=scale)
+        a, b = (nn.Parameter(factor.to(device)) for factor in (a, b))
+        self._factors[held.name] = Factors(name=held.name, a=a, b=b, scale=held.modules[0].scale)
         return self._factors[held.name]
 
     def _widths(self, leaf: str) -> tuple[int, ...]:
