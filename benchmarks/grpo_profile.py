@@ -129,7 +129,7 @@ def _profile(arguments: argparse.Namespace) -> tuple[SelfTimer, float, str]:
 
 
 _PLACES = {
-    "weight sync: digest": ("policy.dtensor", "DTensorPolicy.publish"),
+    "weight sync: digest": ("policy.trained", "TrainedPolicy.publish"),
     "weight sync: merge, copy, pack": ("generation.in_process", "InProcessGeneration.sync_weights"),
     "generation: prefill": ("generation.decode", "CausalDecoder.admit"),
     "generation: decode": ("generation.decode", "CausalDecoder.step"),

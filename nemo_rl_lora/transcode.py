@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from nemo_rl_lora.lora.adapter_tensors import AdapterTensors, canonical_tensors
 from nemo_rl_lora.lora.dialects import spec_from_peft_config, spec_to_peft_config
-from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, adapter_tensor_name, module_of, read_adapter
+from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, module_of, read_adapter
 from nemo_rl_lora.lora.files import write_adapter as write_peft
 from nemo_rl_lora.lora.fit import adapter_directory
 from nemo_rl_lora.lora.names import FUSED_PARTS, hf_names, last_component, megatron_name
@@ -40,20 +41,11 @@ _IN, _OUT = "linear_in.weight", "linear_out.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Factors:
-    """The update `scale * b @ a` of a Hugging Face module. a [dim, in], b [out, dim], fp32."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterFile:
     """An adapter in canonical form, and the form in which it was found."""
 
     form: Form
-    factors: Mapping[str, Factors]  # by full Hugging Face module name
+    factors: Mapping[str, AdapterTensors]  # by full Hugging Face module name
     base_name: str
     peft_config: Mapping[str, Any] = field(default_factory=dict)  # of PEFT's form
 
@@ -99,7 +91,7 @@ def convert(adapter: AdapterFile, to: Form, family: Family, planned: Plan) -> di
     scale = next(iter(adapter.factors.values())).scale
     tensors: dict[str, Tensor] = {}
     for layer, parts in _by_layer(adapter).items():
-        unit = {name: Factors(a=f.a, b=f.b * (f.scale / scale), scale=scale) for name, f in parts.items()}
+        unit = {name: AdapterTensors(a=f.a, b=f.b * (f.scale / scale), scale=scale) for name, f in parts.items()}
         if to == "megatron-canonical" or last_component(layer) not in FUSED_PARTS:
             for name, factors in unit.items():
                 prefix = _canonical_prefix(layer, name)
@@ -130,14 +122,8 @@ def read(path: Path, family: Family | None) -> AdapterFile:
         return _read_megatron(directory, config, family)
     tensors, config = read_adapter(directory)
     spec = spec_from_peft_config(config)
-    factors = {
-        name: Factors(
-            a=tensors[adapter_tensor_name(name, "A")],
-            b=tensors[adapter_tensor_name(name, "B")],
-            scale=spec.scale_of(name),
-        )
-        for name in sorted({module_of(name) for name in tensors})
-    }
+    modules = sorted({module_of(name) for name in tensors})
+    factors = {name: AdapterTensors.of(name, spec.scale_of(name), tensors) for name in modules}
     base_name = config.get("base_model_name_or_path") or ""
     return AdapterFile(form="peft", factors=factors, base_name=base_name, peft_config=config)
 
@@ -146,12 +132,7 @@ def write(directory: Path, adapter: AdapterFile, to: Form, family: Family, plann
     """Write the result of a planned conversion into a directory that does not exist."""
     directory.mkdir(parents=True)
     if to == "peft":
-        tensors = {
-            adapter_tensor_name(name, side): tensor
-            for name, factors in adapter.factors.items()
-            for side, tensor in (("A", factors.a), ("B", factors.b))
-        }
-        write_peft(directory, tensors, dict(adapter.peft_config) or _peft_config(adapter))
+        write_peft(directory, canonical_tensors(adapter.factors), dict(adapter.peft_config) or _peft_config(adapter))
         return
     scale = next(iter(adapter.factors.values())).scale
     targets = list(dict.fromkeys(last_component(layer) for layer in _by_layer(adapter)))
@@ -166,7 +147,7 @@ def _read_megatron(directory: Path, config: Mapping[str, Any], family: Family) -
     from safetensors.torch import load_file
 
     tensors, scale = load_file(directory / ADAPTER_FILE), config["alpha"] / config["dim"]
-    factors: dict[str, Factors] = {}
+    factors: dict[str, AdapterTensors] = {}
     for name in (name for name in tensors if name.endswith(_IN)):
         layer, _, part = name.removesuffix(_IN).partition(".adapter.")
         a, b, modules = tensors[name], tensors[name.removesuffix(_IN) + _OUT], hf_names(layer)
@@ -178,7 +159,7 @@ def _read_megatron(directory: Path, config: Mapping[str, Any], family: Family) -
         if not modules:
             raise ValueError(f"{directory / ADAPTER_FILE}: {name} is no tensor of a Megatron adapter. Write it again.")
         for module, rows in zip(modules, parts, strict=True):
-            factors[module] = Factors(a=a.clone(), b=rows.contiguous(), scale=scale)
+            factors[module] = AdapterTensors(a=a.clone(), b=rows.contiguous(), scale=scale)
     return AdapterFile(form=config["form"], factors=factors, base_name=config["base_model_name_or_path"])
 
 
@@ -200,8 +181,8 @@ def _label(reasons: Any) -> Label:
     return "exact with rank growth" if reasons else "bit-exact"
 
 
-def _by_layer(adapter: AdapterFile) -> dict[str, dict[str, Factors]]:
-    layers: dict[str, dict[str, Factors]] = {}
+def _by_layer(adapter: AdapterFile) -> dict[str, dict[str, AdapterTensors]]:
+    layers: dict[str, dict[str, AdapterTensors]] = {}
     for name, factors in adapter.factors.items():
         layer = megatron_name(name)
         assert layer is not None, name
@@ -209,7 +190,7 @@ def _by_layer(adapter: AdapterFile) -> dict[str, dict[str, Factors]]:
     return layers
 
 
-def _distinct(parts: Mapping[str, Factors]) -> list[Tensor]:
+def _distinct(parts: Mapping[str, AdapterTensors]) -> list[Tensor]:
     found: list[Tensor] = []
     for factors in parts.values():
         if not any(torch.equal(factors.a, a) for a in found):

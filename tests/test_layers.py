@@ -18,6 +18,7 @@ LAYERS = [
         "packaged_model",
         "base_identity",
         "step_digests",
+        "distributed.ranks",
     ],
     ["config", "model_source"],
     [

@@ -1,9 +1,8 @@
-"""A run is put together: policy, engine and the record of both. The only place that picks a training backend."""
+"""A run is put together: policy, engine and the record of both."""
 
 from __future__ import annotations
 
 import logging
-import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,6 +15,7 @@ from nemo_rl_lora.checkpoints.record import TrainingInfo
 from nemo_rl_lora.config.optimizer_settings import adam_settings, constant, megatron_adam_settings
 from nemo_rl_lora.console import TrainingConsole
 from nemo_rl_lora.metrics import RunLog
+from nemo_rl_lora.policy.backends import build_policy
 from nemo_rl_lora.policy.protocol import PolicySetup
 
 if TYPE_CHECKING:
@@ -95,15 +95,8 @@ def _build_policy(start: Start) -> RunPolicy:
     )
     if start.initial_adapter is not None:
         logger.info(f"policy.adapter.init_from: {start.initial_adapter}")
-    if not is_megatron:
-        from nemo_rl_lora.policy.dtensor import DTensorPolicy
-
-        return DTensorPolicy(config, setup)
-    with warnings.catch_warnings():  # megatron-core says of each optional package that it is not there
-        warnings.simplefilter("ignore")
-        from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
     if num_processes > 1:
         from nemo_rl_lora.distributed.policy_group import PolicyGroup
 
         return PolicyGroup(config, setup, num_processes)
-    return MegatronPolicy(config, setup)
+    return build_policy(config, setup)

@@ -11,8 +11,8 @@ import contextlib
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from transformers import PreTrainedModel
 
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.distributed.local_ray import running_ray
-from nemo_rl_lora.policy.adapter import DTYPES
+from nemo_rl_lora.policy.adapter_state import DTYPES
+from nemo_rl_lora.policy.backends import build_policy
 from nemo_rl_lora.policy.model import load_model
 from nemo_rl_lora.policy.protocol import PolicySetup
-from nemo_rl_lora.policy.weights import write_tensors
+from nemo_rl_lora.policy.weights import LazyTensors, write_tensors
 from nemo_rl_lora.shared_memory import shared_memory
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
@@ -52,11 +53,9 @@ class _Rank:
 
     def build(self, address: str, config: PolicyConfig, setup: PolicySetup) -> tuple[Any, ...]:
         """Join the others and load this process's part; the modules that have an adapter."""
-        from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
-
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, init_method=address, rank=self._rank, world_size=self._number)
-        self._policy = MegatronPolicy(config, setup)
+        self._policy = build_policy(config, setup)
         return self._policy.adapted
 
     def call(self, verb: str, *arguments: Any) -> Any:
@@ -74,27 +73,6 @@ class _Rank:
         for name in ref.tensors:
             ref.tensors[name]
         return None
-
-
-@dataclass(frozen=True, slots=True)
-class FileTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read when it is asked for."""
-
-    path: Path
-    names: tuple[str, ...]
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 class PolicyGroup:
@@ -147,7 +125,8 @@ class PolicyGroup:
             self._published.unlink(missing_ok=True)
         self._published = path
         ref = self._wait([rank.publish.remote(version, mode, path) for rank in self._ranks])[0]
-        return replace(ref, tensors=FileTensors(path, tuple(info.name for info in ref.manifest)))
+        file = safe_open(path, framework="pt")
+        return replace(ref, tensors=LazyTensors({i.name: partial(file.get_tensor, i.name) for i in ref.manifest}))
 
     def save(self, path: Path) -> None:
         """As a policy in this process; the files are the same."""

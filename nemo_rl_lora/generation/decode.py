@@ -22,24 +22,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from nemo_rl_lora.lora.adapter_tensors import AdapterTensors
+
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 # Frequencies of these types do not depend on the length of the sequence, so a table of them stays valid.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 PREFILL_TOKENS = 4096  # padded tokens in one prefill pass: bounds its activations
 FIRST_COMPLETION_CAPACITY = 64  # slots grow by doubling from here, so short completions cost little memory
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Adapter:
-    """A and B of one linear layer: y = x W^T + (scale * x A^T) B^T, the last term in the dtype of A and B."""
-
-    a: Tensor  # [dim, in]
-    b: Tensor  # [out, dim]
-    scale: float
-
-    def update(self, x: Tensor) -> Tensor:
-        """What is added to the base layer's output, rounded in the trainer's order, so that logprobs agree."""
-        return F.linear(F.linear(x.to(self.a.dtype), self.a) * self.scale, self.b)
 
 
 class Decoder(Protocol):
@@ -67,7 +56,7 @@ class Decoder(Protocol):
         """Use these tensors, by parameter name, instead of the shared ones; all others are shared again."""
         ...
 
-    def set_adapters(self, adapters: Mapping[str, Adapter]) -> None:
+    def set_adapters(self, adapters: Mapping[str, AdapterTensors]) -> None:
         """Use these adapters, by module name, and no others."""
         ...
 
@@ -103,7 +92,7 @@ class Projection:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.shared_weight, self.shared_bias = weight, bias
         self.reset()
-        self.adapter: Adapter | None = None
+        self.adapter: AdapterTensors | None = None
 
     def reset(self) -> None:
         self.weight: Tensor | None = self.shared_weight
@@ -290,7 +279,7 @@ class CausalDecoder:
         self.layers = [self._read_layer(f"model.layers.{i}.") for i in range(len(self.layers))]
         self._read_outer()
 
-    def set_adapters(self, adapters: Mapping[str, Adapter]) -> None:
+    def set_adapters(self, adapters: Mapping[str, AdapterTensors]) -> None:
         for name, projection in self.projections.items():
             projection.adapter = adapters.get(name)
 

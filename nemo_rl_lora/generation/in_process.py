@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nemo_rl_lora.generation.decode import Adapter, CausalDecoder, Decoder, unsupported_reason
+from nemo_rl_lora.generation.decode import CausalDecoder, Decoder, unsupported_reason
 from nemo_rl_lora.generation.plain import PlainDecoder
 from nemo_rl_lora.generation.protocol import Ticket, check_request
 from nemo_rl_lora.generation.sampling import sample, uniforms
+from nemo_rl_lora.lora.adapter_tensors import AdapterTensors, canonical_shapes
 from nemo_rl_lora.types import Completion, CompletionGroup, GroupRequest, SyncReceipt, WeightsRef
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PEFT_PREFIX = "base_model.model."
 FinishReason = Literal["stop", "length"]
 
 
@@ -75,7 +75,7 @@ class InProcessGeneration:
         self._adapted = {module.name: module for module in adapted} if spec is not None else {}
         self._expected = {
             "merged": _merged_shapes(base_model, None if spec is None else self._adapted),
-            "adapter": None if spec is None else _adapter_shapes(self._adapted),
+            "adapter": None if spec is None else canonical_shapes(self._adapted.values()),
         }
         self._decoder = _choose_decoder(base_model, compute_dtype, max_concurrent_sequences)
         self._version: int | None = None
@@ -123,7 +123,8 @@ class InProcessGeneration:
             self._decoder.set_weights(staged)
         else:
             self._decoder.set_weights({})
-            self._decoder.set_adapters(_adapters(staged, self._adapted))
+            modules = self._adapted.items()
+            self._decoder.set_adapters({name: AdapterTensors.of(name, m.scale, staged) for name, m in modules})
         self._version = ref.version
         return SyncReceipt(
             version=ref.version,
@@ -280,25 +281,6 @@ def _merged_shapes(model: PreTrainedModel, adapted: Mapping[str, AdaptedModule] 
     if missing:
         raise ValueError(f"adapted modules that {type(model).__name__} does not have as linear layers: {missing[:5]}")
     return {name: shapes[name] for name in names}
-
-
-def _adapter_shapes(adapted: Mapping[str, AdaptedModule]) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, module in adapted.items():
-        shapes[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (module.dim, module.in_features)
-        shapes[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (module.out_features, module.dim)
-    return shapes
-
-
-def _adapters(tensors: Mapping[str, Tensor], adapted: Mapping[str, AdaptedModule]) -> dict[str, Adapter]:
-    return {
-        name: Adapter(
-            a=tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"],
-            b=tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"],
-            scale=module.scale,
-        )
-        for name, module in adapted.items()
-    }
 
 
 def _checked_shapes(ref: WeightsRef, expected: Mapping[str, tuple[int, ...]] | None) -> Mapping[str, tuple[int, ...]]:

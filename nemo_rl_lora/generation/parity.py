@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nemo_rl_lora.generation.decode import Adapter
 from nemo_rl_lora.generation.plain import adding
-from nemo_rl_lora.lora.files import adapter_tensor_name
-from nemo_rl_lora.lora.merge import merged_weight
+from nemo_rl_lora.lora.adapter_tensors import AdapterTensors
 from nemo_rl_lora.lora.targets import AdaptedModule
 
 LEAST_SHARE = 0.9  # of the update, that merging has to leave
@@ -79,10 +77,10 @@ def layer_shares(
     """What rounding to bf16 leaves of each module's update, and of all of them together."""
     shares, kept, whole = [], 0.0, 0.0
     for module in adapted:
-        a, b = (tensors[adapter_tensor_name(module.name, side)].float() for side in "AB")
+        adapter = AdapterTensors.of(module.name, module.scale, tensors).to(torch.float32)
         base = weights[f"{module.name}.weight"].to(torch.bfloat16)
-        update = module.scale * (b @ a)
-        left = merged_weight(base, a, b, module.scale).float() - base.float()
+        update = adapter.scale * (adapter.b @ adapter.a)
+        left = adapter.merged(base).float() - base.float()
         product, square = float((left * update).sum()), float(update.square().sum())
         kept, whole = kept + product, whole + square
         shares.append(
@@ -133,13 +131,8 @@ def _merged(
 ) -> dict[str, Tensor]:
     """The adapted weights, merged in the model's dtype."""
     return {
-        f"{m.name}.weight": merged_weight(
-            model.get_parameter(f"{m.name}.weight").detach(),
-            tensors[adapter_tensor_name(m.name, "A")],
-            tensors[adapter_tensor_name(m.name, "B")],
-            m.scale,
-        )
-        for m in adapted
+        name: AdapterTensors.of(m.name, m.scale, tensors).merged(model.get_parameter(name).detach())
+        for m, name in ((m, f"{m.name}.weight") for m in adapted)
     }
 
 
@@ -158,13 +151,7 @@ def _beside(model: PreTrainedModel, tensors: Mapping[str, Tensor], adapted: Sequ
     """The adapter computed apart, in the model's dtype."""
     hooks = [
         model.get_submodule(m.name).register_forward_hook(
-            adding(
-                Adapter(
-                    a=tensors[adapter_tensor_name(m.name, "A")].to(model.dtype),
-                    b=tensors[adapter_tensor_name(m.name, "B")].to(model.dtype),
-                    scale=m.scale,
-                )
-            )
+            adding(AdapterTensors.of(m.name, m.scale, tensors).to(model.dtype))
         )
         for m in adapted
     ]

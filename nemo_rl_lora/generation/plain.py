@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
-from nemo_rl_lora.generation.decode import Adapter
+from nemo_rl_lora.lora.adapter_tensors import AdapterTensors
 
 
 class PlainDecoder:
@@ -49,7 +49,7 @@ class PlainDecoder:
             for module, leaf in places:
                 setattr(module, leaf, parameter)
 
-    def set_adapters(self, adapters: Mapping[str, Adapter]) -> None:
+    def set_adapters(self, adapters: Mapping[str, AdapterTensors]) -> None:
         for hook in self.hooks:
             hook.remove()
         self.hooks = [
@@ -99,7 +99,7 @@ class PlainDecoder:
         return order
 
 
-def adding(adapter: Adapter) -> Any:
+def adding(adapter: AdapterTensors) -> Any:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + adapter.update(inputs[0]).to(output.dtype)
 

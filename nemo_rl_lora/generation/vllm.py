@@ -35,8 +35,9 @@ from nemo_rl_lora.generation.receipts import (
     read_push,
 )
 from nemo_rl_lora.generation.vllm_engine import EngineSettings, Job, Sampled, VllmEngine
+from nemo_rl_lora.lora.adapter_tensors import canonical_shapes
 from nemo_rl_lora.lora.dialects import spec_to_peft_config
-from nemo_rl_lora.lora.files import adapter_tensor_name, module_of, write_adapter
+from nemo_rl_lora.lora.files import module_of, write_adapter
 from nemo_rl_lora.lora.names import OUTPUT_HEAD_NAMES, last_component
 from nemo_rl_lora.shared_memory import shared_memory
 from nemo_rl_lora.types import (
@@ -293,7 +294,7 @@ class VllmGeneration:
         if ref.mode == "merged":
             problems = self._engine.weight_problems(ref.manifest)
         else:
-            expected = _adapter_shapes(self._model.adapted)
+            expected = canonical_shapes(self._model.adapted)
             found = {info.name: tuple(info.shape) for info in ref.manifest}
             problems = [f"{name!r}: is missing" for name in expected if name not in found]
             problems += [
@@ -478,14 +479,6 @@ def _eos_token_ids(model: ServedModel) -> frozenset[int]:
         listed = AutoConfig.from_pretrained(model.path).eos_token_id
     ids = [*(listed if isinstance(listed, list) else [listed]), model.tokenizer.eos_token_id]
     return frozenset(token for token in ids if isinstance(token, int))
-
-
-def _adapter_shapes(adapted: Sequence[AdaptedModule]) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for module in adapted:
-        shapes[adapter_tensor_name(module.name, "A")] = (module.dim, module.in_features)
-        shapes[adapter_tensor_name(module.name, "B")] = (module.out_features, module.dim)
-    return shapes
 
 
 def _is_finite(value: float) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nemo_rl_lora.lora.adapter_tensors import SIDES, factor_shape
 from nemo_rl_lora.lora.dialects import spec_from_peft_config
 from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, NUM_NAMES_SHOWN, adapter_tensor_name, module_of
 from nemo_rl_lora.lora.spec import LoraSpec
@@ -70,7 +71,8 @@ def _mismatch(tensors: Mapping[str, Tensor], adapted: Sequence[AdaptedModule]) -
     if missing := sorted(expected - found):
         return f"the adapter has no tensors for {_some(missing)}"
     for module in adapted:
-        for side, shape in (("A", (module.dim, module.in_features)), ("B", (module.out_features, module.dim))):
+        for side in SIDES:
+            shape = factor_shape(module, side)
             present = tuple(tensors[adapter_tensor_name(module.name, side)].shape)
             if present != shape:
                 return f"lora_{side} of {module.name} is {list(present)}, and {list(shape)} is needed there"

@@ -3,7 +3,7 @@
 The vendor's layer owns the parameters' names and the memory-efficient and Triton products. What it lacks is here:
 a switch that turns the branch off (the reference policy is the same model without it), fp32 masters cast to the
 dtype of the computation, a scale that need not be alpha / dim, and dropout and initialisation that are functions of a
-seed and the module's name (adapter.py).
+seed and the module's name (adapter_state.py).
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from nemo_automodel.components._peft.lora import LinearLoRA, apply_memory_efficient_lora, patch_linear_module
 from torch import Tensor, nn
 
+from nemo_rl_lora.lora.adapter_tensors import AdapterTensors
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
-from nemo_rl_lora.policy.adapter import DTYPES, AdapterSwitch, draw_a, keep_mask
+from nemo_rl_lora.policy.adapter_state import DTYPES, AdapterSwitch, draw_a, keep_mask
 
 
 class AdapterLinear(LinearLoRA):
@@ -36,6 +37,11 @@ class AdapterLinear(LinearLoRA):
     scale: float
     switch: AdapterSwitch
     use_kernels: bool
+
+    @property
+    def tensors(self) -> AdapterTensors:
+        """The masters."""
+        return AdapterTensors(a=self.lora_A.weight, b=self.lora_B.weight, scale=self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         base = F.linear(x, self.weight, self.bias)

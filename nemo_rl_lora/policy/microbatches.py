@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl_lora.config.policy import PolicyConfig
+from nemo_rl_lora.distributed.ranks import ALONE, DataShare
 from nemo_rl_lora.types import Batch
 
 
@@ -63,18 +64,6 @@ class MicrobatchPlan:
     share_prefix: bool
     max_shared_tokens: int  # a shared run longer than this repeats its prompt
     round_to: int = 1  # the flat length becomes a multiple of this, by padding that nothing attends to
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataShare:
-    """Which part of a batch is one data-parallel rank's."""
-
-    index: int = 0
-    number: int = 1  # of data-parallel ranks
-    in_step: bool = False  # every rank runs as many microbatches, of the same lengths: they meet in each forward pass
-
-
-ALONE = DataShare()
 
 
 def plan_from_config(

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nemo_rl_lora.base_identity import header_bytes
-from nemo_rl_lora.lora.files import adapter_tensor_name
-from nemo_rl_lora.lora.merge import merged_weight
+from nemo_rl_lora.lora.adapter_tensors import AdapterTensors
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.types import SyncMode, TensorInfo, WeightsRef
 
@@ -20,51 +19,23 @@ DIGEST_BYTES_PER_TENSOR = 1 << 20
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-@dataclass(frozen=True, slots=True)
-class LazyTensor:
-    """A tensor that `compute` makes when it is read, and what it will look like."""
-
-    info: TensorInfo
-    compute: Callable[[], Tensor]
-
-
-def cast_entry(name: str, tensor: Tensor, dtype: torch.dtype) -> LazyTensor:
-    """A tensor that exists, cast when it is read."""
-    info = TensorInfo(name=name, shape=tuple(tensor.shape), dtype=dtype)
-    return LazyTensor(info, lambda: tensor.detach().to(dtype))
-
-
-def merged_entry(
-    module: AdaptedModule, tensors: Mapping[str, Tensor], weight_of: Callable[[str], Tensor], dtype: torch.dtype
-) -> LazyTensor:
-    """A weight with its adapter merged in, when it is read. `tensors` holds A and B, `weight_of` the base's weights."""
-    name = f"{module.name}.weight"
-    a, b = (tensors[adapter_tensor_name(module.name, side)] for side in "AB")
-
-    def merge() -> Tensor:
-        weight = weight_of(name).detach()
-        return merged_weight(weight, a.to(weight.device), b.to(weight.device), module.scale)
-
-    return LazyTensor(TensorInfo(name=name, shape=(module.out_features, module.in_features), dtype=dtype), merge)
-
-
 class LazyTensors(Mapping[str, Tensor]):
     """Names to tensors, each computed at every read; nothing is kept."""
 
-    def __init__(self, entries: Mapping[str, LazyTensor]) -> None:
-        self._entries = dict(entries)
+    def __init__(self, computations: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._computations = dict(computations)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._entries[name].compute()
+        return self._computations[name]()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._computations
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._computations)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._computations)
 
 
 def offer(
@@ -80,31 +51,33 @@ def offer(
 
     `adapted` None: there is no adapter, and `tensors`, every weight, are offered as merged.
     """
-    if adapted is None:
-        if mode == "adapter":
-            raise ValueError(
-                "policy.generation.lora_sync='adapter': there is no adapter to send. "
-                "Enable LoRA, or set policy.generation.lora_sync=merged."
-            )
-        entries = {name: cast_entry(name, tensor, dtype) for name, tensor in tensors.items()}
-    elif mode == "adapter":
-        entries = {name: cast_entry(name, tensor, torch.float32) for name, tensor in tensors.items()}
+    if adapted is None and mode == "adapter":
+        raise ValueError(
+            "policy.generation.lora_sync='adapter': there is no adapter to send. "
+            "Enable LoRA, or set policy.generation.lora_sync=merged."
+        )
+    computations: dict[str, Callable[[], Tensor]]
+    if adapted is None or mode == "adapter":
+        dtype = torch.float32 if mode == "adapter" else dtype
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        computations = {name: partial(tensor.detach().to, dtype) for name, tensor in tensors.items()}
     else:
-        entries = {f"{m.name}.weight": merged_entry(m, tensors, weight_of, dtype) for m in adapted}
-    return make_ref(version, mode, entries, digest_of(tensors))
-
-
-def make_ref(version: int, mode: SyncMode, entries: Mapping[str, LazyTensor], digest: str) -> WeightsRef:
-    """A reference within this process."""
-    manifest = tuple(entry.info for entry in entries.values())
+        shapes = {f"{module.name}.weight": (module.out_features, module.in_features) for module in adapted}
+        computations = {f"{module.name}.weight": partial(_merged, module, tensors, weight_of) for module in adapted}
+    manifest = tuple(TensorInfo(name=name, shape=shape, dtype=dtype) for name, shape in shapes.items())
     return WeightsRef(
         version=version,
         mode=mode,
         manifest=manifest,
-        digest=digest,
+        digest=digest_of(tensors),
         num_bytes=sum(info.num_bytes for info in manifest),
-        tensors=LazyTensors(entries),
+        tensors=LazyTensors(computations),
     )
+
+
+def _merged(module: AdaptedModule, tensors: Mapping[str, Tensor], weight_of: Callable[[str], Tensor]) -> Tensor:
+    adapter = AdapterTensors.of(module.name, module.scale, tensors)
+    return adapter.merged(weight_of(f"{module.name}.weight").detach())
 
 
 def write_tensors(path: Path, ref: WeightsRef) -> None:

@@ -22,7 +22,7 @@ GRPO = make_policy_loss(LossFnConfig(reference_policy_kl_penalty=0.0))
 
 
 def two_processes(config, setup) -> PolicyGroup:
-    return PolicyGroup(config, setup, 2)
+    return PolicyGroup(config.model_copy(update={"backend": "megatron"}), setup, 2)
 
 
 @pytest.fixture(scope="module")

@@ -23,18 +23,18 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from nemo_rl_lora.config.megatron import MegatronConfig
+from nemo_rl_lora.lora.adapter_tensors import Side
 from nemo_rl_lora.lora.names import FUSED_PARTS, hf_names
 from nemo_rl_lora.policy.megatron.families import Family, layer_ranges
 
 Shape = tuple[int, ...]
-Side = Literal["A", "B"]
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
 _EXPERT = re.compile(r"(?<=local_experts\.)\d+")

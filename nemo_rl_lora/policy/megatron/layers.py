@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nemo_rl_lora.config.megatron import MegatronConfig
-from nemo_rl_lora.policy.adapter import AdapterSwitch
+from nemo_rl_lora.policy.adapter_state import AdapterSwitch
 from nemo_rl_lora.policy.megatron.context import ContextPlan, context_attention
 from nemo_rl_lora.policy.megatron.convert import ParallelLayout
 from nemo_rl_lora.policy.megatron.families import Experts, Family

@@ -27,14 +27,14 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
+from nemo_rl_lora.distributed.ranks import Shard
+from nemo_rl_lora.lora.adapter_tensors import SIDES, AdapterTensors, Side, canonical_shapes, factor_shape
 from nemo_rl_lora.lora.files import adapter_tensor_name
 from nemo_rl_lora.lora.names import hf_names, megatron_name
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
-from nemo_rl_lora.policy.adapter import DTYPES, AdapterSwitch, draw_a, keep_mask
+from nemo_rl_lora.policy.adapter_state import DTYPES, AdapterSwitch, draw_a, keep_mask
 from nemo_rl_lora.policy.megatron.convert import (
-    Shape,
-    Side,
     adapter_shard_shape,
     join_adapter,
     owners,
@@ -43,19 +43,19 @@ from nemo_rl_lora.policy.megatron.convert import (
     unshare,
 )
 from nemo_rl_lora.policy.megatron.families import Family
-from nemo_rl_lora.policy.megatron.ranks import Ranks, Shard
+from nemo_rl_lora.policy.megatron.groups import MegatronRanks
+from nemo_rl_lora.policy.trained import Trained
 
 _ROW_PARALLEL = ("linear_proj", "linear_fc2")
-SIDES: tuple[Side, Side] = ("A", "B")
 
 
-class Factors(nn.Module):
-    """A [dim, in] and B [out, dim] of one update, or a rank's shards of them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factors(AdapterTensors):
+    """The masters of one update, or a rank's shards of them."""
 
-    def __init__(self, name: str, scale: float, a: Tensor, b: Tensor) -> None:
-        super().__init__()
-        self.name, self.scale = name, scale
-        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+    name: str  # what A and dropout are drawn for
+    a: nn.Parameter
+    b: nn.Parameter
 
     def factor(self, side: Side) -> nn.Parameter:
         return self.a if side == "A" else self.b
@@ -80,13 +80,10 @@ class AdaptedLinear(nn.Module):
         """`slots`: how many rows a module has in each repetition of the layer's pattern, and its factors if any."""
         super().__init__()
         self.base = base
-        self.factors = nn.ModuleList(factors for _, factors in slots if factors is not None)
+        self.parts = [factors for _, factors in slots if factors is not None]
+        self.factors = nn.ParameterList(part.factor(side) for part in self.parts for side in SIDES)
         self._slots = [(width, factors is not None) for width, factors in slots]
         self._setting, self._is_row = setting, is_row
-
-    @property
-    def parts(self) -> list[Factors]:
-        return [part for part in self.factors if isinstance(part, Factors)]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As the base: the output, and a bias that the caller adds."""
@@ -213,13 +210,11 @@ class Held:
 
     def shape(self, side: Side) -> tuple[int, int]:
         """Of the whole factor."""
-        module = self.modules[0]
-        if side == "A":
-            return module.dim, module.in_features
-        return sum(m.out_features for m in self.modules), module.dim
+        rows, columns = factor_shape(self.modules[0], side)
+        return (rows, columns) if side == "A" else (sum(m.out_features for m in self.modules), columns)
 
 
-class Adapters:
+class Adapters(Trained):
     """Every adapter of a rank's part of the model, and the way between its factors and canonical tensors."""
 
     def __init__(
@@ -229,11 +224,12 @@ class Adapters:
         spec: LoraSpec,
         *,
         family: Family,
-        ranks: Ranks,
+        ranks: MegatronRanks,
         seed: int,
     ) -> None:
         """Freeze the model and put adapters into it, with A drawn and B zero."""
         self._family, self._ranks, self._layout, self._seed = family, ranks, ranks.layout, seed
+        self.adapted = tuple(adapted)
         self.switch = AdapterSwitch()
         self._setting = Setting(
             spec=spec, switch=self.switch, group=ranks.tensor_group, sequence_parallel=ranks.sequence_parallel
@@ -249,13 +245,14 @@ class Adapters:
             for layer, by_name in by_layer.items()
             for modules in ([tuple(by_name.values())] if spec.fused == "shared" else [(m,) for m in by_name.values()])
         ]
+        shared = [held.tensor_names("A") for held in self._held]
+        self.aliases = {further: first for first, *others in shared for further in others}
         self._factors: dict[str, Factors] = {}
         for layer, by_name in by_layer.items():
             if self._layout.holds(layer):
                 self._install(model, layer, by_name)
 
     def masters(self) -> dict[str, nn.Parameter]:
-        """What is trained here, by a name that is the same wherever its layer is."""
         return {
             held.parameter(side): self._factors[held.name].factor(side)
             for held in self._held
@@ -264,10 +261,7 @@ class Adapters:
         }
 
     def canonical(self, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
-        """`of` every master, under canonical names, on the first process (`Ranks.fetch`).
-
-        A shared A is a copy for each of its modules.
-        """
+        """As in `Trained`. A shared A is a copy for each of its modules."""
         places: list[tuple[Held, Side]] = [(held, side) for held in self._held for side in SIDES]
         shards = [self._shards(held, side, of) for held, side in places]
         fetched = iter(self._ranks.fetch([shard for one in shards for shard in one], torch.float32))
@@ -278,19 +272,11 @@ class Adapters:
             canonical |= zip(held.tensor_names(side), whole, strict=True)
         return canonical
 
-    def shapes(self) -> dict[str, Shape]:
-        """The shape of every tensor of `canonical`."""
-        return {
-            adapter_tensor_name(module.name, side): (module.dim, module.in_features)
-            if side == "A"
-            else (module.out_features, module.dim)
-            for held in self._held
-            for side in SIDES
-            for module in held.modules
-        }
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return canonical_shapes(self.adapted)
 
     def masters_from(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Every master with what canonical tensors say of it. ValueError where a shape or a shared A does not fit."""
+        """As in `Trained`. ValueError where modules that share an A have several."""
         for held in self._held:
             if (part := self._factors.get(held.name)) is None:
                 continue
@@ -298,15 +284,6 @@ class Adapters:
                 layer = held.layer
                 shards = [shard_adapter(layer, side, tensors[name], self._layout) for name in held.tensor_names(side)]
                 yield part.factor(side), shards[0] if len(shards) == 1 else share(layer, side, shards, self._family)
-
-    @property
-    def aliases(self) -> dict[str, str]:
-        """Of a shared A: each further canonical name -> the first."""
-        names = [held.tensor_names("A") for held in self._held]
-        return {further: first for first, *others in names for further in others}
-
-    def apply(self) -> None:
-        """Nothing: masters are what the layers read."""
 
     def _shards(self, held: Held, side: Side, of: Callable[[nn.Parameter], Tensor]) -> list[Shard]:
         layouts = self._ranks.layouts
@@ -328,22 +305,21 @@ class Adapters:
         base = holder.get_submodule(leaf)
         device = next(base.parameters()).device
         if self._setting.spec.fused == "shared":
-            slots = [(0, self._draw(Held(layer=layer, modules=tuple(modules.values()))))]
+            slots = [(0, self._draw(Held(layer=layer, modules=tuple(modules.values())), device))]
         else:
             slots = [
-                (width, self._draw(Held(layer=layer, modules=(modules[name],))) if name in modules else None)
+                (width, self._draw(Held(layer=layer, modules=(modules[name],)), device) if name in modules else None)
                 for name, width in zip(hf_names(layer), self._widths(leaf), strict=True)
             ]
-        linear = AdaptedLinear(base, slots, self._setting, is_row=leaf in _ROW_PARALLEL)
-        linear.factors.to(device)
-        setattr(holder, leaf, linear)
+        setattr(holder, leaf, AdaptedLinear(base, slots, self._setting, is_row=leaf in _ROW_PARALLEL))
 
-    def _draw(self, held: Held) -> Factors:
+    def _draw(self, held: Held, device: torch.device) -> Factors:
         dim, in_features = held.shape("A")
         a = draw_a(self._setting.spec, name=held.name, in_features=in_features, dim=dim, seed=self._seed)
         b = torch.zeros(adapter_shard_shape(held.layer, "B", held.shape("B"), self._layout))
         a = shard_adapter(held.layer, "A", a, self._layout).contiguous()
-        self._factors[held.name] = Factors(held.name, held.modules[0].scale, a, b)
+        a, b = (nn.Parameter(factor.to(device)) for factor in (a, b))
+        self._factors[held.name] = Factors(name=held.name, a=a, b=b, scale=held.modules[0].scale)
         return self._factors[held.name]
 
     def _widths(self, leaf: str) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nemo_rl_lora.distributed.ranks import Shard
 from nemo_rl_lora.policy.megatron.convert import (
     Shape,
     hf_tensors,
@@ -23,48 +24,45 @@ from nemo_rl_lora.policy.megatron.convert import (
     separate,
 )
 from nemo_rl_lora.policy.megatron.families import Family
-from nemo_rl_lora.policy.megatron.ranks import Ranks, Shard
+from nemo_rl_lora.policy.megatron.groups import MegatronRanks
+from nemo_rl_lora.policy.trained import Trained
 
 
 class StageWeights:
     """The parameters of a model without adapters."""
 
-    def __init__(self, model: nn.Module, family: Family, ranks: Ranks) -> None:
-        self._family, self._ranks, self._layout = family, ranks, ranks.layout
+    def __init__(self, model: nn.Module, family: Family, ranks: MegatronRanks) -> None:
+        self.family, self.layout, self._ranks = family, ranks.layout, ranks
         self.parameters = dict(model.named_parameters())
-        self._holders = {
+        self.holders = {
             name: weight
-            for weight in megatron_weights(family, self._layout.pp)
+            for weight in megatron_weights(family, self.layout.pp)
             for name in weight.sources
             if not weight.is_copy
         }
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(iter(self.parameters.values())).dtype
 
     @torch.no_grad()
     def load(self, read: Callable[[str], Any]) -> None:
         """Every parameter from its Hugging Face tensors, given by name; a rank reads its own rows and columns."""
         missing = set(self.parameters)
-        for name, tensor in megatron_tensors(self._family, self._layout, read):
+        for name, tensor in megatron_tensors(self.family, self.layout, read):
             self.parameters[name].copy_(tensor)
             missing.remove(name)
         assert not missing, missing
 
     def hf_tensor(self, name: str) -> Tensor:
         """The tensor of a Hugging Face name, on the first process (`Ranks.fetch`)."""
-        weight, layouts = self._holders[name], self._ranks.layouts
+        weight, layouts = self.holders[name], self._ranks.layouts
 
         def own_part() -> Tensor:
-            fused = self.parameters[self._layout.local_name(weight.name)].detach()
-            return separate(weight.name, fused, self._family)[list(weight.sources).index(name)]
+            fused = self.parameters[self.layout.local_name(weight.name)].detach()
+            return separate(weight.name, fused, self.family)[list(weight.sources).index(name)]
 
         shards = [
             Shard(rank=rank, shape=weight.local_source(name, layouts[rank]), read=own_part)
             for rank in owners(weight.name, layouts)
         ]
-        return join(self._ranks.fetch(shards, self.dtype), weight.split_dim)
+        return join(self._ranks.fetch(shards, next(iter(self.parameters.values())).dtype), weight.split_dim)
 
     def hf_tensors(self, of: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Every Hugging Face tensor, on the first process, from what `of` says of each parameter's local name.
@@ -77,28 +75,14 @@ class StageWeights:
             fetched = self._ranks.fetch([shard], torch.float32)[0]
             return fetched if self._ranks.number == 1 or fetched.is_meta else fetched.cpu()
 
-        return hf_tensors(self._family, self._ranks.layouts, read)
-
-    def hf_shapes(self) -> dict[str, Shape]:
-        """The shape of every Hugging Face tensor."""
-        return {name: weight.sources[name] for name, weight in self._holders.items()}
-
-    def global_name(self, name: str) -> str:
-        """The name that a parameter of this process has in the whole model."""
-        return self._layout.global_name(name)
-
-    def from_hf(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter's name with what Hugging Face tensors say of it."""
-        return megatron_tensors(self._family, self._layout, tensors.__getitem__)
+        return hf_tensors(self.family, self._ranks.layouts, read)
 
 
-class AllWeights:
+class AllWeights(Trained):
     """Every weight as something to train: fp32 masters, which are the parameters themselves where those are fp32.
 
     Beside narrower parameters the gradients of all microbatches are added up in fp32.
     """
-
-    aliases: Mapping[str, str] = {}
 
     def __init__(self, weights: StageWeights, *, freeze_router: bool) -> None:
         self._weights = weights
@@ -113,24 +97,24 @@ class AllWeights:
             self._masters[name] = master
 
     def masters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by its global name."""
-        return {self._weights.global_name(name): master for name, master in self._masters.items()}
+        return {self._weights.layout.global_name(name): master for name, master in self._masters.items()}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self._weights.parameters
 
     def canonical(self, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
-        """`of` every master, under Hugging Face names."""
         return dict(self._weights.hf_tensors(lambda name: of(self._masters[name]).detach()))
 
     def shapes(self) -> dict[str, Shape]:
-        """The shape of every tensor of `canonical`."""
-        return self._weights.hf_shapes()
+        return {name: weight.sources[name] for name, weight in self._weights.holders.items()}
 
     def masters_from(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Every master with what canonical tensors say of it."""
-        return ((self._masters[name], tensor) for name, tensor in self._weights.from_hf(tensors))
+        own = megatron_tensors(self._weights.family, self._weights.layout, tensors.__getitem__)
+        return ((self._masters[name], tensor) for name, tensor in own)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Round the masters into the parameters, after they have moved."""
+        """Round the masters into the parameters."""
         for name, parameter in self._weights.parameters.items():
             if parameter is not self._masters[name]:
                 parameter.copy_(self._masters[name])

@@ -18,9 +18,9 @@ from nemo_rl_lora.lora.targets import resolve_targets
 from nemo_rl_lora.policy.megatron import lora
 from nemo_rl_lora.policy.megatron.convert import open_checkpoint, shard_adapter, share
 from nemo_rl_lora.policy.megatron.families import read_family
+from nemo_rl_lora.policy.megatron.groups import join_processes, ranks_of
 from nemo_rl_lora.policy.megatron.layers import build_model, flat_run, transformer_config
 from nemo_rl_lora.policy.megatron.lora import Adapters
-from nemo_rl_lora.policy.megatron.processes import join_processes, ranks_of
 from nemo_rl_lora.policy.megatron.weights import StageWeights
 from nemo_rl_lora.policy.microbatches import Microbatch, Segment
 from nemo_rl_lora.policy.model import empty_model, linear_modules, load_model_config

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from nemo_rl_lora.policy.megatron.groups import join_processes, own_layout
 from nemo_rl_lora.policy.megatron.layers import build_model, transformer_config
-from nemo_rl_lora.policy.megatron.processes import join_processes, own_layout
 from tests.policy.megatron.test_convert import LAYOUTS, family_of, megatron_of, possible
 
 

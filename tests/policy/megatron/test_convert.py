@@ -289,8 +289,8 @@ def test_owners_leave_replicas_out():
 
 @pytest.mark.parametrize(("name", "tied"), MODELS)
 def test_megatron_cores_model_takes_every_tensor_and_computes_as_transformers(saved, name, tied):
+    from nemo_rl_lora.policy.megatron.groups import join_processes, own_layout
     from nemo_rl_lora.policy.megatron.layers import build_model, flat_run, transformer_config
-    from nemo_rl_lora.policy.megatron.processes import join_processes, own_layout
 
     directory, family = saved(name, tied), family_of(name, tied)
     join_processes(MegatronConfig())

@@ -25,35 +25,25 @@ def make_twins(path, **settings) -> tuple[DTensorPolicy, MegatronPolicy]:
 
 def masters(policy: Twin) -> dict[str, Tensor]:
     """Canonical name -> what is trained."""
-    if isinstance(policy, MegatronPolicy):
-        return policy._trained.canonical(lambda master: master)
-    return {name: p.detach() for name, p in policy._named_masters().items()}
+    return policy._trained.canonical(lambda master: master)
 
 
 def gradients(policy: Twin) -> dict[str, Tensor]:
-    if isinstance(policy, MegatronPolicy):
-        return policy._trained.canonical(lambda master: master.grad)
-    return {name: p.grad for name, p in policy._named_masters().items()}
+    return policy._trained.canonical(lambda master: master.grad)
 
 
 def moments(policy: Twin) -> dict[str, tuple[Tensor, Tensor]]:
-    if isinstance(policy, MegatronPolicy):
-        first, second = (
-            policy._trained.canonical(lambda master, index=index: policy._optimizer.moments_of(master)[index])
-            for index in (0, 1)
-        )
-        return {name: (first[name], second[name]) for name in first}
-    return {name: policy._optimizer.moments_of(p) for name, p in policy._named_masters().items()}
+    first, second = (
+        policy._trained.canonical(lambda master, index=index: policy._optimizer.moments_of(master)[index])
+        for index in (0, 1)
+    )
+    return {name: (first[name], second[name]) for name in first}
 
 
 @torch.no_grad()
 def set_masters(policy: Twin, tensors: dict[str, Tensor]) -> None:
-    if isinstance(policy, MegatronPolicy):
-        for master, tensor in policy._trained.masters_from(tensors):
-            master.copy_(tensor)
-    else:
-        for name, p in policy._named_masters().items():
-            p.copy_(tensors[name])
+    for master, tensor in policy._trained.masters_from(tensors):
+        master.copy_(tensor)
 
 
 def random_adapter(policy: Twin, seed: int = 3) -> dict[str, Tensor]:

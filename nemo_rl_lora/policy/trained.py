@@ -1,0 +1,242 @@
+"""What is trained, and the verbs of a policy that follow from it: written once, for both backends.
+
+Contract: a backend says what it trains as a `Trained`: fp32 masters, of which each process holds its part, and the way
+between them and canonical tensors, which are whole and have the names of Hugging Face's files. From that, and from how
+it computes log-probabilities, `TrainedPolicy` makes the optimizer, the reference, what is published, and checkpoints.
+A checkpoint is thus the same whatever the backend and however the masters are sharded.
+
+Of the processes that share a model, each makes the same calls with the same whole batch; the first one writes files
+and has the weights that are published.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nemo_rl_lora.config.lora import lora_block_key
+from nemo_rl_lora.config.policy import PolicyConfig
+from nemo_rl_lora.distributed.ranks import Ranks
+from nemo_rl_lora.lora.dialects import spec_to_peft_config
+from nemo_rl_lora.lora.files import (
+    ADAPTER_DIRECTORY,
+    REFERENCE_DIRECTORY,
+    check_shapes,
+    read_adapter,
+    read_moments,
+    write_adapter,
+    write_moments,
+)
+from nemo_rl_lora.lora.spec import LoraSpec
+from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets
+from nemo_rl_lora.policy.adapter_state import DTYPES, AdapterSwitch
+from nemo_rl_lora.policy.microbatches import Microbatch, plan_from_config, plan_microbatches
+from nemo_rl_lora.policy.model import linear_modules
+from nemo_rl_lora.policy.optimizer import MasterAdam
+from nemo_rl_lora.policy.protocol import PolicySetup
+from nemo_rl_lora.policy.step import Share, copies_on_cpu, holding, step_output
+from nemo_rl_lora.policy.weights import offer
+from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
+
+
+class Trained(ABC):
+    """The fp32 masters of this process, and the way between them and canonical tensors."""
+
+    adapted: tuple[AdaptedModule, ...] = ()  # in module order; none where all weights are trained
+    switch: AdapterSwitch | None = None
+    aliases: Mapping[str, str] = {}  # of a master with several canonical names: each further name -> the first
+
+    @abstractmethod
+    def masters(self) -> dict[str, nn.Parameter]:
+        """What the optimizer holds, by a name that is the same in every process that holds a part of it."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What the layers read, and a copied reference takes the place of: by default, the masters."""
+        return self.masters()
+
+    @abstractmethod
+    def canonical(self, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+        """`of` every master (itself, its gradient, a moment), gathered under canonical names on the first process; on
+        others of the meta device."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor of `canonical`."""
+
+    @abstractmethod
+    def masters_from(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Every master of this process with its part of canonical tensors. ValueError where they do not fit."""
+
+    def apply(self) -> None:  # noqa: B027 (nothing to do where the layers read the masters)
+        """Bring the masters, which have moved, into the parameters."""
+
+
+def adapted_modules(
+    config: PolicyConfig, setup: PolicySetup, spec: LoraSpec, model: PreTrainedModel
+) -> tuple[AdaptedModule, ...]:
+    """The modules of a Hugging Face model that get an adapter, in module order."""
+    return resolve_trained_targets(
+        spec,
+        linear_modules(model),
+        tied_head=bool(getattr(model.config, "tie_word_embeddings", False)),
+        model_label=setup.base_model_name,
+        config_key=lora_block_key(config),
+    )
+
+
+class TrainedPolicy(ABC):
+    """A Policy (policy/protocol.py) without the computation of log-probabilities and of a step."""
+
+    def __init__(self, config: PolicyConfig, setup: PolicySetup, ranks: Ranks, trained: Trained) -> None:
+        self._config, self._setup, self._ranks, self._trained = config, setup, ranks, trained
+        if setup.initial_adapter is not None:
+            self._read_adapter(setup.initial_adapter)
+        self._reference = copies_on_cpu(trained.parameters()) if setup.copies_reference else None
+        self._optimizer = MasterAdam(list(trained.masters().values()), setup.adam)
+
+    @abstractmethod
+    def logprobs(self, batch: Batch) -> Tensor:
+        """[B, T] fp32, dropout off; 0.0 outside the loss mask."""
+
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        """The same with the adapter switched off, or with the copied reference in place."""
+        with self._as_reference():
+            return self.logprobs(batch)
+
+    @abstractmethod
+    def train_step(self, batch: Batch, loss_fn: LossFn) -> StepOutput:
+        """All microbatches, then one optimizer step. FloatingPointError before the optimizer moves on bad numbers."""
+
+    def publish(self, version: int, mode: SyncMode) -> WeightsRef:
+        """merged: `<module>.weight` in the compute dtype, merged when read; adapter: A and B in fp32.
+
+        Without an adapter every weight is published as merged.
+        """
+        return offer(
+            version,
+            mode,
+            self._trained.canonical(_itself),
+            adapted=None if self._setup.spec is None else self.adapted,
+            weight_of=self._base_weight,
+            dtype=self.compute_dtype,
+        )
+
+    def save(self, path: Path) -> None:
+        """adapter/ (PEFT files) or weights/ (a Hugging Face model), reference_adapter/ if copied, and optimizer/."""
+        if self._setup.spec is None:
+            tensors = self._trained.canonical(_itself)
+            if self._ranks.is_first:
+                self._write_weights(path / "weights", tensors)
+            del tensors
+        else:
+            self._write_adapter(path / ADAPTER_DIRECTORY, self._setup.spec)
+            if self._reference is not None:
+                with self._as_reference():
+                    self._write_adapter(path / REFERENCE_DIRECTORY, self._setup.spec)
+        first, second = (self._trained.canonical(partial(self._moment, index=index)) for index in (0, 1))
+        if self._ranks.is_first:
+            aliases = self._trained.aliases
+            moments = {name: (first[name], second[name]) for name in first if name not in aliases}
+            write_moments(path / "optimizer", moments, self._optimizer.num_steps, aliases=aliases)
+
+    def load(self, path: Path) -> None:
+        """Strictly what `save` of either backend wrote. Without moments the optimizer starts anew."""
+        if self._setup.spec is None:
+            self._set_masters(path, self._read_weights(path / "weights"))
+        else:
+            if self._reference is not None:
+                self._read_adapter(path / REFERENCE_DIRECTORY)
+                self._reference = copies_on_cpu(self._trained.parameters())
+            self._read_adapter(path / ADAPTER_DIRECTORY)
+        if (path / "optimizer").is_dir():
+            moments, self._optimizer.num_steps = read_moments(
+                path / "optimizer", expected=self._trained.shapes().keys(), aliases=self._trained.aliases
+            )
+            first, second = ({name: pair[index] for name, pair in moments.items()} for index in (0, 1))
+            pairs = zip(self._trained.masters_from(first), self._trained.masters_from(second), strict=True)
+            for (master, one), (_, two) in pairs:
+                self._optimizer.set_moments(master, one, two)
+
+    def close(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    # Beyond the protocol: what the composition root wires into an engine of the same process.
+
+    @abstractmethod
+    def base_model(self) -> PreTrainedModel:
+        """A Hugging Face model without adapters over the base parameters, which nobody may write."""
+
+    @property
+    def adapted(self) -> tuple[AdaptedModule, ...]:
+        return self._trained.adapted
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return DTYPES[self._config.precision]
+
+    @abstractmethod
+    def _base_weight(self, name: str) -> Tensor:
+        """A weight of the base by its Hugging Face name, on the first process."""
+
+    @abstractmethod
+    def _write_weights(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+        """A Hugging Face directory of these canonical tensors, which are all weights."""
+
+    @abstractmethod
+    def _read_weights(self, directory: Path) -> Mapping[str, Tensor]:
+        """The canonical tensors of such a directory, in fp32."""
+
+    def _microbatches(
+        self, batch: Batch, kind: Literal["train", "logprob"], *, flat: bool, can_share: bool = True, round_to: int = 1
+    ) -> list[Microbatch]:
+        """This process's share of a batch; the layout as in `plan_from_config`."""
+        max_rows = self._config.train_micro_batch_size if kind == "train" else self._setup.logprob_rows
+        plan = plan_from_config(
+            self._config, kind, max_rows=max_rows, flat=flat, can_share=can_share, round_to=round_to
+        )
+        return plan_microbatches(batch, plan, self._ranks.data_share)
+
+    def _optimizer_step(self, shares: Sequence[Share]) -> StepOutput:
+        """One step from the gradients and losses of this process's microbatches and those of the others."""
+        everybodys = [share for of_rank in self._ranks.reported(shares) for share in of_rank]
+        masters = self._trained.masters()
+        self._ranks.sum_gradients(masters)
+        output = step_output(everybodys, lambda loss: self._optimizer.move(loss, self._ranks.total_norm(masters)))
+        self._trained.apply()
+        return output
+
+    def _as_reference(self) -> AbstractContextManager[None]:
+        if self._reference is not None:
+            return holding(self._trained.parameters(), self._reference)
+        assert self._trained.switch is not None, "a full fine-tuning policy was built without a reference"
+        return self._trained.switch.off()
+
+    def _write_adapter(self, directory: Path, spec: LoraSpec) -> None:
+        tensors = self._trained.canonical(_itself)
+        if self._ranks.is_first:
+            write_adapter(directory, tensors, spec_to_peft_config(spec, self._setup.base_model_name, self.adapted))
+
+    def _read_adapter(self, directory: Path) -> None:
+        self._set_masters(directory, read_adapter(directory, expected=self._trained.shapes().keys())[0])
+
+    @torch.no_grad()
+    def _set_masters(self, source: Path, tensors: Mapping[str, Tensor]) -> None:
+        check_shapes(source, expected=self._trained.shapes(), found=tensors)
+        for master, tensor in self._trained.masters_from(tensors):
+            master.copy_(tensor)
+        self._trained.apply()
+
+    def _moment(self, master: nn.Parameter, index: int) -> Tensor:
+        return self._optimizer.moments_of(master)[index]
+
+
+def _itself(master: nn.Parameter) -> Tensor:
+    return master
