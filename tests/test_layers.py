@@ -18,6 +18,7 @@ LAYERS = [
         "shared_memory",
         "packaged_model",
         "step_files",
+        "tensors",
         "base_identity",
         "step_digests",
     ],

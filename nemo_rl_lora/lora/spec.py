@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from nemo_rl_lora.lora.names import hf_targets, names_fused_layer, names_fused_part
 from nemo_rl_lora.lora.targets import ALL_LINEAR, module_matches
+from nemo_rl_lora.tensors import COMPUTE_DTYPES
 
-DTYPES = ("float32", "bfloat16", "float16")
 _NORMAL = re.compile(r"normal\(\s*([0-9.eE+-]+)\s*\)")
 _INIT_RULE = "must be 'xavier', 'uniform', 'kaiming' or 'normal(STD)' with STD > 0"
 
@@ -66,7 +66,7 @@ class LoraSpec:
         _check_choice("B_init", self.B_init, ("zero",))
         _check_choice("fused", self.fused, ("canonical", "shared"))
         if self.dtype is not None:
-            _check_choice("dtype", self.dtype, (*DTYPES, None))
+            _check_choice("dtype", self.dtype, (*COMPUTE_DTYPES, None))
         parse_init(self.A_init)
         _check_targets(self)
         for pattern, dim in self.rank_pattern.items():
@@ -132,7 +132,7 @@ def require_adapter_dtype(spec: LoraSpec, quantization: str | None, config_key: 
         raise ValueError(
             f"{config_key}.{'dtype' if config_key.endswith('.lora') else 'lora_dtype'}=None: the base is "
             "quantized "
-            f"({quantization}), so the adapter cannot follow its dtype. Set it to one of {', '.join(DTYPES)}."
+            f"({quantization}), so the adapter cannot follow its dtype. Set it to one of {', '.join(COMPUTE_DTYPES)}."
         )
 
 

@@ -33,7 +33,7 @@ from nemo_rl_lora.lora.files import (
 )
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets
-from nemo_rl_lora.policy.adapter import DTYPES, AdapterSwitch, dropout_of
+from nemo_rl_lora.policy.adapter import AdapterSwitch, dropout_of
 from nemo_rl_lora.policy.adapter_linear import AdapterLinear, install_adapters
 from nemo_rl_lora.policy.forward import DEFAULT_CHUNK_TOKENS, ForwardPass
 from nemo_rl_lora.policy.masters import MasterAdam
@@ -43,6 +43,7 @@ from nemo_rl_lora.policy.passes import copies_on_cpu, holding, microbatch_loss, 
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.policy.segment_attention import layout_problems, supports_segments
 from nemo_rl_lora.policy.weights import offer
+from nemo_rl_lora.tensors import torch_dtype
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class DTensorPolicy:
     def __init__(self, config: PolicyConfig, setup: PolicySetup) -> None:
         self._config = config
         self._setup = setup
-        compute_dtype = DTYPES[config.precision]
+        compute_dtype = torch_dtype(config.precision)
         master_dtype = compute_dtype if setup.spec is not None else torch.float32
         self._model = load_model(
             setup.model_path, dtype=master_dtype, config_overrides=dict(config.hf_config_overrides)

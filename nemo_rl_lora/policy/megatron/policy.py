@@ -40,7 +40,7 @@ from nemo_rl_lora.lora.files import (
 )
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets
-from nemo_rl_lora.policy.adapter import DTYPES, AdapterSwitch, dropout_of
+from nemo_rl_lora.policy.adapter import AdapterSwitch, dropout_of
 from nemo_rl_lora.policy.forward import logprob_rows
 from nemo_rl_lora.policy.head import Head
 from nemo_rl_lora.policy.masters import MasterAdam
@@ -64,6 +64,7 @@ from nemo_rl_lora.policy.model import (
 from nemo_rl_lora.policy.passes import Share, copies_on_cpu, holding, microbatch_loss, step_output
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.policy.weights import offer
+from nemo_rl_lora.tensors import torch_dtype
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
 
@@ -86,7 +87,7 @@ class MegatronPolicy:
         join_processes(config.megatron_cfg)
         self._ranks = ranks_of(family, config.megatron_cfg)
         self._family = family
-        self._compute_dtype = DTYPES[config.precision]
+        self._compute_dtype = torch_dtype(config.precision)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         core = transformer_config(family, config.megatron_cfg, self._compute_dtype)
         self._model = build_model(family, self._ranks.layout, core).to(self._device)
