@@ -88,9 +88,8 @@ def export(request: ExportRequest) -> list[Export]:
         return exports
     if request.verify_logits:
         _refuse_logits_without_means(base, works)
-    shards = plan_shards(
-        [_planned_tensor(tensor, request.dtype) for tensor in base.tensors.values()], request.max_shard_bytes
-    )
+    planned = [_planned_tensor(tensor, request.dtype) for tensor in base.tensors.values()]
+    shards = plan_shards(planned, request.max_shard_bytes)
     num_bytes = sum(shard.num_bytes for shard in shards) + _SPARE_BYTES
     probe_directory(parent, OUTPUT_FLAG, required_bytes=num_bytes * len(works))
     _merge(request, base, shards, works)
