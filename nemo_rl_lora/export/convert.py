@@ -7,6 +7,7 @@ was made from, by which a finished one is known again. The same inputs and optio
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -35,7 +36,6 @@ from nemo_rl_lora.tensors import (
     MAX_SHARD_BYTES,
     MERGEABLE,
     Shard,
-    StoredTensor,
     plan_shards,
     write_index,
 )
@@ -80,19 +80,19 @@ def export(request: ExportRequest) -> list[Export]:
         raise ValueError(exports[0].problem)
     if not works:
         return exports
-    parent = works[0].export.output.parent
-    if base is None:
-        probe_directory(parent, OUTPUT_FLAG)
-        for work in works:
-            _guarded(work, lambda work=work: _copy_adapter(work, request))
-        return exports
-    if request.verify_logits:
+    if base is not None and request.verify_logits:
         _refuse_logits_without_means(base, works)
-    planned = [_planned_tensor(tensor, request.dtype) for tensor in base.tensors.values()]
-    shards = plan_shards(planned, request.max_shard_bytes)
-    num_bytes = sum(shard.num_bytes for shard in shards) + _SPARE_BYTES
-    probe_directory(parent, OUTPUT_FLAG, required_bytes=num_bytes * len(works))
-    _merge(request, base, shards, works)
+    shards = () if base is None else _plan(base, request)
+    num_bytes = sum(shard.num_bytes for shard in shards) + _SPARE_BYTES if shards else 0
+    probe_directory(works[0].export.output.parent, OUTPUT_FLAG, required_bytes=num_bytes * len(works))
+    with contextlib.ExitStack() as leftovers:
+        for work in works:
+            leftovers.callback(shutil.rmtree, work.export.temporary, ignore_errors=True)
+        if base is not None:
+            _merge(request, base, shards, works)
+        else:
+            for work in works:
+                _guarded(work, lambda work=work: _copy_adapter(work, request))
     return exports
 
 
@@ -198,40 +198,40 @@ def _refuse_logits_without_means(base: Base, works: Sequence[Work]) -> None:
             )
 
 
-def _planned_tensor(source: StoredTensor, dtype: str | None) -> PlannedTensor:
-    if dtype is None or source.dtype not in MERGEABLE:
+def _plan(base: Base, request: ExportRequest) -> Shards:
+    planned: list[PlannedTensor] = []
+    for source in base.tensors.values():
         stored, num_bytes = source.dtype, source.num_bytes
-    else:
-        stored, num_bytes = DTYPES[dtype].stored, source.num_elements * DTYPES[dtype].num_bytes
-    return PlannedTensor(name=source.name, dtype=stored, shape=source.shape, num_bytes=num_bytes, source=source)
+        if request.dtype is not None and source.dtype in MERGEABLE:
+            stored, item_bytes = DTYPES[request.dtype]
+            num_bytes = source.num_elements * item_bytes
+        entry = PlannedTensor(name=source.name, dtype=stored, shape=source.shape, num_bytes=num_bytes, source=source)
+        planned.append(entry)
+    return plan_shards(planned, request.max_shard_bytes)
 
 
 def _merge(request: ExportRequest, base: Base, shards: Shards, works: Sequence[Work]) -> None:
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
     base_bytes = sum(tensor.num_bytes for tensor in base.tensors.values())
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+    with bar:
 
-    def stage(name: str, num_bytes: int | None = base_bytes) -> Callable[[int], None]:
-        for task in bar.task_ids:
-            bar.remove_task(task)
-        return partial(bar.advance, bar.add_task(name, total=num_bytes))
+        def stage(name: str, num_bytes: int | None = base_bytes) -> Callable[[int], None]:
+            for task in bar.task_ids:
+                bar.remove_task(task)
+            return partial(bar.advance, bar.add_task(name, total=num_bytes))
 
-    try:
-        with bar:
-            try:
-                for work in works:
-                    _make_temporary(work.export)
-                    _copy_surroundings(work, base, request, shards)
-                write_merged(shards, works, stage("merging"))
-            except OSError as error:  # a full disk, a base that went away: it concerns every output
-                for work in works:
-                    work.export.problem = str(error)
+        try:
             for work in works:
-                _guarded(work, lambda work=work: _finish(request, base, shards, work, stage))
-    finally:
+                _make_temporary(work.export)
+                _copy_surroundings(work, base, request, shards)
+            write_merged(shards, works, stage("merging"))
+        except OSError as error:  # a full disk, a base that went away: it concerns every output
+            for work in works:
+                work.export.problem = str(error)
         for work in works:
-            shutil.rmtree(work.export.temporary, ignore_errors=True)
+            _guarded(work, lambda work=work: _finish(request, base, shards, work, stage))
 
 
 def _guarded(work: Work, make: Callable[[], None]) -> None:
@@ -241,8 +241,6 @@ def _guarded(work: Work, make: Callable[[], None]) -> None:
         work.export.status = "written"
     except (ExportError, OSError, ValueError) as error:
         work.export.status, work.export.problem = "failed", str(error)
-    finally:
-        shutil.rmtree(work.export.temporary, ignore_errors=True)
 
 
 def _finish(
