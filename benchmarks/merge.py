@@ -80,7 +80,7 @@ def measured(merge: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def merge_ours(arguments: argparse.Namespace, out: Path) -> Any:
-    from nemo_rl_lora.export.convert import ExportRequest, Progress, export
+    from nemo_rl_lora.export.convert import ExportRequest, export
 
     several = arguments.num_adapters > 1
     request = ExportRequest(
@@ -93,7 +93,7 @@ def merge_ours(arguments: argparse.Namespace, out: Path) -> Any:
     )
 
     def work() -> int:
-        exports = export(request, Progress())
+        exports = export(request)
         assert {item.status for item in exports} == {"written"}, exports
         return sum(path.stat().st_size for path in out.rglob("*.safetensors"))
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nemo_rl_lora.tensors import weight_files
+
 logger = logging.getLogger(__name__)
 
 PACKAGED_MODEL = "SmolLM2-135M-Instruct"
@@ -200,13 +202,8 @@ def _from_cache(name: str, weights: bool) -> ModelSource:
 
 def _missing_shards(path: Path, weights: bool) -> str | None:
     """The first shard that a safetensors index names and an interrupted download left out."""
-    import json
-
-    index = path / "model.safetensors.index.json"
-    if not weights or not index.is_file():
-        return None
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return next((shard for shard in sorted(shards) if not (path / shard).is_file()), None)
+    files = weight_files(path) if weights else []
+    return next((file for file in files if not (path / file).is_file()), None)
 
 
 def _from_hub(name: str, weights: bool) -> ModelSource:

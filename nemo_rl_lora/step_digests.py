@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from nemo_rl_lora.base_identity import file_tensors
+from nemo_rl_lora.tensors import file_tensors, tensors_digest
 
 DIGESTS_FILE = "digests.jsonl"
 _DIGITS = 16
@@ -36,9 +36,7 @@ def stored_digests(directory: Path) -> dict[str, str]:
     """The same of what lies in a directory, such as `step_N/policy`."""
     found: dict[str, str] = {}
     for path in sorted(directory.rglob("*.safetensors")):
-        with path.open("rb") as file:
-            for tensor in file_tensors(path).values():
-                file.seek(tensor.offset)
-                digest = hashlib.sha256(file.read(tensor.num_bytes)).hexdigest()
-                found[f"{path.relative_to(directory)}: {tensor.name}"] = digest[:_DIGITS]
+        for name, tensor in file_tensors(path).items():
+            digest = tensors_digest({name: tensor}, whole=True)
+            found[f"{path.relative_to(directory)}: {name}"] = digest[:_DIGITS]
     return found

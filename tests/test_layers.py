@@ -16,6 +16,7 @@ LAYERS = [
         "lora",
         "shared_memory",
         "packaged_model",
+        "tensors",
         "base_identity",
         "step_digests",
         "distributed.ranks",

@@ -26,7 +26,7 @@ from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets
 from nemo_rl_lora.model_source import ModelSource
 from nemo_rl_lora.plan.model_shapes import read_model_shapes
-from nemo_rl_lora.policy.weights import digest_of
+from nemo_rl_lora.tensors import tensors_digest
 
 _KEY = "policy.adapter.init_from"
 
@@ -89,7 +89,8 @@ def _checked(
     if spec.fused == "shared":
         _refuse_several_a(tensors, wanted, key)
     zero = [m for m in adapted if not tensors[adapter_tensor_name(m.name, "B")].any()]
-    return InitialAdapter(directory=directory, digest=digest_of(tensors), num_modules=len(adapted), num_zero=len(zero))
+    digest = tensors_digest(tensors, whole=True)
+    return InitialAdapter(directory=directory, digest=digest, num_modules=len(adapted), num_zero=len(zero))
 
 
 def _refuse_damaged(step: Path, directory: Path) -> None:

@@ -8,13 +8,14 @@ files hold.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from nemo_rl_lora.tensors import file_digest
 
 CHECKSUMS_FILE = "checksums.json"
 TMP_PREFIX = "tmp_"
@@ -106,14 +107,8 @@ def _file_names(directory: Path) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes, read a block at a time."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _digest(path: Path) -> dict[str, Any]:
-    return {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+    return {"sha256": file_digest(path), "bytes": path.stat().st_size}
 
 
 def flush_tree(directory: Path) -> None:

@@ -26,12 +26,12 @@ from transformers import PreTrainedModel
 
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.distributed.local_ray import running_ray
-from nemo_rl_lora.policy.adapter_state import DTYPES
 from nemo_rl_lora.policy.backends import build_policy
 from nemo_rl_lora.policy.model import load_model
 from nemo_rl_lora.policy.protocol import PolicySetup
-from nemo_rl_lora.policy.weights import LazyTensors, write_tensors
+from nemo_rl_lora.policy.weights import LazyTensors, write_ref
 from nemo_rl_lora.shared_memory import shared_memory
+from nemo_rl_lora.tensors import torch_dtype
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
 _START_SECONDS = 300  # an actor's imports, on a busy machine
@@ -68,7 +68,7 @@ class _Rank:
         ref = self._policy.publish(version, mode)
         assert ref.tensors is not None
         if self._rank == 0:
-            write_tensors(path, ref)
+            write_ref(path, ref)
             return replace(ref, tensors=None, path=path)
         for name in ref.tensors:
             ref.tensors[name]
@@ -151,7 +151,7 @@ class PolicyGroup:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return DTYPES[self._config.precision]
+        return torch_dtype(self._config.precision)
 
     def _call(self, verb: str, *arguments: Any) -> Any:
         shared = [ray.put(argument) for argument in arguments]  # once for all processes

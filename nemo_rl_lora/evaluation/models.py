@@ -36,7 +36,8 @@ from nemo_rl_lora.model_source import ModelSource, resolve_model
 from nemo_rl_lora.plan.make import type_of
 from nemo_rl_lora.plan.model_shapes import ModelShapes, read_model_shapes
 from nemo_rl_lora.policy.model import load_model
-from nemo_rl_lora.policy.weights import digest_of, offer
+from nemo_rl_lora.policy.weights import offer
+from nemo_rl_lora.tensors import tensors_digest, torch_dtype
 from nemo_rl_lora.types import WeightsRef
 
 logger = logging.getLogger(__name__)
@@ -168,8 +169,8 @@ def _candidate(name: str, source: ModelSource, shapes: ModelShapes, tokenizer: A
             "was trained with another chat template than policy.tokenizer has, so prompts look different to it. "
             f"policy.tokenizer.name={template.parent} has its own."
         )
-    candidate = Candidate(name=name, directory=directory, spec=spec, adapted=adapted, digest=digest_of(tensors))
-    return candidate, notes
+    digest = tensors_digest(tensors, whole=True)
+    return Candidate(name=name, directory=directory, spec=spec, adapted=adapted, digest=digest), notes
 
 
 class LoadedBase:
@@ -177,7 +178,7 @@ class LoadedBase:
 
     def __init__(self, checked: CheckedEvaluation) -> None:
         self._policy, self._tokenizer = checked.config.policy, checked.tokenizer
-        self._dtype: torch.dtype = getattr(torch, self._policy.precision)
+        self._dtype = torch_dtype(self._policy.precision)
         self.model: PreTrainedModel = load_model(
             checked.source.path, dtype=self._dtype, config_overrides=dict(self._policy.hf_config_overrides)
         )
@@ -210,7 +211,7 @@ class LoadedBase:
             raise RuntimeError("the base's weights have changed during the evaluation. Its results cannot be used.")
 
     def _digest(self) -> str:
-        return digest_of(dict(self.model.named_parameters()))
+        return tensors_digest(dict(self.model.named_parameters()))
 
     def _weights(self, candidate: Candidate) -> WeightsRef:
         self._num_served += 1

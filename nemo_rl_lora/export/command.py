@@ -6,20 +6,19 @@ Exit code: 0 done; 1 something failed while it was made; 2 a wrong input, before
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl_lora.run_control import EXIT_FAILURE, EXIT_OK
+from nemo_rl_lora.tensors import COMPUTE_DTYPES
 
 if TYPE_CHECKING:
-    from nemo_rl_lora.export.convert import Export, ExportRequest, Progress
+    from nemo_rl_lora.export.convert import Export, ExportRequest
 
-DTYPES = ("float32", "bfloat16", "float16")
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]i?)?B?", re.IGNORECASE)
 _EXAMPLES = """examples:
   a merged model:      --adapter-ckpt results/grpo/step_30 --hf-ckpt-path exported/merged
@@ -42,7 +41,7 @@ def parse_arguments(doc: str | None, argv: Sequence[str] | None = None) -> argpa
     add("--adapter-only", action="store_true", help="export the adapter in PEFT's format; reads no base")
     add("--all", action="store_true", help="every step of a run, the base read once; finished ones are skipped")
     add("--overwrite", action="store_true", help="replace an earlier export")
-    add("--dtype", choices=DTYPES, help="of the merged weights (default: as the base stores each)")
+    add("--dtype", choices=COMPUTE_DTYPES, help="of the merged weights (default: as the base stores each)")
     add("--max-shard-size", metavar="SIZE", help="of a weights file, such as 500MB or 2GiB (default: 5GB)")
     add("--no-verify", action="store_true", help="do not read the result back")
     add("--verify-full", action="store_true", help="compare every row with fp64, in place of 16 of each weight")
@@ -60,15 +59,12 @@ def export_main(arguments: argparse.Namespace) -> int:
 
     setup_logging()
     console, started = Console(highlight=False), time.perf_counter()
-    with _progress() as progress:
-        exports = export(_request(arguments), progress)
+    exports = export(_request(arguments))
     print_exports(console, exports, time.perf_counter() - started)
     return EXIT_FAILURE if any(item.status == "failed" for item in exports) else EXIT_OK
 
 
 def _request(arguments: argparse.Namespace) -> ExportRequest:
-    import torch
-
     from nemo_rl_lora.export.convert import ExportRequest
 
     return ExportRequest(
@@ -79,7 +75,7 @@ def _request(arguments: argparse.Namespace) -> ExportRequest:
         adapter_only=arguments.adapter_only,
         all_steps=arguments.all,
         overwrite=arguments.overwrite,
-        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        dtype=arguments.dtype,
         max_shard_bytes=parse_size(arguments.max_shard_size or "5GB"),
         verification="none" if arguments.no_verify else "full" if arguments.verify_full else "sampled",
         verify_logits=arguments.verify_logits,
@@ -114,37 +110,6 @@ def parse_size(text: str) -> int:
             f"--max-shard-size={text!r}: must be a size of at least a byte. Write, for example, 500MB or 2GiB."
         )
     return size
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar on a terminal, and nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    from nemo_rl_lora.export.convert import Progress
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-
-        class Shown(Progress):
-            def stage(self, name: str, num_bytes: int) -> None:
-                for task in bar.task_ids:
-                    bar.remove_task(task)
-                bar.add_task(name, total=num_bytes or None)
-
-            def advance(self, num_bytes: int) -> None:
-                bar.advance(bar.task_ids[0], num_bytes)
-
-        yield Shown()
 
 
 def print_exports(console: Any, exports: Sequence[Export], seconds: float) -> None:

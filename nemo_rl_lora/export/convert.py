@@ -7,37 +7,48 @@ was made from, by which a finished one is known again. The same inputs and optio
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from nemo_rl_lora.base_identity import INDEX_FILE
 from nemo_rl_lora.checkpoints.durable_files import flush, flush_tree, probe_directory
 from nemo_rl_lora.checkpoints.steps import STEP_PREFIX, step_directories
-from nemo_rl_lora.export.blocks import FLOAT_NAMES, FLOATS, PlannedShard, PlannedTensor, index_text, plan_shards
 from nemo_rl_lora.export.inputs import ADAPTER_FLAG, AdapterInput, Base, find_adapter, fit_to_base, open_base
 from nemo_rl_lora.export.logits import compare_logits
-from nemo_rl_lora.export.merged import Adapter, ExportError, MergedOutput, write_merged
-from nemo_rl_lora.export.verify import verify_merged
+from nemo_rl_lora.export.merged import TMP_PREFIX, Adapter, Export, ExportError, PlannedTensor, Work, write_merged
+from nemo_rl_lora.export.verify import READS_BACK_OTHERWISE, verify_merged
 from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, read_adapter, write_adapter
+from nemo_rl_lora.tensors import (
+    DTYPES,
+    INDEX_FILE,
+    MAX_SHARD_BYTES,
+    MERGEABLE,
+    Shard,
+    plan_shards,
+    write_index,
+)
 
 logger = logging.getLogger(__name__)
 
 OUTPUT_FLAG = "--hf-ckpt-path"
 REPORT_FILE = "export_report.json"
-TMP_PREFIX = "tmp_export_"
 _COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "merges.txt", "vocab.txt")
 _SPARE_BYTES = 1 << 20  # configurations, index, report
 
 Verification = Literal["none", "sampled", "full"]
+Shards = Sequence[Shard[PlannedTensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,69 +62,37 @@ class ExportRequest:
     adapter_only: bool = False
     all_steps: bool = False
     overwrite: bool = False
-    dtype: torch.dtype | None = None  # None: as the base stores each tensor
-    max_shard_bytes: int = 5 * 10**9
+    dtype: str | None = None  # of tensors.COMPUTE_DTYPES; None: as the base stores each tensor
+    max_shard_bytes: int = MAX_SHARD_BYTES
     verification: Verification = "sampled"
     verify_logits: bool = False
 
 
-@dataclass(slots=True, kw_only=True)
-class Export:
-    """One output, from its checks to its end."""
-
-    source: Path
-    output: Path
-    status: Literal["planned", "written", "finished before", "failed"] = "planned"
-    problem: str | None = None
-    report: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def temporary(self) -> Path:
-        return self.output.with_name(TMP_PREFIX + self.output.name)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Checked:
-    """An export that can be made."""
-
-    export: Export
-    adapter: AdapterInput
-    fitted: Adapter | None  # None: adapter only
-    settings: Mapping[str, Any]  # what the output depends on
-
-
-class Progress:
-    """What is being done, for whoever shows it. This one shows nothing."""
-
-    def stage(self, name: str, num_bytes: int) -> None: ...
-
-    def advance(self, num_bytes: int) -> None: ...
-
-
-def export(request: ExportRequest, progress: Progress) -> list[Export]:
+def export(request: ExportRequest) -> list[Export]:
     """Make every output that is asked for.
 
     ValueError, before anything is written, for a wrong input. With `all_steps` a step that cannot be exported fails by
     itself, and the others are made.
     """
     exports = _planned(request)
-    checked, base = _check(request, exports)
+    works, base = _check(request, exports)
     if all(item.status == "failed" for item in exports):
         raise ValueError(exports[0].problem)
-    if not checked:
+    if not works:
         return exports
-    parent = checked[0].export.output.parent
-    if base is None:
-        probe_directory(parent, OUTPUT_FLAG)
-        for item in checked:
-            _guarded(item, lambda item=item: _copy_adapter(item, request))
-        return exports
-    if request.verify_logits:
-        _refuse_logits_without_means(base, checked)
-    shards = _plan(base, request)
-    num_bytes = sum(shard.num_bytes for shard in shards) + _SPARE_BYTES
-    probe_directory(parent, OUTPUT_FLAG, required_bytes=num_bytes * len(checked))
-    _merge(request, base, shards, checked, progress)
+    if base is not None and request.verify_logits:
+        _refuse_logits_without_means(base, works)
+    shards = () if base is None else _plan(base, request)
+    num_bytes = sum(shard.num_bytes for shard in shards) + _SPARE_BYTES if shards else 0
+    probe_directory(works[0].export.output.parent, OUTPUT_FLAG, required_bytes=num_bytes * len(works))
+    with contextlib.ExitStack() as leftovers:
+        for work in works:
+            leftovers.callback(shutil.rmtree, work.export.temporary, ignore_errors=True)
+        if base is not None:
+            _merge(request, base, shards, works)
+        else:
+            for work in works:
+                _guarded(work, lambda work=work: _copy_adapter(work, request))
     return exports
 
 
@@ -129,37 +108,36 @@ def _planned(request: ExportRequest) -> list[Export]:
     return [Export(source=path, output=request.output / path.name) for _, path in steps]
 
 
-def _check(request: ExportRequest, exports: Sequence[Export]) -> tuple[list[_Checked], Base | None]:
+def _check(request: ExportRequest, exports: Sequence[Export]) -> tuple[list[Work], Base | None]:
     """What can be made, and the base it needs. What cannot is noted."""
     base: Base | None = None
-    checked: list[_Checked] = []
+    works: list[Work] = []
     for item in exports:
         try:
-            _refuse_place(request, item)
+            _refuse_place(request, item.output)
             adapter = find_adapter(item.source)
             if base is None and not request.adapter_only:
                 base = open_base(request.model_name, request.base_directory, adapter)
-            made = _check_one(request, item, adapter, base)
+            work = _check_one(request, item, adapter, base)
         except ValueError as error:
             item.status, item.problem = "failed", str(error)
         else:
-            checked += [made] if made is not None else []
-    return checked, base
+            works += [work] if work is not None else []
+    return works, base
 
 
-def _check_one(request: ExportRequest, item: Export, adapter: AdapterInput, base: Base | None) -> _Checked | None:
+def _check_one(request: ExportRequest, item: Export, adapter: AdapterInput, base: Base | None) -> Work | None:
     """None where the output is there already, made from the same inputs in the same way."""
+    flag = f"{OUTPUT_FLAG}={str(item.output)!r}"
     inputs = [adapter.directory, *([base.directory] if base is not None else [])]
     if inside := [path for path in inputs if path.resolve().is_relative_to(item.output.resolve())]:
-        raise ValueError(
-            f"{OUTPUT_FLAG}={str(item.output)!r}: holds {inside[0]}, which is read. Name another directory."
-        )
+        raise ValueError(f"{flag}: holds {inside[0]}, which is read. Name another directory.")
     settings = {
         "mode": "adapter" if base is None else "merged",
         "adapter_sha256": adapter.sha256,
         "base_name": request.model_name if base is None else base.name,
         "base_digest": adapter.base_digest if base is None else base.digest,
-        "dtype": None if request.dtype is None else FLOAT_NAMES[request.dtype],
+        "dtype": None if request.dtype is None else DTYPES[request.dtype].stored,
         "max_shard_bytes": None if base is None else request.max_shard_bytes,
         "hf_config_overrides": dict(adapter.config_overrides),
         "verification": None if base is None else request.verification,
@@ -169,23 +147,27 @@ def _check_one(request: ExportRequest, item: Export, adapter: AdapterInput, base
         item.report = _finished_report(item.output, settings)
         item.status = "finished before"
         return None
-    fitted = None if base is None else Adapter.on_disk(adapter.weights_file, fit_to_base(adapter, base))
-    return _Checked(export=item, adapter=adapter, fitted=fitted, settings=settings)
+    fitted = Adapter(modules={}, tensors={})
+    if base is not None:
+        fitted = Adapter.on_disk(adapter.weights_file, fit_to_base(adapter, base))
+    return Work(export=item, adapter=adapter, fitted=fitted, settings=settings)
 
 
-def _refuse_place(request: ExportRequest, item: Export) -> None:
-    flag, output = f"{OUTPUT_FLAG}={str(item.output)!r}", item.output
+def _refuse_place(request: ExportRequest, output: Path) -> None:
     if not output.exists():
         return
     if not output.is_dir():
-        raise ValueError(f"{flag}: is a file. Name a directory that does not exist yet.")
-    if not (request.overwrite or request.all_steps):
-        raise ValueError(f"{flag}: exists already. Name another directory, or replace this one with --overwrite.")
-    if any(output.iterdir()) and not (output / REPORT_FILE).is_file():
-        raise ValueError(
-            f"{flag}: exists already and has no {REPORT_FILE}, so it is no export and is not replaced. Remove it "
+        problem = "is a file. Name a directory that does not exist yet."
+    elif not (request.overwrite or request.all_steps):
+        problem = "exists already. Name another directory, or replace this one with --overwrite."
+    elif any(output.iterdir()) and not (output / REPORT_FILE).is_file():
+        problem = (
+            f"exists already and has no {REPORT_FILE}, so it is no export and is not replaced. Remove it "
             "yourself, or name another directory."
         )
+    else:
+        return
+    raise ValueError(f"{OUTPUT_FLAG}={str(output)!r}: {problem}")
 
 
 def _finished_report(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,11 +186,11 @@ def _finished_report(output: Path, settings: Mapping[str, Any]) -> dict[str, Any
     return report
 
 
-def _refuse_logits_without_means(base: Base, checked: Sequence[_Checked]) -> None:
+def _refuse_logits_without_means(base: Base, works: Sequence[Work]) -> None:
     if find_spec("peft") is None:
         raise ValueError("--verify-logits=True: needs the Python package peft. Install it (it is in the group dev).")
-    for item in checked:
-        directory = item.adapter.tokenizer or base.directory
+    for work in works:
+        directory = work.adapter.tokenizer or base.directory
         if not (directory / "tokenizer_config.json").is_file():
             raise ValueError(
                 f"--verify-logits=True: {directory} has no tokenizer to write prompts with. Drop the flag, or add the "
@@ -216,122 +198,111 @@ def _refuse_logits_without_means(base: Base, checked: Sequence[_Checked]) -> Non
             )
 
 
-def _plan(base: Base, request: ExportRequest) -> tuple[PlannedShard, ...]:
-    wanted = None if request.dtype is None else FLOAT_NAMES[request.dtype]
-    planned = [
-        PlannedTensor(source=tensor, dtype=wanted if wanted and tensor.dtype in FLOATS else tensor.dtype)
-        for tensor in base.tensors.values()
-    ]
+def _plan(base: Base, request: ExportRequest) -> Shards:
+    planned: list[PlannedTensor] = []
+    for source in base.tensors.values():
+        stored, num_bytes = source.dtype, source.num_bytes
+        if request.dtype is not None and source.dtype in MERGEABLE:
+            stored, item_bytes = DTYPES[request.dtype]
+            num_bytes = source.num_elements * item_bytes
+        entry = PlannedTensor(name=source.name, dtype=stored, shape=source.shape, num_bytes=num_bytes, source=source)
+        planned.append(entry)
     return plan_shards(planned, request.max_shard_bytes)
 
 
-def _merge(
-    request: ExportRequest, base: Base, shards: Sequence[PlannedShard], checked: Sequence[_Checked], progress: Progress
-) -> None:
-    outputs: list[tuple[_Checked, MergedOutput]] = []
-    for item in checked:
-        assert item.fitted is not None
-        outputs.append((item, MergedOutput(directory=item.export.temporary, adapter=item.fitted)))
+def _merge(request: ExportRequest, base: Base, shards: Shards, works: Sequence[Work]) -> None:
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     base_bytes = sum(tensor.num_bytes for tensor in base.tensors.values())
-    try:
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+    with bar:
+
+        def stage(name: str, num_bytes: int | None = base_bytes) -> Callable[[int], None]:
+            for task in bar.task_ids:
+                bar.remove_task(task)
+            return partial(bar.advance, bar.add_task(name, total=num_bytes))
+
         try:
-            for item in checked:
-                _make_temporary(item.export)
-                _copy_surroundings(item, base, request, shards)
-            progress.stage("merging", base_bytes)
-            write_merged(shards, [output for _, output in outputs], progress.advance)
+            for work in works:
+                _make_temporary(work.export)
+                _copy_surroundings(work, base, request, shards)
+            write_merged(shards, works, stage("merging"))
         except OSError as error:  # a full disk, a base that went away: it concerns every output
-            for _, output in outputs:
-                output.problem = str(error)
-        for item, output in outputs:
-            progress.stage(f"verifying {item.export.output.name}", base_bytes)
-            _guarded(item, lambda item=item, output=output: _finish(request, base, shards, (item, output), progress))
-    finally:
-        for item in checked:
-            shutil.rmtree(item.export.temporary, ignore_errors=True)
+            for work in works:
+                work.export.problem = str(error)
+        for work in works:
+            _guarded(work, lambda work=work: _finish(request, base, shards, work, stage))
 
 
-def _guarded(item: _Checked, make: Callable[[], None]) -> None:
+def _guarded(work: Work, make: Callable[[], None]) -> None:
     """A failure of one output is its own."""
     try:
         make()
-        item.export.status = "written"
+        work.export.status = "written"
     except (ExportError, OSError, ValueError) as error:
-        item.export.status, item.export.problem = "failed", str(error)
-    finally:
-        shutil.rmtree(item.export.temporary, ignore_errors=True)
+        work.export.status, work.export.problem = "failed", str(error)
 
 
 def _finish(
-    request: ExportRequest,
-    base: Base,
-    shards: Sequence[PlannedShard],
-    made: tuple[_Checked, MergedOutput],
-    progress: Progress,
+    request: ExportRequest, base: Base, shards: Shards, work: Work, stage: Callable[..., Callable[[int], None]]
 ) -> None:
-    item, output = made
-    if output.problem is not None:
-        raise ExportError(output.problem)
-    report: dict[str, Any] = {"settings": dict(item.settings), "base_source": base.description}
-    adapted_elements = sum(m.in_features * m.out_features for m in output.adapter.modules.values())
-    report["merged_modules"] = len(output.adapter.modules)
-    report["changed_fraction"] = sum(output.num_changed.values()) / adapted_elements
+    """Read an output back, report on it, and give it its name. `stage` shows what is done: a name, bytes to come."""
+    directory, modules = work.export.temporary, work.fitted.modules
+    if work.export.problem is not None:
+        raise ExportError(work.export.problem)
+    report: dict[str, Any] = {"settings": dict(work.settings), "base_source": base.description}
+    report["merged_modules"] = len(modules)
+    adapted_elements = sum(module.in_features * module.out_features for module in modules.values())
+    report["changed_fraction"] = sum(work.num_changed.values()) / adapted_elements
     if request.verification != "none":
-        accuracy = verify_merged(
-            output.directory,
-            shards,
-            output.files,
-            output.adapter,
-            every_row=request.verification == "full",
-            on_bytes=progress.advance,
-        )
+        on_bytes = stage(f"verifying {work.export.output.name}")
+        accuracy = verify_merged(work, shards, every_row=request.verification == "full", on_bytes=on_bytes)
         report["accuracy"] = {"rows": request.verification, **asdict(accuracy)}
     if request.verify_logits:
-        progress.stage("comparing logits", 0)
-        found = compare_logits(base.directory, item.adapter.directory, output.directory, item.adapter.config_overrides)
+        stage("comparing logits", None)
+        found = compare_logits(base.directory, work.adapter.directory, directory, work.adapter.config_overrides)
         report["logits"] = asdict(found)
         if not found.is_closer_than_base:
             raise ExportError(
                 f"the merged model is as far from base + adapter (mean |logit difference| {found.mean_abs_error:.2g}) "
                 f"as the base itself is ({found.adapter_effect:.2g}): rounding lost the adapter. Use --dtype float32."
             )
-    report["warnings"] = _warnings(item, base, output)
-    report["files"] = [asdict(file) for file in output.files]
-    _publish(item.export, report)
+    report["warnings"] = _warnings(work, base)
+    report["files"] = [asdict(file) for file in work.files]
+    _publish(work.export, report)
 
 
-def _warnings(item: _Checked, base: Base, output: MergedOutput) -> list[str]:
-    warnings: list[str] = []
-    unchanged = sorted(name for name in output.adapter.modules if output.num_changed.get(name, 0) == 0)
-    if len(unchanged) == len(output.adapter.modules):
+def _warnings(work: Work, base: Base) -> list[str]:
+    modules, warnings = work.fitted.modules, list[str]()
+    unchanged = sorted(name for name in modules if work.num_changed.get(name, 0) == 0)
+    if len(unchanged) == len(modules):
         warnings.append(
             "the merge changes nothing: every weight is the base's, because the adapter's B is zero or its update is "
             "smaller than what the dtype resolves. Take a later step, or a wider --dtype."
         )
     elif unchanged:
         warnings.append(f"the merge changes nothing in {len(unchanged)} of its modules, {unchanged[0]} among them.")
-    if item.adapter.base_digest is None:
+    if work.adapter.base_digest is None:
         warnings.append("the adapter does not record its base, so the base was checked by its names and shapes alone.")
-        if item.adapter.base_name not in (None, base.name):
-            warnings.append(f"by its adapter_config.json the adapter was made for {item.adapter.base_name}.")
+        if work.adapter.base_name not in (None, base.name):
+            warnings.append(f"by its adapter_config.json the adapter was made for {work.adapter.base_name}.")
     return warnings
 
 
-def _copy_surroundings(item: _Checked, base: Base, request: ExportRequest, shards: Sequence[PlannedShard]) -> None:
+def _copy_surroundings(work: Work, base: Base, request: ExportRequest, shards: Shards) -> None:
     """Configuration, generation configuration and tokenizer: the base's, the tokenizer as the run used it."""
-    target = item.export.temporary
+    target = work.export.temporary
     for pattern in _COPIED:
         for path in sorted(base.directory.glob(pattern)):
             if path.name not in (INDEX_FILE, ADAPTER_CONFIG_FILE, REPORT_FILE):
                 shutil.copyfile(path, target / path.name)
-    config = dict(base.config) | dict(item.adapter.config_overrides)
+    config = dict(base.config) | dict(work.adapter.config_overrides)
     if request.dtype is not None:
         config.pop("torch_dtype", None)
-        config["dtype"] = str(request.dtype).removeprefix("torch.")
+        config["dtype"] = request.dtype
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _copy_tokenizer(item.adapter, target)
-    if (index := index_text(shards)) is not None:
-        (target / INDEX_FILE).write_text(index, encoding="utf-8")
+    _copy_tokenizer(work.adapter, target)
+    write_index(target, shards)
 
 
 def _copy_tokenizer(adapter: AdapterInput, target: Path) -> None:
@@ -340,10 +311,10 @@ def _copy_tokenizer(adapter: AdapterInput, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _copy_adapter(item: _Checked, request: ExportRequest) -> None:
+def _copy_adapter(work: Work, request: ExportRequest) -> None:
     """The adapter's tensors, bit for bit, its configuration, and the run's tokenizer."""
-    _make_temporary(item.export)
-    target, adapter = item.export.temporary, item.adapter
+    _make_temporary(work.export)
+    target, adapter = work.export.temporary, work.adapter
     _copy_tokenizer(adapter, target)
     config = dict(adapter.peft_config)
     if request.model_name is not None:
@@ -355,10 +326,10 @@ def _copy_adapter(item: _Checked, request: ExportRequest) -> None:
         shutil.copyfile(adapter.weights_file, path)
     found, _ = read_adapter(target, expected=tensors.keys())
     if not all(torch.equal(found[name], tensor) for name, tensor in tensors.items()):
-        raise ExportError(f"{path}: reads back otherwise than it was written. Check the disk.")
+        raise ExportError(f"{path}: {READS_BACK_OTHERWISE}")
     modules = {name.rsplit(".lora_", 1)[0] for name in adapter.tensors}
     files = [{"name": ADAPTER_FILE, "num_bytes": path.stat().st_size}]
-    _publish(item.export, {"settings": dict(item.settings), "modules": len(modules), "warnings": [], "files": files})
+    _publish(work.export, {"settings": dict(work.settings), "modules": len(modules), "warnings": [], "files": files})
 
 
 def _make_temporary(export: Export) -> None:

@@ -6,7 +6,6 @@ digest. Every ValueError names the flag. Loads no model.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -18,15 +17,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from nemo_rl_lora.base_identity import StoredTensor, digest_of_stored, stored_tensors
 from nemo_rl_lora.checkpoints.durable_files import CHECKSUMS_FILE, DamagedError, read_json_file, verify_files
 from nemo_rl_lora.checkpoints.record import CONFIG_FILE, INFO_FILE, step_of_adapter
-from nemo_rl_lora.export.blocks import FLOATS
 from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, PICKLED_FILE, module_of, read_adapter
 from nemo_rl_lora.lora.fit import adapter_directory, fit_adapter
 from nemo_rl_lora.lora.names import OUTPUT_HEAD_NAMES, last_component
 from nemo_rl_lora.lora.targets import AdaptedModule, LinearModule
 from nemo_rl_lora.model_source import resolve_model
+from nemo_rl_lora.tensors import MERGEABLE, StoredTensor, file_digest, stored_tensors, tensors_digest
 
 ADAPTER_FLAG = "--adapter-ckpt"
 MODEL_FLAG = "--hf-model-name"
@@ -103,7 +101,7 @@ def find_adapter(path: Path) -> AdapterInput:
         step=step,
         tensors={name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()},
         peft_config=peft_config,
-        sha256=_sha256(directory / ADAPTER_CONFIG_FILE, directory / weights_file),
+        sha256=file_digest(directory / ADAPTER_CONFIG_FILE, directory / weights_file),
         base_digest=info.get("base_digest"),
         model_source=info.get("model_source", ""),
         config_overrides={} if step is None else _config_overrides(step),
@@ -138,7 +136,7 @@ def open_base(model_name: str | None, base_directory: Path | None, adapter: Adap
         description=source.description,
         config=config,
         tensors=tensors,
-        digest=digest_of_stored(tensors),
+        digest=tensors_digest(tensors),
     )
 
 
@@ -173,10 +171,10 @@ def fit_to_base(adapter: AdapterInput, base: Base) -> dict[str, AdaptedModule]:
     except ValueError as error:
         raise ValueError(f"{flag}: {error}") from error
     for module in adapted:
-        if (dtype := base.tensors[f"{module.name}.weight"].dtype) not in FLOATS:
+        if (dtype := base.tensors[f"{module.name}.weight"].dtype) not in MERGEABLE:
             raise ValueError(
                 f"{MODEL_FLAG}={base.name!r}: {module.name}.weight is stored as {dtype}, which cannot be merged. Name "
-                f"a base in {', '.join(FLOATS)}."
+                f"a base in {', '.join(MERGEABLE)}."
             )
     return {f"{module.name}.weight": module for module in adapted}
 
@@ -233,15 +231,6 @@ def _config_overrides(step: Path) -> Mapping[str, Any]:
         return {}
     policy = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("policy") or {}
     return policy.get("hf_config_overrides") or {}
-
-
-def _sha256(*paths: Path) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _read_config(path: Path, flag: str) -> dict[str, Any]:

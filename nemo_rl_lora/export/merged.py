@@ -11,29 +11,39 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from nemo_rl_lora.base_identity import StoredTensor, file_tensors
-from nemo_rl_lora.export.blocks import (
-    FLOATS,
-    PlannedShard,
-    PlannedTensor,
-    ShardWriter,
-    WeightReader,
-    WrittenFile,
-    read_fp32,
-    row_blocks,
-    rows_and_width,
-)
+from nemo_rl_lora.export.inputs import AdapterInput
 from nemo_rl_lora.lora.files import ADAPTER_FILE, adapter_tensor_name, read_adapter
 from nemo_rl_lora.lora.merge import merged_weight
 from nemo_rl_lora.lora.targets import AdaptedModule
+from nemo_rl_lora.tensors import (
+    MERGEABLE,
+    Shard,
+    StoredTensor,
+    TensorEntry,
+    TensorReader,
+    TensorWriter,
+    file_tensors,
+    row_blocks,
+    torch_dtype,
+)
+
+TMP_PREFIX = "tmp_export_"
 
 
 class ExportError(Exception):
     """An export failed while it was being made. Nothing of it is left."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedTensor(TensorEntry):
+    """A tensor of the output, and the stored one that it is made from."""
+
+    source: StoredTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,65 +62,95 @@ class Adapter:
     def factors(self, weight: str) -> tuple[Tensor, Tensor]:
         """A [dim, in] and B [out, dim] of a weight, fp32."""
         module = self.modules[weight].name
-        found = [self.tensors[adapter_tensor_name(module, side)] for side in "AB"]
-        a, b = (tensor if isinstance(tensor, Tensor) else read_fp32(tensor) for tensor in found)
+        a, b = (self._fp32(adapter_tensor_name(module, side)) for side in "AB")
         return a, b
+
+    def _fp32(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        if isinstance(tensor, Tensor):
+            return tensor
+        with TensorReader() as reader:
+            return reader.read_rows(tensor, 0, tensor.num_rows).to(torch.float32, copy=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenFile:
+    """A weights file of an output, as it was written."""
+
+    name: str
+    num_bytes: int
+    sha256: str
 
 
 @dataclass(slots=True, kw_only=True)
-class MergedOutput:
-    """A directory that receives merged weights, and what happened to it."""
+class Export:
+    """One output, from its checks to its end."""
 
-    directory: Path
-    adapter: Adapter
+    source: Path
+    output: Path
+    status: Literal["planned", "written", "finished before", "failed"] = "planned"
+    problem: str | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def temporary(self) -> Path:
+        return self.output.with_name(TMP_PREFIX + self.output.name)
+
+
+@dataclass(slots=True, kw_only=True)
+class Work:
+    """An export that can be made, and what has been made of it."""
+
+    export: Export
+    adapter: AdapterInput
+    fitted: Adapter  # to the base; of no module, where the adapter alone is exported
+    settings: Mapping[str, Any]  # what the output depends on
     files: list[WrittenFile] = field(default_factory=list)
     num_changed: dict[str, int] = field(default_factory=dict)  # adapted weight -> elements unlike the base's
-    problem: str | None = None
 
 
 def write_merged(
-    shards: Sequence[PlannedShard], outputs: Sequence[MergedOutput], on_bytes: Callable[[int], None]
+    shards: Sequence[Shard[PlannedTensor]], works: Sequence[Work], on_bytes: Callable[[int], None]
 ) -> None:
     """Write every shard of every output. `on_bytes` hears how many bytes of the base were read."""
-    with WeightReader() as reader:
+    with TensorReader() as reader:
         for shard in shards:
             with contextlib.ExitStack() as files:
-                live = [output for output in outputs if output.problem is None]
-                writers = [(output, ShardWriter(output.directory, shard)) for output in live]
-                for _, writer in writers:
-                    files.callback(writer.close)
+                writers: list[tuple[Work, TensorWriter]] = []
+                for work in (work for work in works if work.export.problem is None):
+                    writer = TensorWriter(work.export.temporary / shard.file_name, shard.tensors, hashed=True)
+                    writers.append((work, files.enter_context(contextlib.closing(writer))))
                 for tensor in shard.tensors:
                     _write_tensor(reader, tensor, writers)
                     on_bytes(tensor.source.num_bytes)
-                for output, writer in writers:
-                    if output.problem is None:
-                        output.files.append(writer.finish())
+                for work, writer in writers:
+                    if work.export.problem is None:
+                        sha256 = writer.finish()
+                        work.files.append(WrittenFile(name=shard.file_name, num_bytes=shard.num_bytes, sha256=sha256))
 
 
-def _write_tensor(
-    reader: WeightReader, tensor: PlannedTensor, writers: Sequence[tuple[MergedOutput, ShardWriter]]
-) -> None:
+def _write_tensor(reader: TensorReader, tensor: PlannedTensor, writers: Sequence[tuple[Work, TensorWriter]]) -> None:
     name, source = tensor.name, tensor.source
-    factors = {id(o): o.adapter.factors(name) for o, _ in writers if name in o.adapter.modules and o.problem is None}
-    row_bytes = source.num_bytes // max(rows_and_width(source)[0], 1)
+    factors = {id(work): work.fitted.factors(name) for work, _ in writers if name in work.fitted.modules}
     for start, stop in row_blocks(source):
-        block = reader.read_bytes(source, start * row_bytes, stop * row_bytes)
-        weight = torch.frombuffer(block, dtype=FLOATS[source.dtype]) if source.dtype in FLOATS else None
-        plain = block if tensor.dtype == source.dtype or weight is None else weight.to(FLOATS[tensor.dtype])
-        for output, writer in writers:
-            if output.problem is not None:
+        block = reader.read_block(source, start, stop)
+        weight = torch.frombuffer(block, dtype=torch_dtype(source.dtype)) if source.dtype in MERGEABLE else None
+        plain = block if tensor.dtype == source.dtype or weight is None else weight.to(torch_dtype(tensor.dtype))
+        for work, writer in writers:
+            if work.export.problem is not None:
                 continue
             result: memoryview | Tensor = plain
-            if id(output) in factors:
+            if id(work) in factors:
                 assert weight is not None, source
-                a, b = factors[id(output)]
+                a, b = factors[id(work)]
                 rows = weight.view(stop - start, a.shape[1])
-                scale = output.adapter.modules[name].scale
-                result = merged_weight(rows, a, b[start:stop], scale, dtype=FLOATS[tensor.dtype])
+                scale = work.fitted.modules[name].scale
+                result = merged_weight(rows, a, b[start:stop], scale, dtype=torch_dtype(tensor.dtype))
                 changed = _num_different(result, rows.to(result.dtype))
-                output.num_changed[name] = output.num_changed.get(name, 0) + changed
+                work.num_changed[name] = work.num_changed.get(name, 0) + changed
             if isinstance(result, Tensor) and not _is_finite(result):
-                output.problem = f"{name} has values that are not finite in {tensor.dtype}. Choose a wider --dtype."
+                problem = f"{name} has values that are not finite in {tensor.dtype}. Choose a wider --dtype."
+                work.export.problem = problem
                 continue
             writer.write(result)
 

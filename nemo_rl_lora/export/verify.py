@@ -14,21 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nemo_rl_lora.base_identity import StoredTensor, stored_tensors
-from nemo_rl_lora.checkpoints.durable_files import sha256_of
-from nemo_rl_lora.export.blocks import (
-    FLOATS,
-    PlannedShard,
-    PlannedTensor,
-    WeightReader,
-    WrittenFile,
-    row_blocks,
-    rows_and_width,
-)
-from nemo_rl_lora.export.merged import Adapter, ExportError
+from nemo_rl_lora.export.merged import ExportError, PlannedTensor, Work
 from nemo_rl_lora.lora.merge import exact_weight_and_bound
+from nemo_rl_lora.tensors import MERGEABLE, Shard, StoredTensor, TensorReader, file_digest, row_blocks, stored_tensors
 
 NUM_SAMPLED_ROWS = 16
+READS_BACK_OTHERWISE = "reads back otherwise than it was written. Check the disk."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,47 +34,35 @@ class Accuracy:
 
 
 def verify_merged(
-    directory: Path,
-    shards: Sequence[PlannedShard],
-    files: Sequence[WrittenFile],
-    adapter: Adapter,
-    *,
-    every_row: bool,
-    on_bytes: Callable[[int], None],
+    work: Work, shards: Sequence[Shard[PlannedTensor]], *, every_row: bool, on_bytes: Callable[[int], None]
 ) -> Accuracy:
     """Check an output's weights, and measure them."""
-    for shard, file in zip(shards, files, strict=True):
-        _check_header(directory / file.name, shard)
-        check_file(directory, file)
-    stored, accuracy = stored_tensors(directory), Accuracy()
-    with WeightReader() as base_reader, WeightReader() as reader:
+    directory = work.export.temporary
+    for shard, file in zip(shards, work.files, strict=True):
+        path = directory / file.name
+        _check_header(path, shard)
+        if file_digest(path) != file.sha256:
+            raise ExportError(f"{path}: {READS_BACK_OTHERWISE}")
+    modules, stored, accuracy = work.fitted.modules, stored_tensors(directory), Accuracy()
+    with TensorReader() as base, TensorReader() as reader:
         for tensor in (tensor for shard in shards for tensor in shard.tensors):
             on_bytes(tensor.source.num_bytes)
             found = stored[tensor.name]
-            if tensor.name in adapter.modules:
-                a, b = adapter.factors(tensor.name)
+            if tensor.name in modules:
+                a, b = work.fitted.factors(tensor.name)
                 for start, stop in _row_ranges(found, every_row):
-                    base_rows, rows = (
-                        base_reader.read_rows(tensor.source, start, stop),
-                        reader.read_rows(found, start, stop),
-                    )
-                    scale = adapter.modules[tensor.name].scale
+                    base_rows, rows = base.read_rows(tensor.source, start, stop), reader.read_rows(found, start, stop)
+                    scale = modules[tensor.name].scale
                     exact, bound = exact_weight_and_bound(base_rows, a, b[start:stop], scale, rows.dtype)
                     accuracy = _measure(accuracy, tensor.name, rows, exact, bound)
-            elif not all(_is_copy(tensor, found, span, base_reader, reader) for span in _row_ranges(found, every_row)):
+            elif not all(_is_copy(tensor, found, span, base, reader) for span in _row_ranges(found, every_row)):
                 raise ExportError(f"{directory}: {tensor.name} has no adapter and is not the base's")
     return accuracy
 
 
-def check_file(directory: Path, file: WrittenFile) -> None:
-    """ExportError where a file does not read back as it was written."""
-    if sha256_of(directory / file.name) != file.sha256:
-        raise ExportError(f"{directory / file.name}: reads back otherwise than it was written. Check the disk.")
-
-
-def _check_header(path: Path, shard: PlannedShard) -> None:
+def _check_header(path: Path, shard: Shard[PlannedTensor]) -> None:
     """What safetensors itself finds in the file is what was planned."""
-    planned = {tensor.name: (tensor.dtype, list(tensor.source.shape)) for tensor in shard.tensors}
+    planned = {tensor.name: (tensor.dtype, list(tensor.shape)) for tensor in shard.tensors}
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -96,24 +75,21 @@ def _check_header(path: Path, shard: PlannedShard) -> None:
 
 def _row_ranges(tensor: StoredTensor, every_row: bool) -> Iterator[tuple[int, int]]:
     """Blocks of all rows, or single rows from the first to the last."""
-    rows, _ = rows_and_width(tensor)
-    if every_row or rows <= NUM_SAMPLED_ROWS:
+    if every_row or tensor.num_rows <= NUM_SAMPLED_ROWS:
         yield from row_blocks(tensor)
         return
     for sample in range(NUM_SAMPLED_ROWS):
-        row = (rows - 1) * sample // (NUM_SAMPLED_ROWS - 1)
+        row = (tensor.num_rows - 1) * sample // (NUM_SAMPLED_ROWS - 1)
         yield row, row + 1
 
 
 def _is_copy(
-    tensor: PlannedTensor, found: StoredTensor, span: tuple[int, int], base_reader: WeightReader, reader: WeightReader
+    tensor: PlannedTensor, found: StoredTensor, rows: tuple[int, int], base: TensorReader, reader: TensorReader
 ) -> bool:
-    if found.dtype not in FLOATS or found.dtype == tensor.source.dtype:
-        row_bytes = found.num_bytes // max(rows_and_width(found)[0], 1)
-        start, stop = span[0] * row_bytes, span[1] * row_bytes
-        return base_reader.read_bytes(tensor.source, start, stop) == reader.read_bytes(found, start, stop)
-    rows = reader.read_rows(found, *span)
-    return torch.equal(base_reader.read_rows(tensor.source, *span).to(rows.dtype), rows)
+    if found.dtype not in MERGEABLE or found.dtype == tensor.source.dtype:
+        return base.read_block(tensor.source, *rows) == reader.read_block(found, *rows)
+    cast = reader.read_rows(found, *rows)
+    return torch.equal(base.read_rows(tensor.source, *rows).to(cast.dtype), cast)
 
 
 def _measure(accuracy: Accuracy, name: str, rows: Tensor, exact: Tensor, bound: Tensor) -> Accuracy:

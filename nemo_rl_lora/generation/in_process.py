@@ -26,6 +26,7 @@ from nemo_rl_lora.generation.plain import PlainDecoder
 from nemo_rl_lora.generation.protocol import Ticket, check_request
 from nemo_rl_lora.generation.sampling import sample, uniforms
 from nemo_rl_lora.lora.adapter_tensors import AdapterTensors, canonical_shapes
+from nemo_rl_lora.tensors import torch_dtype
 from nemo_rl_lora.types import Completion, CompletionGroup, GroupRequest, SyncReceipt, WeightsRef
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class InProcessGeneration:
     ) -> None:
         self._tokenizer = tokenizer
         self._dtype, self._device = compute_dtype, base_model.device
-        self._adapter_dtype = compute_dtype if spec is None or spec.dtype is None else getattr(torch, spec.dtype)
+        self._adapter_dtype = compute_dtype if spec is None or spec.dtype is None else torch_dtype(spec.dtype)
         self._max_concurrent = max_concurrent_sequences
         self._max_context = int(base_model.config.get_text_config().max_position_embeddings)
         self._vocabulary = int(base_model.config.get_text_config().vocab_size)

@@ -19,12 +19,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from nemo_rl_lora.base_identity import stored_tensors
+from nemo_rl_lora.tensors import stored_tensors, tensors_digest
 from nemo_rl_lora.types import SyncMode, WeightsRef
 
 PROBE_COLUMNS = 8
-PAGE_BYTES = 4096
-DIGEST_PAGES = 64  # of a larger tensor, so many evenly spread pages are hashed
 NAMED_AT_MOST = 5
 _EXACT = 1e-6  # relative: one-hot products round nothing, so this only forgives the sign of zero
 
@@ -72,22 +70,12 @@ def read_push(ref: WeightsRef) -> Push:
                 f"not {tuple(info.shape)} and {info.dtype} as announced. The engine keeps its version."
             )
         tensors[info.name] = tensor
-    return Push(version=ref.version, mode=ref.mode, tensors=tensors, digests=digests_of(tensors))
+    return Push(version=ref.version, mode=ref.mode, tensors=tensors, digests=digests_of(tensors, ref.mode))
 
 
-def digests_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """SHA-256 of each tensor: shape, dtype and bytes (of one above 256 KiB, 64 evenly spread pages)."""
-    return {name: digest_of_one(tensor) for name, tensor in tensors.items()}
-
-
-def digest_of_one(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    digest = hashlib.sha256(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-    if data.numel() > DIGEST_PAGES * PAGE_BYTES:
-        pages = data[: data.numel() // PAGE_BYTES * PAGE_BYTES].view(-1, PAGE_BYTES)
-        data = pages[torch.linspace(0, len(pages) - 1, DIGEST_PAGES).long()]
-    digest.update(data.numpy().data)
-    return digest.hexdigest()
+def digests_of(tensors: Mapping[str, Tensor], mode: SyncMode) -> dict[str, str]:
+    """The digest of each tensor (tensors.py): of every byte of A and B, of the sampled pages of merged weights."""
+    return {name: tensors_digest({name: tensor}, whole=mode == "adapter") for name, tensor in tensors.items()}
 
 
 def probed_span(name: str, num_columns: int) -> slice:

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from nemo_rl_lora.base_identity import stored_tensors
 from nemo_rl_lora.generation.protocol import GenerationFailed, Ticket, check_request
 from nemo_rl_lora.generation.receipts import (
     Push,
@@ -40,6 +39,7 @@ from nemo_rl_lora.lora.dialects import spec_to_peft_config
 from nemo_rl_lora.lora.files import module_of, write_adapter
 from nemo_rl_lora.lora.names import OUTPUT_HEAD_NAMES, last_component
 from nemo_rl_lora.shared_memory import shared_memory
+from nemo_rl_lora.tensors import stored_tensors, torch_dtype
 from nemo_rl_lora.types import (
     Completion,
     CompletionGroup,
@@ -202,7 +202,7 @@ class VllmGeneration:
     ) -> None:
         self._model, self._settings = model, settings
         self._start, self._max_failures, self._num_failures = start, max_failures, 0
-        self._dtype: torch.dtype = getattr(torch, settings.dtype)
+        self._dtype = torch_dtype(settings.dtype)
         hf = AutoConfig.from_pretrained(model.path, **settings.hf_overrides)
         self._vocabulary = int(hf.vocab_size)
         self._tied = bool(hf.tie_word_embeddings)

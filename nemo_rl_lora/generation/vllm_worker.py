@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nemo_rl_lora.base_identity import StoredTensor, stored_tensors
 from nemo_rl_lora.generation.receipts import NAMED_AT_MOST, PROBE_COLUMNS, digests_of, probed_span
 from nemo_rl_lora.lora.files import ADAPTER_FILE, module_of
+from nemo_rl_lora.tensors import StoredTensor, stored_tensors
 from nemo_rl_lora.types import TensorInfo
 
 ADAPTER_ID = 1
@@ -66,7 +66,7 @@ class WorkerExtension:
     def receive_weights(self, source: Mapping[str, Tensor] | str) -> dict[str, str]:
         """Load merged weights, from tensors or from a safetensors file. Returns the digests of what was received."""
         tensors = load_file(source) if isinstance(source, str) else source
-        received = digests_of(tensors)
+        received = digests_of(tensors, "merged")
         arrived = [TensorInfo(name=n, shape=tuple(t.shape), dtype=t.dtype) for n, t in tensors.items()]
         if problems := self.weight_problems(arrived):  # a load that breaks off leaves vLLM between two versions
             raise ValueError("; ".join(problems[:NAMED_AT_MOST]))
@@ -77,7 +77,7 @@ class WorkerExtension:
         """The digests of an adapter's file, as this process reads it; vLLM's LoRA request loads it."""
         if self.device.type == "cpu":
             _multiply_once_for_all_rows()
-        return digests_of(load_file(Path(directory) / ADAPTER_FILE))
+        return digests_of(load_file(Path(directory) / ADAPTER_FILE), "adapter")
 
     def probe_base(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Columns of the base weights of these names, of all that the engine has."""

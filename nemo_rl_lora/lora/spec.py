@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from nemo_rl_lora.lora.names import hf_targets, names_fused_layer, names_fused_part
 from nemo_rl_lora.lora.targets import ALL_LINEAR, module_matches
+from nemo_rl_lora.tensors import COMPUTE_DTYPES
 
-DTYPES = ("float32", "bfloat16", "float16")
 _NORMAL = re.compile(r"normal\(\s*([0-9.eE+-]+)\s*\)")
 _INIT_RULE = "must be 'xavier', 'uniform', 'kaiming' or 'normal(STD)' with STD > 0"
 
@@ -56,7 +56,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dropout_position": _one_of("pre", "post"),
     "B_init": _one_of("zero"),
     "fused": _one_of("canonical", "shared"),
-    "dtype": _one_of(*DTYPES, None),
+    "dtype": _one_of(*COMPUTE_DTYPES, None),
 }
 
 
@@ -139,7 +139,7 @@ def require_adapter_dtype(spec: LoraSpec, quantization: str | None, dtype_key: s
     if quantization is not None and spec.dtype is None:
         raise ValueError(
             f"{dtype_key}=None: the base is quantized ({quantization}), so the adapter cannot follow its dtype. "
-            f"Set it to one of {', '.join(DTYPES)}."
+            f"Set it to one of {', '.join(COMPUTE_DTYPES)}."
         )
 
 

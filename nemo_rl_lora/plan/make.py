@@ -30,6 +30,7 @@ from nemo_rl_lora.policy.megatron.families import (
     refuse_expert_targets,
 )
 from nemo_rl_lora.policy.segment_attention import layout_problems, supports_segments
+from nemo_rl_lora.tensors import DTYPES
 
 if TYPE_CHECKING:
     from nemo_rl_lora.config.master import MasterConfig
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 NamedCheck = tuple[str, Callable[[], str | None]]
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MASTER_BYTES = 4  # adapters, and weights that are trained, are fp32
 
 
@@ -102,7 +102,7 @@ def _adapted(spec: LoraSpec | None, shapes: ModelShapes, policy: PolicyConfig) -
 
 
 def _sizes(config: MasterConfig, shapes: ModelShapes, adapted: Sequence[AdaptedModule], num_trainable: int) -> Sizes:
-    compute_bytes = _DTYPE_BYTES[config.policy.precision]
+    compute_bytes = DTYPES[config.policy.precision].num_bytes
     master_bytes = num_trainable * _MASTER_BYTES
     moments_bytes = 2 * master_bytes if config.checkpointing.save_optimizer else 0
     if not adapted:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from nemo_rl_lora.lora.adapter_tensors import AdapterTensors
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
-from nemo_rl_lora.policy.adapter_state import DTYPES, AdapterSwitch, draw_a, keep_mask
+from nemo_rl_lora.policy.adapter_state import AdapterSwitch, draw_a, keep_mask
+from nemo_rl_lora.tensors import torch_dtype
 
 
 class AdapterLinear(LinearLoRA):
@@ -91,7 +92,7 @@ def install_adapters(
         patched.__class__ = AdapterLinear
         linear = cast(AdapterLinear, patched)
         linear.adapter_name = module.name
-        linear.adapter_dtype = None if spec.dtype is None else DTYPES[spec.dtype]
+        linear.adapter_dtype = None if spec.dtype is None else torch_dtype(spec.dtype)
         linear.scale = module.scale
         linear.switch = switch
         linear.use_kernels = use_kernels

@@ -17,8 +17,6 @@ from torch import Tensor
 from nemo_rl_lora.lora.spec import LoraSpec, init_distribution
 from nemo_rl_lora.randomness import derive_seed
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass(slots=True)
 class AdapterSwitch:

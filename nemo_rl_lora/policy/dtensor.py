@@ -23,13 +23,14 @@ from nemo_rl_lora.distributed.ranks import Ranks
 from nemo_rl_lora.lora.adapter_tensors import canonical_tensors
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.policy.adapter_linear import AdapterLinear, install_adapters
-from nemo_rl_lora.policy.adapter_state import DTYPES, AdapterSwitch, dropout_of
+from nemo_rl_lora.policy.adapter_state import AdapterSwitch, dropout_of
 from nemo_rl_lora.policy.forward import DEFAULT_CHUNK_TOKENS, ForwardPass
 from nemo_rl_lora.policy.model import load_model, share_structure
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.policy.segment_attention import layout_problems, supports_segments
 from nemo_rl_lora.policy.step import microbatch_loss
 from nemo_rl_lora.policy.trained import Trained, TrainedPolicy, adapted_modules
+from nemo_rl_lora.tensors import torch_dtype
 from nemo_rl_lora.types import Batch, LossFn, StepOutput
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class DTensorPolicy(TrainedPolicy):
     """A Policy (policy/protocol.py) on one device."""
 
     def __init__(self, config: PolicyConfig, setup: PolicySetup) -> None:
-        compute_dtype, spec = DTYPES[config.precision], setup.spec
+        compute_dtype, spec = torch_dtype(config.precision), setup.spec
         self._model = load_model(
             setup.model_path,
             dtype=torch.float32 if spec is None else compute_dtype,

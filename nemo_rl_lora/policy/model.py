@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from nemo_rl_lora.lora.targets import LinearModule
 from nemo_rl_lora.policy.without_cuda import TorchWithoutCuda
+from nemo_rl_lora.tensors import MAX_SHARD_BYTES, entry_of, plan_shards, write_index, write_tensors
 
 
 def load_model(path: Path, *, dtype: torch.dtype, config_overrides: dict[str, Any]) -> PreTrainedModel:
@@ -73,7 +71,7 @@ def model_of_tensors(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> 
 
 
 def save_tensors(
-    path: Path, config: Any, tensors: Mapping[str, Tensor], target: Path, *, max_shard_size: str = "5GB"
+    path: Path, config: Any, tensors: Mapping[str, Tensor], target: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """A Hugging Face directory of these tensors, with the configurations of the one that they started from."""
     config = copy.deepcopy(config)
@@ -81,13 +79,11 @@ def save_tensors(
     config.save_pretrained(target)
     if (generation := _generation_config(path)) is not None:
         generation.save_pretrained(target)
-    split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
-    for file, names in split.filename_to_tensors.items():
-        data = safetensors.torch.save({name: tensors[name] for name in names}, metadata={"format": "pt"})
-        (target / file).write_bytes(data)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    entries = [entry_of(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
+    shards = plan_shards(entries, max_shard_bytes)
+    for shard in shards:
+        write_tensors(target / shard.file_name, shard.tensors, tensors.__getitem__)
+    write_index(target, shards)
 
 
 def _generation_config(path: Path) -> GenerationConfig | None:

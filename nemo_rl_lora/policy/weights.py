@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,13 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_rl_lora.base_identity import header_bytes
 from nemo_rl_lora.lora.adapter_tensors import AdapterTensors
 from nemo_rl_lora.lora.targets import AdaptedModule
+from nemo_rl_lora.tensors import entry_of, tensors_digest, write_tensors
 from nemo_rl_lora.types import SyncMode, TensorInfo, WeightsRef
-
-DIGEST_BYTES_PER_TENSOR = 1 << 20
-SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -69,7 +65,7 @@ def offer(
         version=version,
         mode=mode,
         manifest=manifest,
-        digest=digest_of(tensors),
+        digest=tensors_digest(tensors, whole=adapted is not None),
         num_bytes=sum(info.num_bytes for info in manifest),
         tensors=LazyTensors(computations),
     )
@@ -80,28 +76,9 @@ def _merged(module: AdaptedModule, tensors: Mapping[str, Tensor], weight_of: Cal
     return adapter.merged(weight_of(f"{module.name}.weight").detach())
 
 
-def write_tensors(path: Path, ref: WeightsRef) -> None:
+def write_ref(path: Path, ref: WeightsRef) -> None:
     """A safetensors file of what a reference within this process offers, one tensor in memory at a time."""
     assert ref.tensors is not None
-    with path.open("wb") as file:
-        file.write(header_bytes((i.name, SAFETENSORS_NAMES[i.dtype], i.shape, i.num_bytes) for i in ref.manifest))
-        for info in ref.manifest:
-            tensor = ref.tensors[info.name].detach().to("cpu", info.dtype).contiguous()
-            file.write(tensor.flatten().view(torch.uint8).numpy().data)
-
-
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over sorted names, shapes, dtypes and bytes; of a tensor above 1 MiB, an evenly strided MiB.
-
-    Empty for tensors of the meta device, whose bytes another process has.
-    """
-    if any(tensor.is_meta for tensor in tensors.values()):
-        return ""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        data = tensor.cpu().contiguous().flatten().view(torch.uint8)
-        stride = -(-data.numel() // DIGEST_BYTES_PER_TENSOR)
-        digest.update(data[::stride].contiguous().numpy().data)
-    return digest.hexdigest()
+    source, dtypes = ref.tensors, {info.name: info.dtype for info in ref.manifest}
+    entries = [entry_of(info.name, info.shape, info.dtype) for info in ref.manifest]
+    write_tensors(path, entries, lambda name: source[name].detach().to(dtypes[name]))

@@ -13,7 +13,7 @@ from nemo_rl_lora.algorithms.losses import make_policy_loss
 from nemo_rl_lora.config.loss_fn import LossFnConfig
 from nemo_rl_lora.distributed.policy_group import PolicyGroup
 from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
-from nemo_rl_lora.policy.weights import digest_of
+from nemo_rl_lora.tensors import tensors_digest
 from tests.policy.conftest import groups_batch  # noqa: F401 (fixture)
 from tests.policy.megatron.twins import distance, random_adapter, set_masters
 from tests.policy.test_dtensor import make_policy, relative, spec
@@ -57,7 +57,7 @@ def test_what_is_published_lies_in_a_file_until_the_next(twins, mode):
     assert all(torch.equal(ref.tensors[name], expected.tensors[name]) for name in expected.tensors)
     assert len(ref.tensors) == len(expected.tensors)
     if mode == "adapter":
-        assert digest_of(ref.tensors) == ref.digest
+        assert tensors_digest(ref.tensors, whole=True) == ref.digest
     group.publish(4, mode)
     assert not ref.path.exists()
 

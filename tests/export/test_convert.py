@@ -9,8 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from nemo_rl_lora import base_identity
-from nemo_rl_lora.export import blocks
+from nemo_rl_lora import base_identity, tensors
 from nemo_rl_lora.export import convert as convert_module
 from nemo_rl_lora.lora.files import ADAPTER_FILE
 from tests.driver import TinyRun
@@ -99,14 +98,15 @@ def test_all_exports_every_step_like_each_by_itself(trained_run, tmp_path):
 
 def test_all_reads_the_base_once(trained_run, tiny_llama, tmp_path, monkeypatch):
     num_read = []
-    plain = blocks.WeightReader.read_bytes
+    plain = tensors.TensorReader.read_block
 
     def count(self, tensor, start, stop):
+        block = plain(self, tensor, start, stop)
         if tensor.path.is_relative_to(tiny_llama):
-            num_read.append(stop - start)
-        return plain(self, tensor, start, stop)
+            num_read.append(len(block))
+        return block
 
-    monkeypatch.setattr(blocks.WeightReader, "read_bytes", count)
+    monkeypatch.setattr(tensors.TensorReader, "read_block", count)
     converted(trained_run.checkpoints, tmp_path / "all", "--all", "--no-verify")
     assert sum(num_read) == sum(weight.nbytes for weight in tensors_of(tiny_llama).values())
 
@@ -186,7 +186,7 @@ def test_a_disk_that_fills_up_fails_the_export_and_leaves_nothing(trained_run, t
     def full(self, block):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(blocks.ShardWriter, "write", full)
+    monkeypatch.setattr(tensors.TensorWriter, "write", full)
     ended = convert(trained_run.checkpoints / "step_1", tmp_path / "out")
     assert ended.code == 1
     assert "No space left on device" in ended.err

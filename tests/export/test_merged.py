@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemo_rl_lora.base_identity import stored_tensors
-from nemo_rl_lora.export import blocks, verify
+from nemo_rl_lora import tensors as tensors_module
 from nemo_rl_lora.lora.merge import merged_weight
 from tests.evaluation_runs import save_peft_adapter
 from tests.export.conftest import ALL
@@ -66,8 +65,7 @@ def test_the_report_states_the_measured_error_and_a_bound_above_it(bf16_llama, p
 
 def test_blocks_of_few_rows_give_the_weight_of_one_block(bf16_llama, peft_adapter, tmp_path, monkeypatch):
     whole = tensors_of(converted(peft_adapter, tmp_path / "whole"))
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 100)  # two rows of 48
-    monkeypatch.setattr(verify, "_BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr(tensors_module, "BLOCK_ELEMENTS", 100)  # two rows of 48
     parts = tensors_of(converted(peft_adapter, tmp_path / "parts", "--verify-full"))
     assert all(torch.allclose(parts[name], whole[name], rtol=2.0**-7, atol=0) for name in whole)
     assert sum(int((parts[name] != whole[name]).sum()) for name in whole) < 5  # where fp32 sums differ by their order
@@ -213,7 +211,7 @@ def test_a_damaged_output_is_found_when_it_is_read_back(peft_adapter, tmp_path, 
 
 
 def test_a_weight_without_an_adapter_that_is_not_the_bases_is_found(peft_adapter, tmp_path, monkeypatch):
-    plain = blocks.ShardWriter.write
+    plain = tensors_module.TensorWriter.write
 
     def spoil(self, block):
         if isinstance(block, memoryview) and len(block) == 2 * 48:  # a norm's weight
@@ -221,23 +219,23 @@ def test_a_weight_without_an_adapter_that_is_not_the_bases_is_found(peft_adapter
             block[0] ^= 1
         plain(self, block)
 
-    monkeypatch.setattr(blocks.ShardWriter, "write", spoil)
+    monkeypatch.setattr(tensors_module.TensorWriter, "write", spoil)
     ended = convert(peft_adapter, tmp_path / "out")
     assert ended.code == 1
     assert "has no adapter and is not the base's" in ended.err
 
 
 def test_a_file_that_changed_on_its_way_to_the_disk_is_found(peft_adapter, tmp_path, monkeypatch):
-    plain = blocks.ShardWriter.finish
+    plain = tensors_module.TensorWriter.finish
 
     def spoil(self):
         written = plain(self)
-        with (tmp_path / "tmp_export_out" / written.name).open("r+b") as file:
+        with (tmp_path / "tmp_export_out" / "model.safetensors").open("r+b") as file:
             file.seek(-3, 2)
             file.write(b"x")
         return written
 
-    monkeypatch.setattr(blocks.ShardWriter, "finish", spoil)
+    monkeypatch.setattr(tensors_module.TensorWriter, "finish", spoil)
     ended = convert(peft_adapter, tmp_path / "out")
     assert ended.code == 1
     assert "reads back otherwise than it was written" in ended.err
@@ -253,6 +251,8 @@ def test_weights_of_several_dtypes_keep_theirs(bf16_llama, peft_adapter, tmp_pat
     write_tensors(base, tensors)
     out = converted(peft_adapter, tmp_path / "out", "--base-ckpt", str(base), "--verify-full")
     merged = tensors_of(out)
-    assert all(t.offset % merged[name].itemsize == 0 for name, t in stored_tensors(out).items())  # readers may map it
+    assert all(
+        t.offset % merged[name].itemsize == 0 for name, t in tensors_module.stored_tensors(out).items()
+    )  # readers may map it
     assert {name: weight.dtype for name, weight in merged.items()} == {n: w.dtype for n, w in tensors.items()}
     assert torch.equal(merged["odd"], tensors["odd"])

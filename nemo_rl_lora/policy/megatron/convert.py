@@ -17,7 +17,6 @@ Names here are global (layer 13, expert 40) unless called local, which is how a 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,6 +32,7 @@ from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.lora.adapter_tensors import Side
 from nemo_rl_lora.lora.names import FUSED_PARTS, hf_names
 from nemo_rl_lora.policy.megatron.families import Family, layer_ranges
+from nemo_rl_lora.tensors import SINGLE_FILE, weight_files
 
 Shape = tuple[int, ...]
 
@@ -300,17 +300,14 @@ def unshare(module: str, side: Side, tensor: Tensor, family: Family) -> tuple[Te
 @contextmanager
 def open_checkpoint(directory: Path) -> Iterator[dict[str, Any]]:
     """The safetensors slices of a Hugging Face directory by tensor name; nothing is read before they are indexed."""
-    index = directory / "model.safetensors.index.json"
-    files = {"model.safetensors"}
-    if index.is_file():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    if missing := sorted(file for file in files if not (directory / file).is_file()):
+    files = weight_files(directory) or [SINGLE_FILE]
+    if missing := [file for file in files if not (directory / file).is_file()]:
         raise ValueError(
             f"policy.model_name={str(directory)!r}: holds no {missing[0]}, and the Megatron backend reads safetensors "
             f"alone. Save the model again with save_pretrained of transformers."
         )
     with ExitStack() as stack:
-        opened = [stack.enter_context(safe_open(directory / file, framework="pt")) for file in sorted(files)]
+        opened = [stack.enter_context(safe_open(directory / file, framework="pt")) for file in files]
         yield {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
 
 

@@ -33,7 +33,7 @@ from nemo_rl_lora.lora.files import adapter_tensor_name
 from nemo_rl_lora.lora.names import hf_names, megatron_name
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
-from nemo_rl_lora.policy.adapter_state import DTYPES, AdapterSwitch, draw_a, keep_mask
+from nemo_rl_lora.policy.adapter_state import AdapterSwitch, draw_a, keep_mask
 from nemo_rl_lora.policy.megatron.convert import (
     adapter_shard_shape,
     join_adapter,
@@ -45,6 +45,7 @@ from nemo_rl_lora.policy.megatron.convert import (
 from nemo_rl_lora.policy.megatron.families import Family
 from nemo_rl_lora.policy.megatron.groups import MegatronRanks
 from nemo_rl_lora.policy.trained import Trained
+from nemo_rl_lora.tensors import torch_dtype
 
 _ROW_PARALLEL = ("linear_proj", "linear_fc2")
 
@@ -90,7 +91,7 @@ class AdaptedLinear(nn.Module):
         out, bias = self.base(x, *args, **kwargs)
         if not self._setting.switch.on:
             return out, bias
-        x = x.to(x.dtype if self._setting.spec.dtype is None else DTYPES[self._setting.spec.dtype])
+        x = x.to(x.dtype if self._setting.spec.dtype is None else torch_dtype(self._setting.spec.dtype))
         return (self._plus_row_update(out, x) if self._is_row else self._plus_column_updates(out, x)), bias
 
     def _plus_column_updates(self, out: Tensor, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from nemo_rl_lora.config.lora import lora_block_key
 from nemo_rl_lora.config.policy import PolicyConfig
-from nemo_rl_lora.policy.adapter_state import DTYPES, dropout_of
+from nemo_rl_lora.policy.adapter_state import dropout_of
 from nemo_rl_lora.policy.forward import logprob_rows
 from nemo_rl_lora.policy.head import Head
 from nemo_rl_lora.policy.megatron.context import ContextPlan, length_multiple, own_loss_tokens, plan_context
@@ -39,6 +39,7 @@ from nemo_rl_lora.policy.model import empty_model, load_model, load_model_config
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.policy.step import Share, microbatch_loss
 from nemo_rl_lora.policy.trained import Trained, TrainedPolicy, adapted_modules
+from nemo_rl_lora.tensors import torch_dtype
 from nemo_rl_lora.types import Batch, LossFn, StepOutput
 
 
@@ -60,7 +61,7 @@ class MegatronPolicy(TrainedPolicy):
         join_processes(megatron)
         self._groups = groups = ranks_of(family, megatron)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        core = transformer_config(family, megatron, DTYPES[config.precision])
+        core = transformer_config(family, megatron, torch_dtype(config.precision))
         self._model = build_model(family, groups.layout, core).to(self._device)
         self._weights = StageWeights(self._model, family, groups)
         with open_checkpoint(setup.model_path) as slices:
