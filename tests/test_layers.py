@@ -8,6 +8,30 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nemo_rl_lora"
 
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of this package that a file imports, at any depth of its code but not for type checking alone."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    names = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("nemo_rl_lora."):
+            names.add(node.module.removeprefix("nemo_rl_lora."))
+        if isinstance(node, ast.Import):
+            names |= {a.name.removeprefix("nemo_rl_lora.") for a in node.names if a.name.startswith("nemo_rl_lora.")}
+    return names
+
+
+CATALOG = imports_of(PACKAGE / "data" / "catalog.py")
+"""The datasets with files of their own. The configuration reads their names and keys, so they lie beside it."""
+
 # From the bottom to the top. A file may import from lower layers and from its own room.
 LAYERS = [
     [
@@ -21,7 +45,7 @@ LAYERS = [
         "base_identity",
         "step_digests",
     ],
-    ["config", "model_source"],
+    ["config", "model_source", "data.catalog", "environments.protocol", *CATALOG],
     [
         "data",
         "environments",
@@ -58,26 +82,6 @@ def level_of(module: str) -> tuple[int, str]:
     assert found, f"{module} has no layer: give it one"
     _, level, room = max(found)
     return level, room
-
-
-def imports_of(path: Path) -> set[str]:
-    """Modules of this package that a file imports, at any depth of its code but not for type checking alone."""
-    tree = ast.parse(path.read_text())
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    names = set()
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("nemo_rl_lora."):
-            names.add(node.module.removeprefix("nemo_rl_lora."))
-        if isinstance(node, ast.Import):
-            names |= {a.name.removeprefix("nemo_rl_lora.") for a in node.names if a.name.startswith("nemo_rl_lora.")}
-    return names
 
 
 def test_imports_go_down():

@@ -21,7 +21,7 @@ from nemo_rl_lora.algorithms.preference_loss import PreferenceLoss, pair_rewards
 from nemo_rl_lora.algorithms.reference_cache import ReferenceCache
 from nemo_rl_lora.config.dpo import DpoConfig
 from nemo_rl_lora.console import TrainingConsole
-from nemo_rl_lora.data.order import RowLoader
+from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.data.preferences import PreferenceSet
 from nemo_rl_lora.metrics import Stopwatch
 from nemo_rl_lora.policy.protocol import Policy

@@ -28,7 +28,7 @@ from nemo_rl_lora.algorithms.rollout import (
 from nemo_rl_lora.config.generation import GenerationConfig
 from nemo_rl_lora.config.master import GrpoMaster
 from nemo_rl_lora.console import TrainingConsole
-from nemo_rl_lora.data.order import RowLoader
+from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.data.prompts import PromptSet
 from nemo_rl_lora.environments.protocol import Environment
 from nemo_rl_lora.generation.protocol import Generation, generate

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from nemo_rl_lora.checkpoint import Checkpointer, ResumePoint, SaveDeadline, SaveReason, TrainingInfo
 from nemo_rl_lora.config.master import MasterConfig
 from nemo_rl_lora.console import TrainingConsole
-from nemo_rl_lora.data.order import RowLoader
+from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.generation.protocol import GenerationFailed
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.metrics import RolloutSample, RunLog, Stopwatch

@@ -18,7 +18,7 @@ from nemo_rl_lora.algorithms.sft_loss import SftLoss
 from nemo_rl_lora.config.sft import SftConfig
 from nemo_rl_lora.console import TrainingConsole
 from nemo_rl_lora.data.conversations import ConversationSet
-from nemo_rl_lora.data.order import RowLoader
+from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.metrics import Stopwatch
 from nemo_rl_lora.policy.protocol import Policy
 from nemo_rl_lora.types import Batch, Example

@@ -10,7 +10,7 @@ from nemo_rl_lora.build.start import RunContext, describe_sets, mixture_loader
 from nemo_rl_lora.config.dpo import DpoConfig
 from nemo_rl_lora.config.master import DpoMaster
 from nemo_rl_lora.console import KeyMetric
-from nemo_rl_lora.data.order import RowLoader
+from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.data.preferences import PreferenceSet, load_preference_sets
 from nemo_rl_lora.types import PreferencePair
 

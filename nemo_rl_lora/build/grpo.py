@@ -17,7 +17,7 @@ from nemo_rl_lora.config.generation import GenerationConfig, chosen_engine
 from nemo_rl_lora.config.grpo import GrpoConfig
 from nemo_rl_lora.config.master import GrpoMaster
 from nemo_rl_lora.console import KeyMetric
-from nemo_rl_lora.data.order import RowLoader
+from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.data.prompts import PromptSet, load_prompt_sets
 from nemo_rl_lora.environments.protocol import Environment
 from nemo_rl_lora.environments.registry import check_prompts, make_environments

@@ -11,7 +11,7 @@ from nemo_rl_lora.config.master import SftMaster
 from nemo_rl_lora.config.sft import SftConfig
 from nemo_rl_lora.console import KeyMetric
 from nemo_rl_lora.data.conversations import ConversationSet, load_conversation_sets
-from nemo_rl_lora.data.order import RowLoader
+from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.types import Example
 
 

@@ -24,8 +24,8 @@ from nemo_rl_lora.config.master import DpoMaster, GrpoMaster, MasterConfig, SftM
 from nemo_rl_lora.config.megatron_rules import megatron_adam_settings
 from nemo_rl_lora.config.policy import ModelConfig
 from nemo_rl_lora.console import KeyMetric, TrainingConsole
-from nemo_rl_lora.data.order import RowLoader
-from nemo_rl_lora.data.sides import RowSet
+from nemo_rl_lora.data.loader import RowLoader
+from nemo_rl_lora.data.row_sets import RowSet
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.metrics import RunLog, check_sinks
 from nemo_rl_lora.model_source import ModelSource, load_tokenizer, resolve_model

@@ -3,14 +3,16 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_lora.config.data import CONVERSATION_DATASETS, PREFERENCE_DATASETS, PROMPT_DATASETS, DatasetConfig
-from nemo_rl_lora.data.datasets import load_rows
+from nemo_rl_lora.config.data import DatasetConfig
+from nemo_rl_lora.data.catalog import DATASETS, names_for
+from nemo_rl_lora.data.row_sets import open_dataset
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"
 
 
 def rows_of(**section):
-    return load_rows(DatasetConfig.model_validate(section), "data.train")
+    read, rows = open_dataset("grpo", DatasetConfig.model_validate(section), "data.train", processor=None)
+    return [read(row) for row in rows]
 
 
 def write_lines(path, *rows):
@@ -124,7 +126,7 @@ def test_unknown_task_and_unknown_setting_are_refused_with_what_there_is():
         rows_of(dataset_name="reasoning_gym", task="chain_sum", task_config={"max_term": 3})
 
 
-@pytest.mark.parametrize("name", (CONVERSATION_DATASETS | PREFERENCE_DATASETS).keys() - PROMPT_DATASETS.keys())
+@pytest.mark.parametrize("name", DATASETS.keys() - names_for("grpo"))
 def test_dataset_without_prompts_is_refused_by_name(name):
     with pytest.raises(ValueError, match=rf"data.train.dataset_name='{name}': holds no prompts for GRPO. Use one of"):
         rows_of(dataset_name=name, data_path="absent.jsonl")
