@@ -130,7 +130,8 @@ class DatasetConfig(DatasetDefaults):
 
     @model_validator(mode="after")
     def _needed_keys_are_given(self) -> DatasetConfig:
-        if DATASETS[self.dataset_name].needs_file and self.data_path is None:
+        dataset = DATASETS[self.dataset_name]
+        if dataset.hub is None and dataset.generate is None and self.data_path is None:
             raise ValueError(f"data_path=None: dataset_name={self.dataset_name!r} needs a file. Give its path.")
         if self.dataset_name == "reasoning_gym" and self.task is None:
             raise ValueError("task=None: dataset_name='reasoning_gym' needs a task. Give one, such as 'chain_sum'.")

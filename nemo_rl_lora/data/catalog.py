@@ -47,10 +47,6 @@ class Dataset:
     conversation: Callable[[Row], list[Message]] | None = None
     pairs: Callable[[Row], list[Pair]] | None = None  # a row may have none
 
-    @property
-    def needs_file(self) -> bool:
-        return self.hub is None and self.generate is None
-
     def reader(self, algorithm: Algorithm) -> Callable[[Row], Any] | None:
         """What makes the algorithm's input of a row, if the dataset has any."""
         return {"grpo": self.prompt, "sft": self.conversation, "dpo": self.pairs}[algorithm]

@@ -15,15 +15,8 @@ from nemo_rl_lora.data.rows import Message, PromptFormat
 
 def encode(tokenizer: Any, format_: PromptFormat, texts: Sequence[str]) -> list[tuple[int, ...]]:
     """Token ids of what the user says, as prompts. Raises ValueError where the chat template refuses the messages."""
-    rendered = [
-        render(
-            tokenizer,
-            format_.with_system([{"role": "user", "content": text}]),
-            add_generation_prompt=True,
-            place=format_.key,
-        )
-        for text in texts
-    ]
+    chats = [format_.with_system([{"role": "user", "content": text}]) for text in texts]
+    rendered = [render(tokenizer, chat, add_generation_prompt=True, place=format_.key) for chat in chats]
     return [tuple(ids) for ids in tokenizer(rendered, add_special_tokens=False)["input_ids"]]
 
 

@@ -91,4 +91,6 @@ def answer(row: Row, prompt: Sequence[Message], name: str, key: str = "data_path
 def pair(row: Row, prompt: list[Message], chosen: Message, rejected: Message, part: str | None = None) -> Pair:
     """Two answers, with the prompt's texts as their cluster."""
     cluster = "\n".join(message["content"] for message in prompt)
-    return Pair(prompt=row.format.with_system(prompt), chosen=chosen, rejected=rejected, cluster=cluster, part=part)
+    return Pair(
+        row=row, prompt=row.format.with_system(prompt), chosen=chosen, rejected=rejected, cluster=cluster, part=part
+    )

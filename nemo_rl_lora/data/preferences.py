@@ -25,13 +25,14 @@ from nemo_rl_lora.data.row_sets import (
     refuse_grpo_keys,
     refuse_sft_keys,
 )
-from nemo_rl_lora.data.rows import Pair, Row
+from nemo_rl_lora.data.rows import Pair
 from nemo_rl_lora.data.sources import RowTable
 from nemo_rl_lora.types import PreferencePair
 
 logger = logging.getLogger(__name__)
 
 PreferenceSet = RowSet[PreferencePair]
+_Ids = tuple[int, ...]
 
 _CHECKED_AT_ONCE = 1024
 
@@ -49,10 +50,10 @@ def _read(section: DatasetConfig, key: str, config: RunConfig, tokenizer: Any) -
     clusters: list[int] = []
     allowed: list[bool] = []
     numbers: dict[str, int] = {}
-    found = ((index, number, pair, row) for index, row in enumerate(rows) for number, pair in enumerate(read(row)))
+    found = ((index, number, pair) for index, row in enumerate(rows) for number, pair in enumerate(read(row)))
     while some := list(islice(found, _CHECKED_AT_ONCE)):
-        encoded = _encode(tokenizer, [(pair, row) for *_, pair, row in some])
-        for (index, number, pair, _), (prompt, chosen, rejected) in zip(some, encoded, strict=True):
+        encoded = _encode(tokenizer, [pair for *_, pair in some])
+        for (index, number, pair), (prompt, chosen, rejected) in zip(some, encoded, strict=True):
             where.append((index, number))
             allowed.append(len(prompt) + max(len(chosen), len(rejected)) <= longest_row(config))
             if allowed[-1]:
@@ -61,9 +62,8 @@ def _read(section: DatasetConfig, key: str, config: RunConfig, tokenizer: Any) -
 
     def make(position: int, name: str) -> PreferencePair:
         index, number = where[position]
-        row = rows[index]
-        pair: Pair = read(row)[number]
-        prompt_ids, chosen_ids, rejected_ids = _encode(tokenizer, [(pair, row)])[0]
+        pair: Pair = read(rows[index])[number]
+        prompt_ids, chosen_ids, rejected_ids = _encode(tokenizer, [pair])[0]
         return PreferencePair(
             index=position,
             prompt_ids=prompt_ids,
@@ -99,26 +99,25 @@ def _report(
         logger.warning(f"{key}: {num_long} of {len(allowed)} pairs are left out, a side being longer than {limits}")
 
 
-def _encode(
-    tokenizer: Any, pairs: Sequence[tuple[Pair, Row]]
-) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    """(prompt, chosen, rejected) as tokens, of each pair with its row: the prompt ends with the assistant's header,
-    an answer as the template ends a turn."""
+def _encode(tokenizer: Any, pairs: Sequence[Pair]) -> list[tuple[_Ids, _Ids, _Ids]]:
+    """(prompt, chosen, rejected) as tokens, of each pair: the prompt ends with the assistant's header, an answer as
+    the template ends a turn."""
     texts = []
-    for pair, row in pairs:
-        texts.append(render(tokenizer, pair.prompt, add_generation_prompt=True, place=row.place))
+    for pair in pairs:
+        place = pair.row.place
+        texts.append(render(tokenizer, pair.prompt, add_generation_prompt=True, place=place))
         for answer in (pair.chosen, pair.rejected):
-            texts.append(render(tokenizer, [*pair.prompt, answer], add_generation_prompt=False, place=row.place))
+            texts.append(render(tokenizer, [*pair.prompt, answer], add_generation_prompt=False, place=place))
     ids = [tuple(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     encoded = []
-    for (_, row), prompt, chosen, rejected in zip(pairs, ids[::3], ids[1::3], ids[2::3], strict=True):
+    for pair, prompt, chosen, rejected in zip(pairs, ids[::3], ids[1::3], ids[2::3], strict=True):
         if chosen[: len(prompt)] != prompt or rejected[: len(prompt)] != prompt:
             raise ValueError(
-                f"policy.tokenizer.chat_template: in {row.place} the tokens of the prompt are not how prompt and "
-                "answer begin. Give a template that writes the prompt's end (add_generation_prompt) as it begins an "
-                "answer."
+                f"policy.tokenizer.chat_template: in {pair.row.place} the tokens of the prompt are not how prompt and "
+                f"answer begin. Give a template that writes the prompt's end (add_generation_prompt) as it begins an "
+                f"answer."
             )
         if chosen == rejected:
-            raise row.error("has two equal answers, and one must be better", key=None)
+            raise pair.row.error("has two equal answers, and one must be better", key=None)
         encoded.append((prompt, chosen[len(prompt) :], rejected[len(prompt) :]))
     return encoded

@@ -45,17 +45,6 @@ class Question(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """Two answers to one prompt, as text."""
-
-    prompt: Sequence[Message]
-    chosen: Message
-    rejected: Message
-    cluster: str  # pairs of one cluster are held out together
-    part: str | None = None  # of the dataset, for metrics
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """A row as it is stored, and what it is read by. The methods' `key` is the dataset's key that an error names."""
 
@@ -101,6 +90,18 @@ class Row:
         value = getattr(self.section, name)
         if value is not None:
             raise ValueError(f"{self.format.key}.{name}={value!r}: has no meaning {why}. Set it to null.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two answers to one prompt, as text."""
+
+    row: Row  # that it is of
+    prompt: Sequence[Message]
+    chosen: Message
+    rejected: Message
+    cluster: str  # pairs of one cluster are held out together
+    part: str | None = None  # of the dataset, for metrics
 
 
 def _problem_of(message: Any) -> str | None:
