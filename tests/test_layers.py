@@ -113,7 +113,7 @@ def test_drivers_import_no_backend():
 def test_importing_the_package_and_its_config_loads_nothing_heavy():
     code = (
         "import sys, nemo_rl_lora, nemo_rl_lora.config.loader, nemo_rl_lora.lora.spec, nemo_rl_lora.types;"
-        f"print(sorted(({HEAVY!r} | {{'torch', 'transformers'}}) & set(sys.modules)))"
+        f"print(sorted(({HEAVY!r} | {{'torch', 'transformers', 'datasets'}}) & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
