@@ -8,6 +8,30 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nemo_rl_lora"
 
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of this package that a file imports, at any depth of its code but not for type checking alone."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    names = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("nemo_rl_lora."):
+            names.add(node.module.removeprefix("nemo_rl_lora."))
+        if isinstance(node, ast.Import):
+            names |= {a.name.removeprefix("nemo_rl_lora.") for a in node.names if a.name.startswith("nemo_rl_lora.")}
+    return names
+
+
+CATALOG = imports_of(PACKAGE / "data" / "catalog.py")
+"""The datasets with files of their own. The configuration reads their names and keys, so they lie beside it."""
+
 # From the bottom to the top. A file may import from lower layers and from its own room.
 LAYERS = [
     [
@@ -21,7 +45,7 @@ LAYERS = [
         "step_digests",
         "distributed.ranks",
     ],
-    ["config", "model_source"],
+    ["config", "model_source", "data.catalog", "environments.protocol", *CATALOG],
     [
         "data",
         "environments",
@@ -61,26 +85,6 @@ def level_of(module: str) -> tuple[int, str]:
     return level, room
 
 
-def imports_of(path: Path) -> set[str]:
-    """Modules of this package that a file imports, at any depth of its code but not for type checking alone."""
-    tree = ast.parse(path.read_text())
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    names = set()
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("nemo_rl_lora."):
-            names.add(node.module.removeprefix("nemo_rl_lora."))
-        if isinstance(node, ast.Import):
-            names |= {a.name.removeprefix("nemo_rl_lora.") for a in node.names if a.name.startswith("nemo_rl_lora.")}
-    return names
-
-
 def test_imports_go_down():
     offences = []
     for path in PACKAGE.rglob("*.py"):
@@ -110,7 +114,7 @@ def test_drivers_import_no_backend():
 def test_importing_the_package_and_its_config_loads_nothing_heavy():
     code = (
         "import sys, nemo_rl_lora, nemo_rl_lora.config.load, nemo_rl_lora.lora.spec, nemo_rl_lora.types;"
-        f"print(sorted(({HEAVY!r} | {{'torch', 'transformers'}}) & set(sys.modules)))"
+        f"print(sorted(({HEAVY!r} | {{'torch', 'transformers', 'datasets'}}) & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"

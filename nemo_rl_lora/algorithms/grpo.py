@@ -26,7 +26,7 @@ from nemo_rl_lora.algorithms.surplus_groups import SurplusGroup, with_old_logpro
 from nemo_rl_lora.config.grpo import GrpoConfig
 from nemo_rl_lora.config.master import GrpoMaster
 from nemo_rl_lora.console import KeyMetric
-from nemo_rl_lora.data.order import RowLoader
+from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.data.prompts import PromptSet, load_prompt_sets
 from nemo_rl_lora.environments.protocol import Environment
 from nemo_rl_lora.environments.registry import check_prompts, make_environments

@@ -8,8 +8,8 @@ from typing import Any, Generic, TypeVar
 
 from nemo_rl_lora.algorithms.algorithm import Algorithm, M
 from nemo_rl_lora.config.loop import TuningConfig
-from nemo_rl_lora.data.order import RowLoader
-from nemo_rl_lora.data.sides import RowSet
+from nemo_rl_lora.data.loader import RowLoader
+from nemo_rl_lora.data.row_sets import RowSet
 
 T = TypeVar("T")
 

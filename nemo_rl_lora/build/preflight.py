@@ -25,7 +25,7 @@ from nemo_rl_lora.config.load import resolved_tree
 from nemo_rl_lora.config.lora import lora_spec_from_policy
 from nemo_rl_lora.config.master import DpoMaster, GrpoMaster, MasterConfig, SftMaster
 from nemo_rl_lora.config.policy import ModelConfig
-from nemo_rl_lora.data.order import RowLoader
+from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.metrics import check_sinks
 from nemo_rl_lora.model_source import ModelSource, load_tokenizer, resolve_model

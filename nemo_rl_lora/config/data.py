@@ -11,52 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from nemo_rl_lora.config.base import Fixed, Section
+from nemo_rl_lora.data.catalog import DATASETS
 
-_SOURCE = frozenset({"data_path", "split", "subset"})
-
-PROMPT_DATASETS: dict[str, frozenset[str]] = {
-    "generated_sums": frozenset({"low", "high", "num_rows"}),
-    "reasoning_gym": frozenset({"task", "size", "task_config"}),
-    "jsonl": _SOURCE | {"input_key", "output_key"},
-    "ResponseDataset": _SOURCE | {"input_key", "output_key"},
-    "OpenMathInstruct-2": _SOURCE | {"output_key"},
-    "gsm8k": _SOURCE,
-    "GSM8K": _SOURCE,
-}
-"""Datasets of prompts for GRPO, and which of the keys below each has a use for."""
-
-CONVERSATION_DATASETS: dict[str, frozenset[str]] = {
-    "openai_format": _SOURCE | {"chat_key"},
-    "squad": _SOURCE,
-    "tulu3_sft_mixture": _SOURCE,
-    **{name: PROMPT_DATASETS[name] for name in ("jsonl", "ResponseDataset", "OpenMathInstruct-2", "gsm8k", "GSM8K")},
-}
-"""Datasets of conversations for SFT."""
-
-PREFERENCE_DATASETS: dict[str, frozenset[str]] = {
-    "PreferenceDataset": _SOURCE,
-    "BinaryPreferenceDataset": _SOURCE | {"prompt_key", "chosen_key", "rejected_key"},
-    "HelpSteer3": _SOURCE,
-    "Tulu3Preference": _SOURCE,
-    "gsm8k_solutions": frozenset({"data_path", "split", "pairs"}),
-}
-"""Datasets of preference pairs for DPO."""
-
-_OWN_KEYS = PROMPT_DATASETS | CONVERSATION_DATASETS | PREFERENCE_DATASETS
-_KEYS_OF_SOME = frozenset().union(*_OWN_KEYS.values())
-_WITHOUT_HUB = (
-    "jsonl",
-    "ResponseDataset",
-    "openai_format",
-    "PreferenceDataset",
-    "BinaryPreferenceDataset",
-    "gsm8k_solutions",
-)
-_KINDS = {
-    "grpo": ("prompts", PROMPT_DATASETS),
-    "sft": ("conversations", CONVERSATION_DATASETS),
-    "dpo": ("preference pairs", PREFERENCE_DATASETS),
-}
+_KEYS_OF_SOME = frozenset(key for dataset in DATASETS.values() for key in dataset.keys)
 
 
 class DatasetDefaults(Section):
@@ -150,31 +107,31 @@ class DatasetConfig(DatasetDefaults):
     @field_validator("dataset_name")
     @classmethod
     def _name_is_known(cls, name: str) -> str:
-        if name not in _OWN_KEYS:
-            close = get_close_matches(name, _OWN_KEYS, n=1, cutoff=0.5)
+        if name not in DATASETS:
+            close = get_close_matches(name, DATASETS, n=1, cutoff=0.5)
             hint = f"Did you mean {close[0]!r}? " if close else ""
             raise ValueError(
-                f"there is no such dataset. {hint}Known: {', '.join(_OWN_KEYS)}. For rows of your own use 'jsonl', "
+                f"there is no such dataset. {hint}Known: {', '.join(DATASETS)}. For rows of your own use 'jsonl', "
                 f"'openai_format', 'PreferenceDataset' or 'BinaryPreferenceDataset' with data_path."
             )
         return name
 
     @model_validator(mode="after")
     def _every_key_has_a_use(self) -> DatasetConfig:
-        fields = type(self).model_fields
-        for key in sorted(_KEYS_OF_SOME - _OWN_KEYS[self.dataset_name]):
+        fields, own = type(self).model_fields, DATASETS[self.dataset_name].keys
+        for key in sorted(_KEYS_OF_SOME.difference(own)):
             value = getattr(self, key)
             if value != fields[key].get_default(call_default_factory=True):
-                useful = ", ".join(sorted(_OWN_KEYS[self.dataset_name]))
                 raise ValueError(
                     f"{key}={value!r}: has no meaning with dataset_name={self.dataset_name!r}, whose own keys are "
-                    f"{useful}. Remove it."
+                    f"{', '.join(sorted(own))}. Remove it."
                 )
         return self
 
     @model_validator(mode="after")
     def _needed_keys_are_given(self) -> DatasetConfig:
-        if self.dataset_name in _WITHOUT_HUB and self.data_path is None:
+        dataset = DATASETS[self.dataset_name]
+        if dataset.hub is None and dataset.generate is None and self.data_path is None:
             raise ValueError(f"data_path=None: dataset_name={self.dataset_name!r} needs a file. Give its path.")
         if self.dataset_name == "reasoning_gym" and self.task is None:
             raise ValueError("task=None: dataset_name='reasoning_gym' needs a task. Give one, such as 'chain_sum'.")
@@ -185,17 +142,8 @@ class DatasetConfig(DatasetDefaults):
 
 def keys_without_use(dataset_name: object) -> frozenset[str]:
     """Keys of a dataset block that the dataset named has no use for; empty where there is no such dataset."""
-    return _KEYS_OF_SOME - _OWN_KEYS.get(str(dataset_name), _KEYS_OF_SOME)
-
-
-def require_rows_for(algorithm: Literal["sft", "dpo", "grpo"], section: DatasetConfig, key: str) -> None:
-    """ValueError where the dataset at `key` has no rows of the algorithm's kind."""
-    kind, names = _KINDS[algorithm]
-    if section.dataset_name not in names:
-        raise ValueError(
-            f"{key}.dataset_name={section.dataset_name!r}: holds no {kind} for {algorithm.upper()}. Use one of "
-            f"{', '.join(names)}."
-        )
+    dataset = DATASETS.get(str(dataset_name))
+    return frozenset() if dataset is None else _KEYS_OF_SOME.difference(dataset.keys)
 
 
 def _one_or_list(value: Any) -> str:

@@ -1,122 +1,89 @@
-"""Where rows come from: a .jsonl or .parquet file, or a dataset of the Hugging Face hub.
+"""Where rows come from: a .jsonl or .parquet file, a dataset of the Hugging Face hub, or a generator; and prompt files.
 
-Rows are as they are stored; what they mean is the business of datasets.py, conversations.py and preferences.py. Every
-row has a place, a line or a number, which errors name.
+Rows are as they are stored; what they become is the business of the catalog. Every row has a place, a line or a number,
+which errors name.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import string
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_rl_lora.config.data import DatasetConfig
-from nemo_rl_lora.config.errors import show
+from nemo_rl_lora.config.data import DatasetConfig, DatasetDefaults
+from nemo_rl_lora.data.catalog import DATASETS, HubDataset
+from nemo_rl_lora.data.rows import PromptFormat, Row
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _HubDataset:
-    name: str
-    subset: str | None
-    split: str
+_Stored = tuple[Sequence[Any], str, Sequence[int] | None]  # rows, where they are from, their lines in a text file
 
 
-_HUB = {
-    "gsm8k": _HubDataset(name="openai/gsm8k", subset="main", split="train"),
-    "GSM8K": _HubDataset(name="openai/gsm8k", subset="main", split="train"),
-    "OpenMathInstruct-2": _HubDataset(name="nvidia/OpenMathInstruct-2", subset=None, split="train_1M"),
-    "squad": _HubDataset(name="rajpurkar/squad", subset=None, split="train"),
-    "tulu3_sft_mixture": _HubDataset(name="allenai/tulu-3-sft-mixture", subset=None, split="train"),
-    "HelpSteer3": _HubDataset(name="nvidia/HelpSteer3", subset="preference", split="train"),
-    "Tulu3Preference": _HubDataset(name="allenai/llama-3.1-tulu-3-8b-preference-mixture", subset=None, split="train"),
-}
-
-
-class RowTable(Sequence[dict[str, Any]]):
+class RowTable(Sequence[Row]):
     """Rows as they are stored. Those of a Parquet file and of the hub stay in Arrow's memory until they are asked."""
 
-    def __init__(self, rows: Sequence[Any], origin: str, line_numbers: Sequence[int] | None = None) -> None:
-        self._rows, self.origin, self._line_numbers = rows, origin, line_numbers
+    def __init__(self, stored: _Stored, section: DatasetConfig, format_: PromptFormat) -> None:
+        self._rows, self.origin, self._lines = stored
+        self._section, self._format = section, format_
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return dict(self._rows[index])
+        return self._row(index, self._rows[index])
 
-    def place(self, index: int) -> str:
-        """Where a row stands, for messages."""
-        if self._line_numbers is not None:
-            return f"line {self._line_numbers[index]} of {self.origin}"
-        return f"row {index} of {self.origin}"
+    def __iter__(self) -> Iterator[Row]:
+        return itertools.starmap(self._row, enumerate(self._rows))
 
-    def placed(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Every row with its place."""
-        for index, row in enumerate(self._rows):
-            yield self.place(index), dict(row)
-
-
-class _ArrowRows(Sequence[dict[str, Any]]):
-    """The rows of an Arrow table."""
-
-    def __init__(self, table: Any) -> None:
-        self._table = table
-
-    def __len__(self) -> int:
-        return self._table.num_rows
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._table.slice(index, 1).to_pylist()[0]
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self._table.to_batches(max_chunksize=1000):
-            yield from batch.to_pylist()
+    def _row(self, index: int, stored: Any) -> Row:
+        number = f"row {index}" if self._lines is None else f"line {self._lines[index]}"
+        values = stored if isinstance(stored, dict) else stored.as_py()  # of Arrow
+        return Row(values=dict(values), place=f"{number} of {self.origin}", section=self._section, format=self._format)
 
 
 def read_table(section: DatasetConfig, key: str) -> RowTable:
     """The first `max_num_rows` rows of the dataset that stands at `key`. Raises ValueError if there are none."""
+    format_ = load_format(section, key)
+    generate = DATASETS[section.dataset_name].generate
     found = None if section.data_path is None else _local(section.data_path)
-    if found is not None:
-        table = _read_file(_file_of(found, section, key), section.max_num_rows, key)
+    if generate is not None:
+        stored = (list(itertools.islice(generate(section, key), section.max_num_rows)), section.dataset_name, None)
+    elif found is not None:
+        stored = _read_file(_file_of(found, section, key), section.max_num_rows, key)
     else:
-        table = _read_hub(section, key)
+        stored = _read_hub(section, key)
+    table = RowTable(stored, section, format_)
     if not len(table):
         raise ValueError(f"{key}: {table.origin} has no rows. Give a dataset with at least one.")
     return table
 
 
-def local_places(name: str) -> list[Path]:
+def load_format(section: DatasetDefaults, key: str) -> PromptFormat:
+    """Read prompt_file and system_prompt_file. Raises ValueError for a missing file or not exactly one `{}`."""
+    pattern, system = "{}", None
+    if section.prompt_file is not None:
+        shown = f"{key}.prompt_file={section.prompt_file!r}"
+        pattern = _read_text(section.prompt_file, shown)
+        _check_pattern(pattern, shown)
+    if section.system_prompt_file is not None:
+        system = _read_text(section.system_prompt_file, f"{key}.system_prompt_file={section.system_prompt_file!r}")
+    return PromptFormat(pattern=pattern, system=system, key=key)
+
+
+def _places(name: str) -> list[Path]:
     """Where a path may be: relative ones below the working directory, then below the repository."""
     path = Path(name).expanduser()
     return [path] if path.is_absolute() else list(dict.fromkeys([Path.cwd() / path, _REPOSITORY / path]))
 
 
-def value_of(raw: Mapping[str, Any], name: str, place: str, key: str) -> Any:
-    """What a row has under a key. ValueError where it has nothing there."""
-    if raw.get(name) is None:
-        raise ValueError(
-            f"{key}: {place} has no {name!r}; its keys are {', '.join(raw) or 'none'}. Correct the row or the key."
-        )
-    return raw[name]
-
-
-def text_of(raw: Mapping[str, Any], name: str, place: str, key: str) -> str:
-    """The text that a row has under a key. ValueError where it is none, or empty."""
-    value = value_of(raw, name, place, key)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key}: {place} has {name}={show(value)}, and a text is needed. Correct the row.")
-    return value
-
-
 def _local(name: str) -> Path | None:
-    return next((place for place in local_places(name) if place.exists()), None)
+    return next((place for place in _places(name) if place.exists()), None)
 
 
 def _file_of(path: Path, section: DatasetConfig, key: str) -> Path:
@@ -141,7 +108,7 @@ def _file_of(path: Path, section: DatasetConfig, key: str) -> Path:
     return path
 
 
-def _read_file(path: Path, limit: int | None, key: str) -> RowTable:
+def _read_file(path: Path, limit: int | None, key: str) -> _Stored:
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -151,7 +118,7 @@ def _read_file(path: Path, limit: int | None, key: str) -> RowTable:
             raise ValueError(
                 f"{key}.data_path: {path} is no Parquet file ({_first_line(error)}). Correct it."
             ) from error
-        return RowTable(_ArrowRows(table.slice(0, limit)), str(path))
+        return table.slice(0, limit).to_struct_array(), str(path), None
     rows, numbers = [], []
     try:
         with path.open(encoding="utf-8") as file:
@@ -163,7 +130,7 @@ def _read_file(path: Path, limit: int | None, key: str) -> RowTable:
                     numbers.append(number)
     except UnicodeDecodeError as error:
         raise ValueError(f"{key}.data_path: {path} is no text in UTF-8 ({error.reason}). Convert it.") from error
-    return RowTable(rows, str(path), numbers)
+    return rows, str(path), numbers
 
 
 def _json_object(line: str, place: str) -> dict[str, Any]:
@@ -176,7 +143,7 @@ def _json_object(line: str, place: str) -> dict[str, Any]:
     return value
 
 
-def _read_hub(section: DatasetConfig, key: str) -> RowTable:
+def _read_hub(section: DatasetConfig, key: str) -> _Stored:
     named = _hub_dataset(section, key)
     import datasets
     from datasets.exceptions import DatasetsError
@@ -194,23 +161,43 @@ def _read_hub(section: DatasetConfig, key: str) -> RowTable:
         ) from error
     if section.max_num_rows is not None:
         rows = rows.select(range(min(section.max_num_rows, len(rows))))
-    return RowTable(rows, named.name)
+    return rows, named.name, None
 
 
-def _hub_dataset(section: DatasetConfig, key: str) -> _HubDataset:
+def _hub_dataset(section: DatasetConfig, key: str) -> HubDataset:
     """What is asked of the hub, where nothing local has the name."""
     if section.data_path is None:
-        usual = _HUB[section.dataset_name]
-        return _HubDataset(name=usual.name, subset=section.subset or usual.subset, split=section.split or usual.split)
+        usual = DATASETS[section.dataset_name].hub
+        assert usual is not None, "checked by DatasetConfig"
+        return HubDataset(name=usual.name, subset=section.subset or usual.subset, split=section.split or usual.split)
     if not _HUB_NAME.fullmatch(section.data_path) or section.data_path.endswith(_SUFFIXES):
-        places = " and ".join(map(str, local_places(section.data_path)))
+        places = " and ".join(map(str, _places(section.data_path)))
         raise ValueError(
             f"{key}.data_path={section.data_path!r}: there is no such file or directory (looked for {places}). "
             f"Correct it."
         )
-    return _HubDataset(name=section.data_path, subset=section.subset, split=section.split or "train")
+    return HubDataset(name=section.data_path, subset=section.subset, split=section.split or "train")
 
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+def _read_text(name: str, shown: str) -> str:
+    places = _places(name)
+    for place in places:
+        if place.is_file():
+            return place.read_text(encoding="utf-8").rstrip("\n")
+    raise ValueError(f"{shown}: there is no such file (looked for {' and '.join(map(str, places))}). Correct it.")
+
+
+def _check_pattern(pattern: str, shown: str) -> None:
+    remedy = "Write {} once, where the question goes, and double any other brace: {{ }}."
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None]
+    except ValueError as error:
+        raise ValueError(f"{shown}: its braces do not match ({error}). {remedy}") from error
+    if fields not in ([""], ["0"]):
+        found = ", ".join("{" + field + "}" for field in fields) or "none"
+        raise ValueError(f"{shown}: one placeholder {{}} is needed, found {found}. {remedy}")

@@ -11,10 +11,14 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from nemo_rl_lora.data.rows import Question, Row
 from nemo_rl_lora.environments.protocol import Scores
 from nemo_rl_lora.types import Prompt
+
+if TYPE_CHECKING:
+    from nemo_rl_lora.config.data import DatasetConfig
 
 
 class ReasoningGymEnvironment:
@@ -80,8 +84,14 @@ def make_task(name: str, settings: Mapping[str, Any], key: str) -> Any:
         ) from error
 
 
-def generate_rows(name: str, settings: Mapping[str, Any], key: str) -> Iterator[dict[str, Any]]:
-    """The task's rows, in order."""
-    task = make_task(name, settings, key)
+def generate_gym_rows(section: DatasetConfig, key: str) -> Iterator[dict[str, Any]]:
+    """The rows of the section's task, in order."""
+    assert section.task is not None, "checked by DatasetConfig"
+    settings = {"seed": section.seed, "size": section.size, **section.task_config}
+    task = make_task(section.task, settings, key)
     for index in range(len(task)):
-        yield {**task[index], "task": name, "task_settings": dict(settings)}
+        yield {**task[index], "task": section.task, "task_settings": settings}
+
+
+def gym_question(row: Row) -> Question:
+    return Question(row.values["question"], row.values)

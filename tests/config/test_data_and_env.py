@@ -1,16 +1,10 @@
 import pytest
 
-from nemo_rl_lora.config.data import (
-    CONVERSATION_DATASETS,
-    PREFERENCE_DATASETS,
-    PROMPT_DATASETS,
-    DataConfig,
-    DatasetConfig,
-    require_rows_for,
-)
+from nemo_rl_lora.config.data import DataConfig, DatasetConfig
 from nemo_rl_lora.config.env import EnvConfig
 from nemo_rl_lora.config.errors import ConfigError
 from nemo_rl_lora.config.load import load_config
+from nemo_rl_lora.data.catalog import DATASETS, names_for, require_reader
 
 
 def data(**values):
@@ -37,30 +31,23 @@ def test_resolved_configuration_loads_again():
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "names", "kind"),
-    [
-        ("grpo", PROMPT_DATASETS, "prompts for GRPO"),
-        ("sft", CONVERSATION_DATASETS, "conversations for SFT"),
-        ("dpo", PREFERENCE_DATASETS, "preference pairs for DPO"),
-    ],
+    ("algorithm", "kind"),
+    [("grpo", "prompts for GRPO"), ("sft", "conversations for SFT"), ("dpo", "preference pairs for DPO")],
 )
-def test_datasets_of_every_kind_load_and_serve_their_algorithms_alone(algorithm, names, kind):
-    for name in PROMPT_DATASETS | CONVERSATION_DATASETS | PREFERENCE_DATASETS:
+def test_datasets_of_every_kind_load_and_serve_their_algorithms_alone(algorithm, kind):
+    names = names_for(algorithm)
+    for name, dataset in DATASETS.items():
         section = {"dataset_name": name, "data_path": "a.jsonl", "task": "chain_sum"}
-        own = {key: value for key, value in section.items() if key in {"dataset_name", *_own_keys(name)}}
+        own = {key: value for key, value in section.items() if key in {"dataset_name", *dataset.keys}}
         section = DatasetConfig.model_validate(own)
         if name in names:
-            require_rows_for(algorithm, section, "data.train")
+            require_reader(algorithm, section, "data.train")
             continue
         with pytest.raises(ValueError) as error:
-            require_rows_for(algorithm, section, "data.train")
+            require_reader(algorithm, section, "data.train")
         assert str(error.value) == (
             f"data.train.dataset_name={name!r}: holds no {kind}. Use one of {', '.join(names)}."
         )
-
-
-def _own_keys(name):
-    return (PROMPT_DATASETS | CONVERSATION_DATASETS | PREFERENCE_DATASETS)[name]
 
 
 def test_list_of_datasets_takes_the_defaults_and_their_rates():

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_lora.config.data import CONVERSATION_DATASETS, PREFERENCE_DATASETS
+from nemo_rl_lora.data.catalog import names_for
 from nemo_rl_lora.data.conversations import load_conversation_sets
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -189,13 +189,12 @@ def test_set_is_a_sequence(load, write):
     assert len(list(found)) == 4
 
 
-@pytest.mark.parametrize("name", PREFERENCE_DATASETS.keys() - CONVERSATION_DATASETS.keys())
+@pytest.mark.parametrize("name", names_for("dpo"))
 def test_dataset_of_another_algorithm_is_refused_with_what_there_is(load, name):
     with pytest.raises(ValueError) as error:
         load({"dataset_name": name, "data_path": "absent.jsonl"})
     assert str(error.value) == (
-        f"data.train.dataset_name='{name}': holds no conversations for SFT. Use one of "
-        f"{', '.join(CONVERSATION_DATASETS)}."
+        f"data.train.dataset_name='{name}': holds no conversations for SFT. Use one of {', '.join(names_for('sft'))}."
     )
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_lora.config.data import PREFERENCE_DATASETS
+from nemo_rl_lora.data.catalog import names_for
 from nemo_rl_lora.data.preferences import load_preference_sets
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -221,7 +221,7 @@ def test_dataset_of_another_algorithm_is_refused_with_what_there_is(load, name):
         load({"dataset_name": name, **({"data_path": "absent.jsonl"} if name == "jsonl" else {})})
     assert str(error.value) == (
         f"data.train.dataset_name='{name}': holds no preference pairs for DPO. Use one of "
-        f"{', '.join(PREFERENCE_DATASETS)}."
+        f"{', '.join(names_for('dpo'))}."
     )
 
 

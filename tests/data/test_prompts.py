@@ -3,7 +3,7 @@ import logging
 
 import pytest
 
-from nemo_rl_lora.data.order import RowLoader
+from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.data.prompts import load_prompt_sets, load_prompts
 
 SUMS = {"dataset_name": "generated_sums", "low": 0, "high": 9, "num_rows": 20, "seed": 5}

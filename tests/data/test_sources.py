@@ -37,13 +37,13 @@ def test_path_is_looked_for_in_the_working_directory_and_then_in_the_repository(
     assert len(table_of(data_path=name)) == 64
     (tmp_path / name).parent.mkdir(parents=True)
     (tmp_path / name).write_text('{"input": "nearer"}\n')
-    assert table_of(data_path=name)[0] == {"input": "nearer"}
+    assert table_of(data_path=name)[0].values == {"input": "nearer"}
 
 
 def test_blank_lines_count_in_a_rows_place(write):
     table = table_of(data_path=write({"input": "a"}, "", {"input": "b"}))
-    assert [place.split(" of ")[0] for place, _ in table.placed()] == ["line 1", "line 3"]
-    assert table.place(1).startswith("line 3 of /")
+    assert [row.place.split(" of ")[0] for row in table] == ["line 1", "line 3"]
+    assert table[1].place.startswith("line 3 of /")
 
 
 def test_parquet_rows_are_read_in_any_order_and_as_a_whole(tmp_path):
@@ -53,9 +53,9 @@ def test_parquet_rows_are_read_in_any_order_and_as_a_whole(tmp_path):
     rows = [{"input": f"q{i}", "turns": [{"role": "user", "n": i}]} for i in range(2500)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=700)
     table = table_of(data_path=str(tmp_path / "a.parquet"))
-    assert [row for _, row in table.placed()] == rows
-    assert table[2411] == rows[2411]
-    assert table.place(2411) == f"row 2411 of {tmp_path}/a.parquet"
+    assert [row.values for row in table] == rows
+    assert table[2411].values == rows[2411]
+    assert table[2411].place == f"row 2411 of {tmp_path}/a.parquet"
     assert len(table_of(data_path=str(tmp_path / "a.parquet"), max_num_rows=3)) == 3
 
 
@@ -63,9 +63,9 @@ def test_hub_dataset_is_asked_by_its_name_subset_and_split(hub, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     table = table_of(data_path="org/rows", subset="en", split="test", max_num_rows=4)
     assert len(table) == 4
-    assert [row["turns"][0]["n"] for _, row in table.placed()] == [0, 1, 2, 3]
-    assert table[3]["input"] == "q3"
-    assert table.place(3) == "row 3 of org/rows"
+    assert [row.values["turns"][0]["n"] for row in table] == [0, 1, 2, 3]
+    assert table[3].values["input"] == "q3"
+    assert table[3].place == "row 3 of org/rows"
     table_of(dataset_name="gsm8k")
     table_of(dataset_name="HelpSteer3", subset="edit", split="validation")
     assert hub == [
@@ -79,7 +79,7 @@ def test_local_directory_comes_before_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "rows").mkdir(parents=True)
     (tmp_path / "org" / "rows" / "train.jsonl").write_text('{"input": "local"}\n')
-    assert table_of(data_path="org/rows")[0] == {"input": "local"}
+    assert table_of(data_path="org/rows")[0].values == {"input": "local"}
     assert hub == []
 
 

@@ -49,9 +49,11 @@ def test_answers_as_text_count_and_rows_without_an_integer_are_named():
 
 
 def gym_prompt(index=0):
-    from nemo_rl_lora.environments.reasoning_gym import generate_rows
+    from nemo_rl_lora.config.data import DatasetConfig
+    from nemo_rl_lora.environments.reasoning_gym import generate_gym_rows
 
-    rows = list(generate_rows("chain_sum", {"seed": 3, "size": 4}, "data.train"))
+    section = {"dataset_name": "reasoning_gym", "task": "chain_sum", "seed": 3, "size": 4}
+    rows = list(generate_gym_rows(DatasetConfig(**section), "data.train"))
     return prompt_of("reasoning_gym", index, **rows[index])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemo_rl_lora.config.data import DataConfig
-from nemo_rl_lora.data.learned_tokens import encode_conversation, token_rules
+from nemo_rl_lora.data.loss_masks import encode_conversation, token_rules
 
 GSM8K = Path(__file__).resolve().parents[2] / "examples" / "data" / "gsm8k"
 SMOL_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -89,7 +89,7 @@ def test_real_template_of_smollm2(smol, messages, header, only_final):
     pieces = [*begin, *chatml(messages, header_learned=header is False, only_last=only_final)]
     assert "".join(text for text, _ in pieces) == tokenizer.apply_chat_template(messages, tokenize=False)
     assert (tokens.token_ids, tokens.loss_mask) == expected(tokenizer, pieces)
-    assert tokens.num_cut == 0
+    assert tokens.num_cut_tokens == 0
 
 
 def test_learned_tokens_decode_to_what_the_assistant_says(smol):
@@ -219,9 +219,9 @@ def test_long_conversation_is_cut_at_its_end_and_counted(smol):
     tokenizer = smol()
     whole = encoded(tokenizer, CHAT)
     cut = encoded(tokenizer, CHAT, max_length=len(whole.token_ids) - 5)
-    assert (cut.token_ids, cut.loss_mask, cut.num_cut) == (whole.token_ids[:-5], whole.loss_mask[:-5], 5)
+    assert (cut.token_ids, cut.loss_mask, cut.num_cut_tokens) == (whole.token_ids[:-5], whole.loss_mask[:-5], 5)
     nothing = encoded(tokenizer, CHAT, max_length=3)
-    assert (sum(nothing.loss_mask), len(nothing.token_ids), nothing.num_cut) == (0, 3, len(whole.token_ids) - 3)
+    assert (sum(nothing.loss_mask), len(nothing.token_ids), nothing.num_cut_tokens) == (0, 3, len(whole.token_ids) - 3)
 
 
 def test_bos_and_eos_are_added_where_they_are_not(smol, sft_template):
@@ -232,7 +232,7 @@ def test_bos_and_eos_are_added_where_they_are_not(smol, sft_template):
     assert tokens.loss_mask == (False, *plain.loss_mask, True)
     assert plain == encoded(tokenizer, WITH_SYSTEM)
     cut = encoded(tokenizer, WITH_SYSTEM, add_bos=True, add_eos=True, max_length=10)
-    assert (len(cut.token_ids), cut.num_cut) == (10, len(tokens.token_ids) - 10)
+    assert (len(cut.token_ids), cut.num_cut_tokens) == (10, len(tokens.token_ids) - 10)
 
 
 def test_bos_and_eos_that_the_template_writes_are_not_added_again(smol):

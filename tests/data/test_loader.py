@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nemo_rl_lora.config.data import DatasetConfig
-from nemo_rl_lora.data.order import RowLoader, epoch_order, held_out
+from nemo_rl_lora.data.loader import RowLoader, epoch_order, held_out
 
 ROWS = [list(range(20))]
 MIXTURE = [[f"a{i}" for i in range(30)], [f"b{i}" for i in range(500)], [f"c{i}" for i in range(70)]]

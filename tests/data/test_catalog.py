@@ -3,14 +3,17 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_lora.config.data import CONVERSATION_DATASETS, PREFERENCE_DATASETS, PROMPT_DATASETS, DatasetConfig
-from nemo_rl_lora.data.datasets import load_rows
+from nemo_rl_lora.config.data import DatasetConfig
+from nemo_rl_lora.data.catalog import DATASETS, names_for
+from nemo_rl_lora.data.row_sets import open_dataset
 
-GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"
+ROOT = Path(__file__).resolve().parents[2]
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
 
 def rows_of(**section):
-    return load_rows(DatasetConfig.model_validate(section), "data.train")
+    read, rows = open_dataset("grpo", DatasetConfig.model_validate(section), "data.train", processor=None)
+    return [read(row) for row in rows]
 
 
 def write_lines(path, *rows):
@@ -124,7 +127,30 @@ def test_unknown_task_and_unknown_setting_are_refused_with_what_there_is():
         rows_of(dataset_name="reasoning_gym", task="chain_sum", task_config={"max_term": 3})
 
 
-@pytest.mark.parametrize("name", (CONVERSATION_DATASETS | PREFERENCE_DATASETS).keys() - PROMPT_DATASETS.keys())
+@pytest.mark.parametrize("name", DATASETS.keys() - names_for("grpo"))
 def test_dataset_without_prompts_is_refused_by_name(name):
     with pytest.raises(ValueError, match=rf"data.train.dataset_name='{name}': holds no prompts for GRPO. Use one of"):
         rows_of(dataset_name=name, data_path="absent.jsonl")
+
+
+def test_the_table_of_the_docs_is_the_catalog():
+    lines = (ROOT / "docs" / "data.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    header, *rows = [row for row in rows if len(row) == 5]
+    assert (header[0], header[-1]) == ("`dataset_name`", "own keys")
+    table = {row[0]: row[1:] for row in rows}
+    assert list(table) == [", ".join(f"`{name}`" for name in dataset.names) for dataset in _each_once()]
+    for dataset, (prompt, conversation, pairs, keys) in zip(_each_once(), table.values(), strict=True):
+        readers = (dataset.prompt, dataset.conversation, dataset.pairs)
+        assert [bool(cell) for cell in (prompt, conversation, pairs)] == [reader is not None for reader in readers]
+        assert keys == ", ".join(f"`{key}`" for key in dataset.keys)
+        assert dataset.hub is None or f"`{dataset.hub.name}`" in "\n".join(lines)
+
+
+def _each_once():
+    return list({dataset.names: dataset for dataset in DATASETS.values()}.values())
+
+
+def test_every_key_of_a_dataset_is_one_of_the_configuration():
+    for dataset in _each_once():
+        assert set(dataset.keys) <= DatasetConfig.model_fields.keys(), dataset.names

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from nemo_rl_lora.config.data import DataConfig
-from nemo_rl_lora.data.chat import Message, render
+from nemo_rl_lora.data.chat import render
+from nemo_rl_lora.data.rows import Message
+from nemo_rl_lora.types import Example
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +35,6 @@ class TokenRules:
     eos_id: int | None  # put last, and learned, unless the last answer ends with it
     max_length: int
     marked: bool  # the template has {% generation %} blocks
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LearnedTokens:
-    """A conversation as tokens. `loss_mask` is true on those that are learned."""
-
-    token_ids: tuple[int, ...]
-    loss_mask: tuple[bool, ...]
-    num_cut: int  # left out at the end
 
 
 def token_rules(data: DataConfig, tokenizer: Any, *, only_final: bool, max_length: int) -> TokenRules:
@@ -67,7 +60,9 @@ def token_rules(data: DataConfig, tokenizer: Any, *, only_final: bool, max_lengt
     )
 
 
-def encode_conversation(tokenizer: Any, messages: Sequence[Message], rules: TokenRules, place: str) -> LearnedTokens:
+def encode_conversation(
+    tokenizer: Any, messages: Sequence[Message], rules: TokenRules, place: str, source: str = ""
+) -> Example:
     """Tokens and mask of a conversation that ends with an assistant's turn; `place` is whose it is, for errors."""
     encode = _encode_as_marked if rules.marked else _encode_as_proven
     token_ids, learned = encode(tokenizer, messages, rules, place)
@@ -75,10 +70,11 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message], rules: Toke
         token_ids, learned = [rules.bos_id, *token_ids], [False, *learned]
     if rules.eos_id is not None and _last_beside_newlines(tokenizer, token_ids) != rules.eos_id:
         token_ids, learned = [*token_ids, rules.eos_id], [*learned, True]
-    return LearnedTokens(
+    return Example(
         token_ids=tuple(token_ids[: rules.max_length]),
         loss_mask=tuple(learned[: rules.max_length]),
-        num_cut=max(len(token_ids) - rules.max_length, 0),
+        source=source,
+        num_cut_tokens=max(len(token_ids) - rules.max_length, 0),
     )
 
 

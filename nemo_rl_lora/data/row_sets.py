@@ -1,6 +1,6 @@
-"""The training and the validation side of a run: what is held out, how a set is called, which keys have no use.
+"""Sets of rows: the training and the validation side of a run, what is held out, which keys have no use.
 
-For SFT and DPO, whose sets are `RowSet`s; GRPO's prompts (prompts.py) share the checks.
+A `RowSet` is what SFT, DPO and GRPO (prompts.py) draw from.
 """
 
 from __future__ import annotations
@@ -8,31 +8,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from nemo_rl_lora.config.data import DataConfig, DatasetConfig, require_rows_for
-from nemo_rl_lora.data.chat import PromptFormat, load_format
-from nemo_rl_lora.data.order import held_out
+from nemo_rl_lora.config.data import DataConfig, DatasetConfig
+from nemo_rl_lora.config.master import EvalMaster, MasterConfig
+from nemo_rl_lora.data.catalog import Algorithm, require_reader
+from nemo_rl_lora.data.loader import held_out
+from nemo_rl_lora.data.rows import Row
 from nemo_rl_lora.data.sources import RowTable, read_table
 
 T = TypeVar("T")
-
-
-class _HasLength(Protocol):
-    @property
-    def max_total_sequence_length(self) -> int: ...
-
-
-class RunConfig(Protocol):
-    """What is read of the whole configuration."""
-
-    @property
-    def data(self) -> DataConfig: ...
-
-    @property
-    def policy(self) -> _HasLength: ...
+RunConfig = MasterConfig | EvalMaster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -53,23 +41,26 @@ class RowSet(Sequence[T]):
             return [self.make(int(position), self.name) for position in self.positions[index]]
         return self.make(int(self.positions[index]), self.name)
 
+    @classmethod
+    def of_all(cls, section: DatasetConfig, num_rows: int, make: Callable[[int, str], T]) -> RowSet[T]:
+        """All rows of a dataset, each for itself."""
+        rows = np.arange(num_rows)
+        return cls(name=section.dataset_name, rate=section.rate, positions=rows, clusters=rows, make=make)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowReader:
-    """What the rows of one dataset, which stands at `key` in the configuration, are read by."""
-
-    section: DatasetConfig
-    key: str
-    format: PromptFormat
+    def where(self, chosen: np.ndarray) -> RowSet[T]:
+        """The rows that are chosen, [N] bool."""
+        return replace(self, positions=self.positions[chosen], clusters=self.clusters[chosen])
 
 
 def open_dataset(
-    algorithm: Literal["sft", "dpo"], section: DatasetConfig, key: str, *, processor: str | None
-) -> tuple[RowReader, RowTable]:
-    """The rows of a dataset and how to read them. ValueError where it, or its processor, is not the algorithm's."""
-    require_rows_for(algorithm, section, key)
-    refuse_processor(section, key, algorithm.upper(), processor)
-    return RowReader(section=section, key=key, format=load_format(section, key)), read_table(section, key)
+    algorithm: Algorithm, section: DatasetConfig, key: str, *, processor: str | None
+) -> tuple[Callable[[Row], Any], RowTable]:
+    """The rows of a dataset and what reads one. ValueError where it, or its processor, is not the algorithm's."""
+    read = require_reader(algorithm, section, key)
+    if section.processor not in (None, processor):
+        remedy = f"Use {processor!r} or null" if processor else "Set it to null"
+        raise ValueError(f"{key}.processor={section.processor!r}: is no processor of {algorithm.upper()}. {remedy}.")
+    return read, read_table(section, key)
 
 
 def longest_row(config: RunConfig) -> int:
@@ -84,32 +75,22 @@ def load_sides(
     """Training sets and validation sets: what is held out of training, then `data.validation`'s. `noun` is what
     `clusters` number."""
     train, validation = [], []
-    require_training(data)
+    if data.train is None:
+        raise ValueError("data.train=None: training needs a dataset. Set data.train.dataset_name.")
     for key, section in data.sections("train"):
         rows = read(section, key)
         is_held_out = held_out(int(rows.clusters.max()) + 1, section, key, noun)[rows.clusters]
-        train.append(_chosen(rows, ~is_held_out))
+        train.append(rows.where(~is_held_out))
         if is_held_out.any():
-            validation.append(_chosen(rows, is_held_out))
+            validation.append(rows.where(is_held_out))
     for key, section in data.sections("validation"):
-        refuse_held_out(section, key)
+        if section.split_validation_size:
+            raise ValueError(
+                f"{key}.split_validation_size={section.split_validation_size}: only training rows can be held out for "
+                f"validation. Remove it."
+            )
         validation.append(read(section, key))
     return _named(train), _named(validation)
-
-
-def require_training(data: DataConfig) -> None:
-    """ValueError where there is nothing to train on."""
-    if data.train is None:
-        raise ValueError("data.train=None: training needs a dataset. Set data.train.dataset_name.")
-
-
-def refuse_held_out(section: DatasetConfig, key: str) -> None:
-    """ValueError where a validation set is to be split."""
-    if section.split_validation_size:
-        raise ValueError(
-            f"{key}.split_validation_size={section.split_validation_size}: only training rows can be held out for "
-            f"validation. Remove it."
-        )
 
 
 def refuse_sft_keys(data: DataConfig, algorithm: str) -> None:
@@ -136,17 +117,6 @@ def refuse_grpo_keys(data: DataConfig, algorithm: str, what_is_done: str) -> Non
             raise ValueError(
                 f"{key}.env_name={section.env_name!r}: has no meaning in {algorithm}, which scores nothing. Remove it."
             )
-
-
-def refuse_processor(section: DatasetConfig, key: str, algorithm: str, known: str | None) -> None:
-    """ValueError for another processor than the algorithm's."""
-    if section.processor not in (None, known):
-        remedy = f"Use {known!r} or null" if known else "Set it to null"
-        raise ValueError(f"{key}.processor={section.processor!r}: is no processor of {algorithm}. {remedy}.")
-
-
-def _chosen(rows: RowSet[T], chosen: np.ndarray) -> RowSet[T]:
-    return replace(rows, positions=rows.positions[chosen], clusters=rows.clusters[chosen])
 
 
 def _named(sets: Iterable[RowSet[T]]) -> list[RowSet[T]]:

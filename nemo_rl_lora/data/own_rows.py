@@ -1,0 +1,96 @@
+"""Rows of one's own: a question with its answer, a chat, two answers of which one is better.
+
+Named datasets whose rows have one of these forms use the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from nemo_rl_lora.config.errors import show
+from nemo_rl_lora.data.rows import Message, Pair, Question, Row
+
+
+def own_question(row: Row) -> Question:
+    """A row: {"input": "2 + 2?", "output": "4"}, under the names that input_key and output_key give."""
+    question = row.text(row.section.input_key, "input_key")
+    if row.section.output_key is None:
+        return Question(question, row.values)
+    return Question(question, {**row.values, "answer": row.value(row.section.output_key, "output_key")})
+
+
+def own_answer(row: Row) -> list[Message]:
+    """The same row, to be learned."""
+    question = row.text(row.section.input_key, "input_key")
+    return answered(row, question, row.text(row.section.output_key or "output", "output_key"))
+
+
+def answered(row: Row, question: str, answer: str) -> list[Message]:
+    """The conversation of a question and its answer."""
+    return [row.format.user(question), {"role": "assistant", "content": answer}]
+
+
+def chat(row: Row) -> list[Message]:
+    """A row: {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}."""
+    row.refuse_file("prompt_file", f"with dataset_name={row.section.dataset_name!r}, whose rows are whole chats")
+    return row.messages(row.section.chat_key, "chat_key")
+
+
+def ranked_pair(row: Row) -> list[Pair]:
+    """A row: {"context": [messages], "completions": [{"rank": 0, "completion": [message]}, {"rank": 1, ...}]}."""
+    completions = row.value("completions")
+    is_list = isinstance(completions, list) and all(isinstance(item, dict) for item in completions)
+    if not is_list or len(completions) != 2:
+        raise row.error(
+            f"has completions={show(completions)}, and a list of two is needed, each with rank and completion"
+        )
+    items = [replace(row, values=item) for item in completions]
+    ranks = [item.value("rank") for item in items]
+    if not all(isinstance(rank, int | float) for rank in ranks) or ranks[0] == ranks[1]:
+        raise row.error(f"has the ranks {ranks!r}, and two different numbers are needed")
+    better, worse = sorted(items, key=lambda item: item.values["rank"])
+    prompt = asked(row, "context")
+    return [pair(row, prompt, answer(better, prompt, "completion"), answer(worse, prompt, "completion"))]
+
+
+def chosen_pair(row: Row) -> list[Pair]:
+    """A row: {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}, under names that the dataset's keys give."""
+    section = row.section
+    prompt = asked(row, section.prompt_key, "prompt_key")
+    chosen = answer(row, prompt, section.chosen_key, "chosen_key")
+    return [pair(row, prompt, chosen, answer(row, prompt, section.rejected_key, "rejected_key"))]
+
+
+def asked(row: Row, name: str, key: str = "data_path") -> list[Message]:
+    """The messages of a prompt that is a text or messages, before a system prompt."""
+    if isinstance(row.values.get(name), str):
+        return [row.format.user(row.text(name, key))]
+    row.refuse_file("prompt_file", f"where prompts are messages, as in {row.place}")
+    messages = row.messages(name, key)
+    if messages[-1]["role"] != "user":
+        raise row.error(
+            f"has a prompt that ends with a turn of the {messages[-1]['role']}, and the user's is needed", key
+        )
+    return messages
+
+
+def answer(row: Row, prompt: Sequence[Message], name: str, key: str = "data_path") -> Message:
+    """The answer that stands under `name`: a text, one message, or the whole chat, which then begins as the prompt."""
+    if isinstance(row.values.get(name), str):
+        return {"role": "assistant", "content": row.text(name, key)}
+    *before, found = row.messages(name, key)
+    if found["role"] != "assistant":
+        raise row.error(f"has {name} that ends with a turn of the {found['role']}, and the assistant's is needed", key)
+    texts = [[(message["role"], message["content"]) for message in chat] for chat in (before, prompt)]
+    if before and texts[0] != texts[1]:
+        raise row.error(f"has {name} with another prompt than the pair's", key)
+    return found
+
+
+def pair(row: Row, prompt: list[Message], chosen: Message, rejected: Message, part: str | None = None) -> Pair:
+    """Two answers, with the prompt's texts as their cluster."""
+    cluster = "\n".join(message["content"] for message in prompt)
+    return Pair(
+        row=row, prompt=row.format.with_system(prompt), chosen=chosen, rejected=rejected, cluster=cluster, part=part
+    )
