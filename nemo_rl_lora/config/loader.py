@@ -30,8 +30,9 @@ from nemo_rl_lora.config.master import (
 )
 from nemo_rl_lora.config.overrides import apply_overrides, merged, stripped
 from nemo_rl_lora.config.schema import section_at
+from nemo_rl_lora.shipped_files import SHIPPED_ROOT, existing
 
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "examples" / "configs"
+CONFIG_DIR = SHIPPED_ROOT / "examples" / "configs"
 
 _BASE_FILES: dict[Driver, str] = {
     "sft": "sft.yaml",
@@ -100,7 +101,7 @@ def algorithm_of(path: Path) -> Driver:
 
 def read_tree(path: Path) -> dict[str, Any]:
     """The file merged over what its `defaults:` name, with interpolations unresolved. Raises ConfigError."""
-    return stripped(_read_tree(path, ()))
+    return stripped(_read_tree(existing(path, str(path)), ()))
 
 
 def resolved_yaml(config: BaseModel) -> str:
@@ -147,7 +148,7 @@ def _read_tree(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
             f"defaults={show(parents)}: must be a path or a list of paths, relative to {path}. "
             "Write for example `defaults: ../../sft.yaml`."
         )
-    inherited = [_read_tree(path.parent / parent, (*chain, file)) for parent in parents]
+    inherited = [_read_tree(existing(path.parent / parent, parent), (*chain, file)) for parent in parents]
     return reduce(merged, [*inherited, tree], {})
 
 

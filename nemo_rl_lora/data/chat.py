@@ -14,7 +14,8 @@ import jinja2
 
 from nemo_rl_lora.config.data import DatasetDefaults
 from nemo_rl_lora.config.errors import show
-from nemo_rl_lora.data.sources import local_places, value_of
+from nemo_rl_lora.data.sources import value_of
+from nemo_rl_lora.shipped_files import local_places
 
 Message = Mapping[str, Any]  # role, content, and what else the template reads
 ROLES = ("system", "user", "assistant")

@@ -15,8 +15,8 @@ from typing import Any
 
 from nemo_rl_lora.config.data import DatasetConfig
 from nemo_rl_lora.config.errors import show
+from nemo_rl_lora.shipped_files import local_places
 
-_REPOSITORY = Path(__file__).resolve().parents[2]
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -90,12 +90,6 @@ def read_table(section: DatasetConfig, key: str) -> RowTable:
     if not len(table):
         raise ValueError(f"{key}: {table.origin} has no rows. Give a dataset with at least one.")
     return table
-
-
-def local_places(name: str) -> list[Path]:
-    """Where a path may be: relative ones below the working directory, then below the repository."""
-    path = Path(name).expanduser()
-    return [path] if path.is_absolute() else list(dict.fromkeys([Path.cwd() / path, _REPOSITORY / path]))
 
 
 def value_of(raw: Mapping[str, Any], name: str, place: str, key: str) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_rl_lora.config.loader import CONFIG_DIR, algorithm_of, load_config
-from tools.config_cli import differences
+from nemo_rl_lora.config_command import differences
 
 NANO = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16"
 NANO_TOKENIZER = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"
