@@ -7,9 +7,7 @@ uv run examples/run_eval.py --config FILE [--plan] [a.b=c] [+a.b=c] [++a.b=c] [~
 
 import sys
 
-from nemo_rl_lora.command_line import driver_arguments
-from nemo_rl_lora.evaluation.command import eval_main
-from nemo_rl_lora.run_control import main_guard
+from nemo_rl_lora.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main_guard(lambda: eval_main(driver_arguments("eval", __doc__))))
+    sys.exit(run("eval", program="uv run examples/run_eval.py"))

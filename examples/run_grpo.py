@@ -6,8 +6,7 @@ uv run examples/run_grpo.py --config FILE [--plan] [a.b=c] [+a.b=c] [++a.b=c] [~
 
 import sys
 
-from nemo_rl_lora.command_line import driver_arguments, train_main
-from nemo_rl_lora.run_control import main_guard
+from nemo_rl_lora.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main_guard(lambda: train_main("grpo", driver_arguments("grpo", __doc__))))
+    sys.exit(run("grpo", program="uv run examples/run_grpo.py"))

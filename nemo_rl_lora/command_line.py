@@ -34,9 +34,12 @@ class DriverArguments:
     plan: bool
 
 
-def driver_arguments(algorithm: Driver, doc: str | None, argv: Sequence[str] | None = None) -> DriverArguments:
+def driver_arguments(
+    algorithm: Driver, doc: str | None, argv: Sequence[str] | None = None, program: str | None = None
+) -> DriverArguments:
     """Parse a driver's command line; whatever is no flag is an override."""
     parser = argparse.ArgumentParser(
+        prog=program,
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Overrides: a.b=c sets a key, +a.b=c adds one, ++a.b=c does either, ~a.b removes one. "
@@ -118,7 +121,9 @@ def continue_command(argv: Sequence[str]) -> str:
     """The same command, continuing from the newest checkpoint wherever the first one started from."""
     key = "checkpointing.load_path="
     kept = [argument for argument in argv if not argument.lstrip("+").startswith(key)]
-    return shlex.join(["uv", "run", *kept, *([f"{key}auto"] if len(kept) < len(argv) else [])])
+    is_script = kept[0].endswith(".py")
+    program = ["uv", "run", kept[0]] if is_script else [Path(kept[0]).name]
+    return shlex.join([*program, *kept[1:], *([f"{key}auto"] if len(kept) < len(argv) else [])])
 
 
 def draw_curves_of(log_directory: Path) -> None:
@@ -152,7 +157,7 @@ def prepare_process() -> None:
     if "torch" in sys.modules or not missing:
         return
     os.environ.update(missing)
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def silence_vendors() -> None:

@@ -19,7 +19,6 @@ from typing import Any
 
 from nemo_rl_lora.checkpoints.durable_files import read_json_file, verify_files
 from nemo_rl_lora.checkpoints.record import CONFIG_FILE, INFO_FILE, config_differences, read_config
-from nemo_rl_lora.config.load import CONFIG_DIR
 from nemo_rl_lora.metrics import TIMING, read_metrics
 from nemo_rl_lora.step_digests import DIGESTS_FILE, stored_digests
 
@@ -130,7 +129,9 @@ def _continue(step: Path, last: int, scratch: Path) -> Path:
     phase = read_json_file(step, INFO_FILE)["phase"]
     command = [
         sys.executable,
-        str(CONFIG_DIR.parent / f"run_{phase}.py"),
+        "-m",
+        "nemo_rl_lora",
+        phase,
         "--config",
         str(step / CONFIG_FILE),
         f"checkpointing.load_path={step.absolute()}",
@@ -149,9 +150,13 @@ def _continue(step: Path, last: int, scratch: Path) -> Path:
     return scratch / "exp_001"
 
 
-def parse_arguments(doc: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(
+    doc: str | None, argv: Sequence[str] | None = None, program: str | None = None
+) -> argparse.Namespace:
     """The command line of tools/verify_resume.py."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=program, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", required=True, help="the step to go on from: step_N")
     parser.add_argument("--steps", type=int, required=True, help="how many steps to compare")
     parser.add_argument("--record", help="the log directory of the uninterrupted run; by default it is looked for")

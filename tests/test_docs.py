@@ -17,14 +17,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_rl_lora.config_command import config_main
 from nemo_rl_lora.export.command import export_main, parse_arguments
+from nemo_rl_lora.parity_command import parity_main
+from nemo_rl_lora.parity_command import parse_arguments as parity_arguments
 from nemo_rl_lora.resume_check import parse_arguments as resume_arguments
 from nemo_rl_lora.resume_check import verify_resume
+from nemo_rl_lora.transcode_command import parse_arguments as transcode_arguments
+from nemo_rl_lora.transcode_command import transcode_main
 from tests.driver import Ended, TinyRun, run_driver
 from tests.evaluation_runs import run_eval, save_peft_adapter
 from tests.generation.vllm_models import make_driver_model
-from tools.config_cli import main as config_cli
-from tools.transcode_adapter import main as transcode_adapter
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -145,7 +148,7 @@ def run_pytest(command: Command, place: Place, capsys) -> None:
 
 def run_config_cli(command: Command, place: Place, capsys) -> None:
     """What is printed is YAML of a whole configuration or of an adapter, or names keys that differ."""
-    assert config_cli(command.arguments) == 0
+    assert config_main(None, command.arguments) == 0
     printed = capsys.readouterr().out
     verb = command.arguments[0]
     if verb == "compare":
@@ -338,8 +341,9 @@ def run_transcode(command: Command, place: Place, capsys) -> None:
     assert run("sft.max_num_steps=1", "checkpointing.metric_name=null").code == 0
     assert [command.arguments[i] for i in (0, 2, 4)] == ["--adapter", "--to", "--out"]
     out, back = str(place.root / "out"), str(place.root / "back")
-    assert transcode_adapter(["--adapter", str(run.checkpoints / "step_1"), *command.arguments[2:5], out]) == 0
-    assert transcode_adapter(["--adapter", out, "--to", "peft", "--out", back]) == 0
+    there = ["--adapter", str(run.checkpoints / "step_1"), *command.arguments[2:5], out]
+    for arguments in (there, ["--adapter", out, "--to", "peft", "--out", back]):
+        assert transcode_main(transcode_arguments(None, arguments)) == 0
     assert "bit-exact" in capsys.readouterr().out
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -349,11 +353,10 @@ def run_transcode(command: Command, place: Place, capsys) -> None:
 
 def run_parity(command: Command, place: Place, capsys) -> None:
     """An adapter made for the tiny model, in the place of the one that the page names."""
-    from tools.parity import main
-
     save_peft_adapter(place.tiny_model, place.root / "step_30", 0, r=2, target_modules=["q_proj"])
     assert (command.arguments[0], len(command.arguments)) == ("--checkpoint", 2)
-    assert main(["--checkpoint", str(place.root / "step_30"), "--model", str(place.tiny_model)]) == 0
+    arguments = ["--checkpoint", str(place.root / "step_30"), "--model", str(place.tiny_model)]
+    assert parity_main(parity_arguments(None, arguments)) == 0
     assert re.match("(merge|adapter): rounding to bf16 leaves", capsys.readouterr().out)
     parity = place.root / "step_30" / "parity"
     assert json.loads((parity / "certificate.json").read_text())["verdict"] in ("merge", "adapter")

@@ -10,13 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nemo_rl_lora import transcode
+from nemo_rl_lora import cli, transcode
 from nemo_rl_lora.policy.megatron.convert import fuse
 from nemo_rl_lora.policy.megatron.families import read_family
-from nemo_rl_lora.run_control import main_guard
 from tests.evaluation_runs import save_peft_adapter
 from tests.policy.conftest import CONFIGS, save_random_model
-from tools.transcode_adapter import main
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 
@@ -60,7 +58,7 @@ def transcoded(source, to, out):
     """(label, out) of a conversion by the command."""
     printed = io.StringIO()
     with redirect_stdout(printed):
-        assert main(["--adapter", str(source), "--to", to, "--out", str(out)]) == 0
+        assert cli.main(["transcode", "--adapter", str(source), "--to", to, "--out", str(out)]) == 0
     return printed.getvalue().split(": ")[1].split(", dim")[0], out
 
 
@@ -196,13 +194,9 @@ def test_the_plan_writes_nothing_and_the_impossible_is_refused(base, tmp_path):
     printed, errors = io.StringIO(), io.StringIO()
     arguments = ["--adapter", str(adapter), "--to", "megatron-shared", "--out", str(tmp_path / "out")]
     with redirect_stdout(printed), redirect_stderr(errors):
-        assert main_guard(lambda: main(arguments)) == 2
-        assert (
-            main_guard(
-                lambda: main(["--adapter", str(adapter), "--to", "peft", "--out", str(tmp_path / "out"), "--plan"])
-            )
-            == 0
-        )
+        assert cli.main(["transcode", *arguments]) == 2
+        plan = ["--adapter", str(adapter), "--to", "peft", "--out", str(tmp_path / "out"), "--plan"]
+        assert cli.main(["transcode", *plan]) == 0
     assert "peft to megatron-shared: impossible" in printed.getvalue()
     assert "Keep PEFT's form, which any adapter has." in errors.getvalue()
     assert not (tmp_path / "out").exists()

@@ -7,10 +7,7 @@ uv run tools/convert_lora_to_hf.py --adapter-ckpt RUN --hf-ckpt-path OUTPUT --al
 
 import sys
 
-from nemo_rl_lora.command_line import silence_vendors
-from nemo_rl_lora.export.command import export_main, parse_arguments
-from nemo_rl_lora.run_control import main_guard
+from nemo_rl_lora.cli import run
 
 if __name__ == "__main__":
-    silence_vendors()
-    sys.exit(main_guard(lambda: export_main(parse_arguments(__doc__))))
+    sys.exit(run("export", program="uv run tools/convert_lora_to_hf.py"))

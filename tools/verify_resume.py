@@ -5,8 +5,7 @@ uv run tools/verify_resume.py --checkpoint STEP --steps K [--record LOG_DIRECTOR
 
 import sys
 
-from nemo_rl_lora.resume_check import parse_arguments, verify_resume
-from nemo_rl_lora.run_control import main_guard
+from nemo_rl_lora.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main_guard(lambda: verify_resume(parse_arguments(__doc__))))
+    sys.exit(run("verify-resume", program="uv run tools/verify_resume.py"))

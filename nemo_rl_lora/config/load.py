@@ -25,10 +25,11 @@ from nemo_rl_lora.config.master import MASTERS, Driver, EvalMaster, MasterConfig
 from nemo_rl_lora.config.overrides import overridden
 from nemo_rl_lora.config.refused_keys import refused_keys, take_out
 from nemo_rl_lora.config.tree import flatten, lookup, plain
+from nemo_rl_lora.shipped_files import SHIPPED_ROOT, existing
 
 M = TypeVar("M", bound=MasterConfig | EvalMaster)
 
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "examples" / "configs"
+CONFIG_DIR = SHIPPED_ROOT / "examples" / "configs"
 
 _BASE_FILES: dict[Driver, str] = {
     "sft": "sft.yaml",
@@ -106,7 +107,7 @@ def algorithm_of(path: Path) -> Driver:
 
 def read_tree(path: Path) -> dict[str, Any]:
     """The file merged over what its `defaults:` name, with interpolations unresolved. Raises ConfigError."""
-    return _read_tracked(path, ()).tree
+    return _read_tracked(existing(path, str(path)), ()).tree
 
 
 def resolved_tree(config: MasterConfig | EvalMaster) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def _read_tracked(path: Path, chain: tuple[Path, ...]) -> Tracked:
             f"defaults={show(parents)}: must be a path or a list of paths, relative to {path}. "
             "Write for example `defaults: ../../sft.yaml`."
         )
-    inherited = [_read_tracked(path.parent / parent, (*chain, file)) for parent in parents]
+    inherited = [_read_tracked(existing(path.parent / parent, parent), (*chain, file)) for parent in parents]
     layers = _own_layers(path, tree) if record is None else layers_from_record(record, str(path))
     return reduce(_overlaid, [*inherited, Tracked(tree, layers.restricted_to(flatten(tree)))], Tracked({}))
 

@@ -17,8 +17,8 @@ from typing import Any
 from nemo_rl_lora.config.data import DatasetConfig, DatasetDefaults
 from nemo_rl_lora.data.catalog import DATASETS, HubDataset
 from nemo_rl_lora.data.rows import PromptFormat, Row
+from nemo_rl_lora.shipped_files import local_places
 
-_REPOSITORY = Path(__file__).resolve().parents[2]
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -76,14 +76,8 @@ def load_format(section: DatasetDefaults, key: str) -> PromptFormat:
     return PromptFormat(pattern=pattern, system=system, key=key)
 
 
-def _places(name: str) -> list[Path]:
-    """Where a path may be: relative ones below the working directory, then below the repository."""
-    path = Path(name).expanduser()
-    return [path] if path.is_absolute() else list(dict.fromkeys([Path.cwd() / path, _REPOSITORY / path]))
-
-
 def _local(name: str) -> Path | None:
-    return next((place for place in _places(name) if place.exists()), None)
+    return next((place for place in local_places(name) if place.exists()), None)
 
 
 def _file_of(path: Path, section: DatasetConfig, key: str) -> Path:
@@ -171,7 +165,7 @@ def _hub_dataset(section: DatasetConfig, key: str) -> HubDataset:
         assert usual is not None, "checked by DatasetConfig"
         return HubDataset(name=usual.name, subset=section.subset or usual.subset, split=section.split or usual.split)
     if not _HUB_NAME.fullmatch(section.data_path) or section.data_path.endswith(_SUFFIXES):
-        places = " and ".join(map(str, _places(section.data_path)))
+        places = " and ".join(map(str, local_places(section.data_path)))
         raise ValueError(
             f"{key}.data_path={section.data_path!r}: there is no such file or directory (looked for {places}). "
             f"Correct it."
@@ -185,7 +179,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_text(name: str, shown: str) -> str:
-    places = _places(name)
+    places = local_places(name)
     for place in places:
         if place.is_file():
             return place.read_text(encoding="utf-8").rstrip("\n")

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from nemo_rl_lora.environments.protocol import Scores
+from nemo_rl_lora.shipped_files import existing
 from nemo_rl_lora.types import Prompt
 
 RewardFunction = Callable[[str, str, dict[str, Any]], float]
@@ -74,7 +75,7 @@ def load_function(reference: str, key: str) -> RewardFunction:
 
 
 def _load_file(place: str, key: str) -> ModuleType:
-    path = Path(place).expanduser().resolve()
+    path = existing(Path(place).expanduser(), place).resolve()
     if not path.is_file():
         raise ValueError(f"{key}: there is no file {path}. Correct the path; it is relative to {Path.cwd()}.")
     module_name = f"_reward_function_{path.stem}_{abs(hash(path))}"

@@ -28,10 +28,16 @@ _EXAMPLES = """examples:
 Exit code: 0 done, 1 failed while exporting, 2 a wrong input (nothing was written)."""
 
 
-def parse_arguments(doc: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(
+    doc: str | None, argv: Sequence[str] | None = None, program: str | None = None
+) -> argparse.Namespace:
     """The flags, NeMo RL's and ours."""
     parser = argparse.ArgumentParser(
-        description=doc, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog=program,
+        description=doc,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--adapter-ckpt", type=Path, required=True, help="a step (step_N), a PEFT directory; with --all, a run")
