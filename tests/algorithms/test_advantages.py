@@ -149,9 +149,6 @@ def test_dynamic_sampling_keeps_groups_with_unequal_rewards() -> None:
         ({"batch_multiplier": 2}, "Set grpo.use_dynamic_sampling=true"),
         ({"reward_shaping": {"enabled": True}}, "grpo.reward_shaping.max_response_length=None"),
         ({"reward_scaling": {"source_min": 1.0}}, "grpo.reward_scaling.source_min=1.0: must be below"),
-        ({"async_grpo": {"enabled": True}}, "Rollouts and training alternate"),
-        ({"max_rollout_turns": 2}, "Rollouts have one turn"),
-        ({"seq_logprob_error_threshold": 2.0}, "truncated_importance_sampling_type=tis"),
     ],
 )
 def test_bad_settings_are_refused_by_name(settings: dict, message: str) -> None:
