@@ -139,7 +139,6 @@ def test_dynamic_sampling_keeps_groups_with_unequal_rewards() -> None:
     ("settings", "message"),
     [
         ({"num_generations_per_prompt": 1}, "greater than or equal to 2"),
-        ({"adv_estimator": {"name": "gdpo"}}, "gdpo, reinforce_plus_plus"),
         (
             {"adv_estimator": {"normalize_rewards": False}},
             "grpo.adv_estimator.normalize_rewards=False: disagrees with grpo.normalize_rewards=True",

@@ -51,6 +51,7 @@ def test_every_key_is_refused_by_name_at_another_value():
     ("override", "message"),
     [
         ("grpo.async_grpo.enabled=true", "Rollouts and training alternate"),
+        ("grpo.adv_estimator.name=gdpo", "gdpo, reinforce_plus_plus"),
         ("grpo.max_rollout_turns=2", "Rollouts have one turn"),
         ("grpo.seq_logprob_error_threshold=2.0", "truncated_importance_sampling_type=tis"),
         ("loss_fn.use_kl_in_reward=true", "reinforce_plus_plus"),
