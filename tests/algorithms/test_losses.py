@@ -434,8 +434,6 @@ def test_a_loss_survives_pickling() -> None:
             {"use_unbiased_kl_estimate": True, "use_on_policy_kl_approximation": True},
             "Keep one of them",
         ),
-        ({"use_kl_in_reward": True}, "reinforce_plus_plus"),
-        ({"positive_example_nll_weight": 0.1}, "not supported"),
         ({"ratio_clip_c": 1.0}, "greater than 1"),
     ],
 )

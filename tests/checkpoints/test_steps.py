@@ -425,8 +425,6 @@ def test_the_wall_clock_is_days_hours_minutes_seconds(text, seconds):
         ("save_epochs", 0.5),
         ("load_path", ""),
         ("checkpoint_dir", " "),
-        ("model_save_format", "torch_save"),
-        ("save_consolidated", True),
     ],
 )
 def test_values_without_a_meaning_are_refused(field, value):

@@ -142,7 +142,6 @@ def test_built_in_environments_are_always_there_and_own_ones_are_added():
         ({"mine": {"reward_function": "a.py"}}, "should match pattern"),
         ({"mine": {"reward_function": "a.py:f", "timeout": 3}}, "Extra inputs are not permitted"),
         ({"math": {"num_workers": 0}}, "greater than or equal to 1"),
-        ({"math": {"math_verify_impl": "other"}}, "only 'hf_math_verify' is supported"),
     ],
 )
 def test_environment_that_cannot_be_meant_is_refused(block, message):

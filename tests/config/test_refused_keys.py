@@ -47,6 +47,28 @@ def test_every_key_is_refused_by_name_at_another_value():
     assert all(line.endswith(f": {row.rule}") for line, row in zip(lines, TABLE.values(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("grpo.async_grpo.enabled=true", "Rollouts and training alternate"),
+        ("grpo.adv_estimator.name=gdpo", "gdpo, reinforce_plus_plus"),
+        ("grpo.max_rollout_turns=2", "Rollouts have one turn"),
+        ("grpo.seq_logprob_error_threshold=2.0", "truncated_importance_sampling_type=tis"),
+        ("loss_fn.use_kl_in_reward=true", "reinforce_plus_plus"),
+        ("loss_fn.positive_example_nll_weight=0.1", "not supported"),
+        ("checkpointing.model_save_format=torch_save", "model_save_format"),
+        ("checkpointing.save_consolidated=true", "save_consolidated"),
+        ("policy.generation.refit_transport=nixl", "only None is supported"),
+        ("policy.generation.colocated.resources.num_nodes=2", "only None is supported"),
+        ("policy.generation.vllm_cfg.kv_cache_dtype=fp8", "only 'auto' is supported"),
+        ("env.math.math_verify_impl=other", "only 'hf_math_verify' is supported"),
+    ],
+)
+def test_what_is_refused_says_why(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [override], "grpo")
+
+
 @pytest.mark.parametrize("file", ["sft", "dpo", "grpo_math_1B"])
 def test_values_of_the_base_files_are_accepted(file):
     tree = flatten(read_tree(CONFIG_DIR / f"{file}.yaml"))
