@@ -140,6 +140,7 @@ def spec_from_peft_config(config: Mapping[str, Any], key_prefix: str = "adapter_
         if (value := config.get(key, allowed[0])) not in allowed:
             rule = f"must be {allowed[-1]!r}. Use a LoRA adapter of a causal LM."
             raise ValueError(f"{key_prefix}.{key}={value!r}: {rule}")
+    patterns = {key: _peft_pattern(block[key], f"{key_prefix}.{key}") for key in ("rank_pattern", "alpha_pattern")}
     return spec_from_keys(
         block,
         keys,
@@ -148,7 +149,7 @@ def spec_from_peft_config(config: Mapping[str, Any], key_prefix: str = "adapter_
         excludes=peft_names(block["exclude_modules"] or (), f"{key_prefix}.exclude_modules"),
         A_init=_peft_init(block, key_prefix),
         dropout_position="pre",
-        **{key: _peft_pattern(block[key], f"{key_prefix}.{key}") for key in ("rank_pattern", "alpha_pattern")},
+        **patterns,
     )
 
 
