@@ -24,12 +24,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nemo_rl_lora.config.generation import GenerationConfig
-from nemo_rl_lora.generation.in_process import InProcessGeneration
+from nemo_rl_lora.generation.in_process.engine import InProcessGeneration
 from nemo_rl_lora.generation.protocol import Generation, generate
 from nemo_rl_lora.lora.merge import merged_weight
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
-from nemo_rl_lora.model_source import resolve_model
+from nemo_rl_lora.models.source import resolve_model
 from nemo_rl_lora.types import GroupRequest, Prompt, SamplingParams, SyncMode, TensorInfo, WeightsRef
 
 DIM, SCALE = 16, 2.0
@@ -84,7 +84,7 @@ def vllm_engine(
     args: argparse.Namespace,
 ) -> Generation:
     """vLLM in this process, which stops at no token."""
-    from nemo_rl_lora.generation.vllm import ServedModel, VllmGeneration, engine_settings, start_engine
+    from nemo_rl_lora.generation.vllm.generation import ServedModel, VllmGeneration, engine_settings, start_engine
 
     spec = LoraSpec(dim=DIM, alpha=DIM * SCALE)
     model = ServedModel(path=path, name=args.model, tokenizer=tokenizer, spec=spec, adapted=adapted)

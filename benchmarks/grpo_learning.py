@@ -77,7 +77,7 @@ def main() -> None:
 def _learn_trl(arguments: argparse.Namespace, work: Work, directory: Path) -> tuple[list[StepRecord], dict[str, Any]]:
     from trl_grpo import TrlRun
 
-    from nemo_rl_lora.model_source import resolve_model
+    from nemo_rl_lora.models.source import resolve_model
 
     return TrlRun(work, resolve_model(arguments.model).path, arguments.micro, directory).train(), {}
 
@@ -115,7 +115,7 @@ def _evaluate(run: Any, overrides: Sequence[str], when: str, num_completions: in
 
     from nemo_rl_lora.algorithms.batch import rewards_of
     from nemo_rl_lora.evaluation.ask import ask, group_requests
-    from nemo_rl_lora.metrics import Stopwatch
+    from nemo_rl_lora.run.metrics import Stopwatch
 
     algorithm, generation = run.algorithm, run.run.generation
     mode = algorithm.config.generation.lora_sync

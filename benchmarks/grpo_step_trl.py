@@ -27,7 +27,7 @@ def main() -> None:
     import torch
     from trl_grpo import TrlRun
 
-    from nemo_rl_lora.model_source import resolve_model
+    from nemo_rl_lora.models.source import resolve_model
 
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as temporary:

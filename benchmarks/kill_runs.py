@@ -26,14 +26,18 @@ from typing import Any
 import torch  # before the driver's main, which would start the process again to set it up
 
 from nemo_rl_lora.checkpoints.durable_files import verify_files
+from nemo_rl_lora.checkpoints.step_digests import stored_digests
 from nemo_rl_lora.checkpoints.steps import step_directories
-from nemo_rl_lora.command_line import driver_arguments, train_main
-from nemo_rl_lora.metrics import METRICS_FILE, read_metrics
-from nemo_rl_lora.run_control import main_guard
-from nemo_rl_lora.step_digests import stored_digests
+from nemo_rl_lora.run.control import main_guard
+from nemo_rl_lora.run.drivers import driver_arguments, train_main
+from nemo_rl_lora.run.metrics import METRICS_FILE, read_metrics
 
 assert torch.__version__
-IMPORTED_ONCE = ("nemo_rl_lora.build.start", "nemo_rl_lora.policy.dtensor", "nemo_automodel._transformers.auto_model")
+IMPORTED_ONCE = (
+    "nemo_rl_lora.run.start",
+    "nemo_rl_lora.policy.dtensor.policy",
+    "nemo_automodel._transformers.auto_model",
+)
 POLL_SECONDS = 0.002
 LIFE_SECONDS = 600
 

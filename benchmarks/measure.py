@@ -38,7 +38,7 @@ def restart_tuned(num_threads: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if "MALLOC_TRIM_THRESHOLD_" in os.environ:
         return
-    from nemo_rl_lora.command_line import prepare_process  # imported only by the process that is replaced
+    from nemo_rl_lora.run.drivers import prepare_process  # imported only by the process that is replaced
 
     prepare_process()
 

@@ -106,7 +106,7 @@ def _group(num_completions: int, num_prompt: int, num_completion: int, vocabular
     """A batch of one group: a prompt and completions of random tokens, advantages of both signs."""
     import torch
 
-    from nemo_rl_lora.algorithms.losses import count_denominators
+    from nemo_rl_lora.algorithms.losses.policy import count_denominators
     from nemo_rl_lora.types import Batch
 
     generator = torch.Generator().manual_seed(0)

@@ -29,13 +29,13 @@ from work import (
 from nemo_rl_lora.algorithms.algorithm import Run
 from nemo_rl_lora.algorithms.grpo import Grpo
 from nemo_rl_lora.algorithms.loop import TrainingLoop
-from nemo_rl_lora.build.preflight import check_start
-from nemo_rl_lora.build.start import build_run
-from nemo_rl_lora.command_line import silence_vendors
 from nemo_rl_lora.config.load import load_config, resolved_yaml
-from nemo_rl_lora.metrics import RunLog
-from nemo_rl_lora.model_source import load_tokenizer, resolve_model
-from nemo_rl_lora.run_control import StopRequest
+from nemo_rl_lora.models.source import load_tokenizer, resolve_model
+from nemo_rl_lora.run.control import StopRequest
+from nemo_rl_lora.run.drivers import silence_vendors
+from nemo_rl_lora.run.metrics import RunLog
+from nemo_rl_lora.run.preflight import check_start
+from nemo_rl_lora.run.start import build_run
 
 GENERATION_TIMES = ("timing/weight_sync", "timing/generation")
 

@@ -33,11 +33,11 @@ def main() -> None:
     from torch.profiler import ProfilerActivity, profile
 
     from nemo_rl_lora.algorithms.loop import TrainingLoop
-    from nemo_rl_lora.build.preflight import check_start
-    from nemo_rl_lora.build.start import build_run
-    from nemo_rl_lora.command_line import silence_vendors
     from nemo_rl_lora.config.load import load_config, resolved_yaml
-    from nemo_rl_lora.run_control import StopRequest
+    from nemo_rl_lora.run.control import StopRequest
+    from nemo_rl_lora.run.drivers import silence_vendors
+    from nemo_rl_lora.run.preflight import check_start
+    from nemo_rl_lora.run.start import build_run
 
     torch.set_num_threads(arguments.threads)
     silence_vendors()
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def _overrides(arguments: argparse.Namespace, directory: Path) -> list[str]:
-    from nemo_rl_lora.model_source import load_tokenizer, resolve_model
+    from nemo_rl_lora.models.source import load_tokenizer, resolve_model
 
     task = arguments.task
     rows = work_rows(task, arguments.data, arguments.steps, load_tokenizer(resolve_model(arguments.model).path))

@@ -42,7 +42,7 @@ def main() -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from nemo_rl_lora.model_source import resolve_model
+    from nemo_rl_lora.models.source import resolve_model
 
     torch.set_num_threads(arguments.threads)
     model = resolve_model(arguments.model).path

@@ -7,7 +7,7 @@ uv run examples/run_eval.py --config FILE [--plan] [a.b=c] [+a.b=c] [++a.b=c] [~
 
 import sys
 
-from nemo_rl_lora.cli import run
+from nemo_rl_lora.run.cli import run
 
 if __name__ == "__main__":
     sys.exit(run("eval", program="uv run examples/run_eval.py"))

@@ -6,7 +6,7 @@ uv run examples/run_sft.py --config FILE [--plan] [a.b=c] [+a.b=c] [++a.b=c] [~a
 
 import sys
 
-from nemo_rl_lora.cli import run
+from nemo_rl_lora.run.cli import run
 
 if __name__ == "__main__":
     sys.exit(run("sft", program="uv run examples/run_sft.py"))

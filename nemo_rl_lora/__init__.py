@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nemo_rl_lora.command_line import train
     from nemo_rl_lora.config.load import load_config
+    from nemo_rl_lora.run.drivers import train
 
 __all__ = ["load_config", "train"]
 
-_HOMES = {"load_config": "nemo_rl_lora.config.load", "train": "nemo_rl_lora.command_line"}
+_HOMES = {"load_config": "nemo_rl_lora.config.load", "train": "nemo_rl_lora.run.drivers"}
 """The module of each name, imported when it is first asked for."""
 
 

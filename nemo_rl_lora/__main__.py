@@ -2,7 +2,7 @@
 
 import sys
 
-from nemo_rl_lora.cli import main
+from nemo_rl_lora.run.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,9 +13,9 @@ from typing import Any
 import torch  # the driver starts its process again where torch is not yet imported
 from safetensors.torch import load_file
 
-from nemo_rl_lora.command_line import driver_arguments, train_main
 from nemo_rl_lora.config.master import Algorithm
-from nemo_rl_lora.run_control import main_guard
+from nemo_rl_lora.run.control import main_guard
+from nemo_rl_lora.run.drivers import driver_arguments, train_main
 
 assert torch.__version__
 

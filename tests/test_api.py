@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import nemo_rl_lora
-from nemo_rl_lora import command_line
+from nemo_rl_lora.run import drivers
 from tests.driver import TinyRun
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ def test_a_name_that_the_package_lacks_is_an_attribute_error():
         nemo_rl_lora.trian  # noqa: B018
 
 
-@pytest.mark.skipif(not hasattr(command_line, "train"), reason="command_line.train is not there yet")
+@pytest.mark.skipif(not hasattr(drivers, "train"), reason="command_line.train is not there yet")
 def test_the_lines_of_the_readme_train(tiny_llama, tmp_path):
     """Shortened: the tiny model and its rows in place of the quick start's."""
     (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)

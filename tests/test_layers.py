@@ -1,6 +1,7 @@
 """Who may import whom: every import goes to the same room's own files or to a lower layer."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,43 +33,27 @@ def imports_of(path: Path) -> set[str]:
 CATALOG = imports_of(PACKAGE / "data" / "catalog.py")
 """The datasets with files of their own. The configuration reads their names and keys, so they lie beside it."""
 
-# From the bottom to the top. A file may import from lower layers and from its own room.
-LAYERS = [
-    [
-        "types",
-        "randomness",
-        "lora",
-        "shared_memory",
-        "packaged_model",
-        "tensors",
-        "base_identity",
-        "step_digests",
-        "distributed.ranks",
-    ],
-    ["config", "model_source", "data.catalog", "environments.protocol", *CATALOG],
-    [
-        "data",
-        "environments",
-        "metrics",
-        "plots",
-        "run_control",
-        "console",
-        "gpu_monitor",
-        "algorithms.losses",
-        "algorithms.preference_loss",
-        "algorithms.sft_loss",
-        "algorithms.advantages",
-    ],
-    ["policy.protocol", "generation.protocol", "checkpoints"],
-    ["evaluation.ask", "evaluation.estimates"],
-    ["algorithms", "policy", "generation", "export"],
-    ["distributed"],
-    ["resume_check", "transcode"],
-    ["plan"],
-    ["build"],
-    ["command_line"],
-    ["evaluation"],
-]
+
+def layers_of_the_page() -> list[list[str]]:
+    """From the bottom to the top, as docs/design.md lists them."""
+    page = (ROOT / "docs" / "design.md").read_text()
+    block = page.split("## Who may import whom")[1].split("```")[1]
+    lines = [
+        [
+            f"{prefix}{name}"
+            for entry in line.split()
+            for prefix, _, names in [re.match(r"([\w.]*?)(\{)?([\w,.]+)\}?$", entry).groups("")]
+            for name in names.split(",")
+        ]
+        for line in block.strip().splitlines()
+    ]
+    return [
+        [*(name for name in line if name != "data.datasets"), *(CATALOG if "data.datasets" in line else ())]
+        for line in reversed(lines)
+    ]
+
+
+LAYERS = layers_of_the_page()
 HEAVY = {"ray", "vllm", "nemo_automodel", "megatron"}
 
 

@@ -7,7 +7,7 @@ uv run tools/config_cli.py translate FILE
 
 import sys
 
-from nemo_rl_lora.cli import run
+from nemo_rl_lora.run.cli import run
 
 if __name__ == "__main__":
     sys.exit(run("config", program="uv run tools/config_cli.py"))

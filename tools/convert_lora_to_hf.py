@@ -7,7 +7,7 @@ uv run tools/convert_lora_to_hf.py --adapter-ckpt RUN --hf-ckpt-path OUTPUT --al
 
 import sys
 
-from nemo_rl_lora.cli import run
+from nemo_rl_lora.run.cli import run
 
 if __name__ == "__main__":
     sys.exit(run("export", program="uv run tools/convert_lora_to_hf.py"))

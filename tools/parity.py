@@ -5,7 +5,7 @@ uv run tools/parity.py --checkpoint DIR [--output DIR] [--model NAME]
 
 import sys
 
-from nemo_rl_lora.cli import run
+from nemo_rl_lora.run.cli import run
 
 if __name__ == "__main__":
     sys.exit(run("parity", program="uv run tools/parity.py"))

@@ -5,7 +5,7 @@ uv run tools/transcode_adapter.py --adapter DIR --to peft|megatron-shared|megatr
 
 import sys
 
-from nemo_rl_lora.cli import run
+from nemo_rl_lora.run.cli import run
 
 if __name__ == "__main__":
     sys.exit(run("transcode", program="uv run tools/transcode_adapter.py"))

@@ -5,7 +5,7 @@ uv run tools/verify_resume.py --checkpoint STEP --steps K [--record LOG_DIRECTOR
 
 import sys
 
-from nemo_rl_lora.cli import run
+from nemo_rl_lora.run.cli import run
 
 if __name__ == "__main__":
     sys.exit(run("verify-resume", program="uv run tools/verify_resume.py"))

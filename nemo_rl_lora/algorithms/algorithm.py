@@ -16,11 +16,11 @@ from nemo_rl_lora.checkpoints.record import TrainingInfo
 from nemo_rl_lora.checkpoints.steps import Checkpointer, ResumePoint
 from nemo_rl_lora.config.loop import LoopConfig
 from nemo_rl_lora.config.master import MasterConfig
-from nemo_rl_lora.console import KeyMetric, TrainingConsole
 from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.generation.protocol import Generation
-from nemo_rl_lora.metrics import RolloutSample, RunLog, Stopwatch
 from nemo_rl_lora.policy.protocol import Policy
+from nemo_rl_lora.run.console import KeyMetric, TrainingConsole
+from nemo_rl_lora.run.metrics import RolloutSample, RunLog, Stopwatch
 from nemo_rl_lora.types import StepOutput
 
 M = TypeVar("M", bound=MasterConfig)

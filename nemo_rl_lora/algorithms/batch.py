@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nemo_rl_lora.algorithms.advantages import advantages_from_config, shaped_rewards
-from nemo_rl_lora.algorithms.losses import count_denominators
+from nemo_rl_lora.algorithms.losses.policy import count_denominators
 from nemo_rl_lora.config.grpo import GrpoConfig
 from nemo_rl_lora.types import Batch, Example, PreferencePair, RolloutGroup
 

@@ -1,6 +1,6 @@
 """Direct preference optimization: pairs -> batch -> reference -> step.
 
-Left out: what the loss is (preference_loss.py), how answers become tokens (data/preferences.py), when a run
+Left out: what the loss is (losses/preference.py), how answers become tokens (data/preferences.py), when a run
 validates, saves and ends (loop.py). A pair is two rows of a batch, chosen first, and a group: its prompt is computed
 once.
 """
@@ -17,16 +17,16 @@ import torch
 
 from nemo_rl_lora.algorithms.algorithm import StepDone, Validated, mean_outputs
 from nemo_rl_lora.algorithms.batch import collate_pairs
-from nemo_rl_lora.algorithms.losses import loss_inputs
-from nemo_rl_lora.algorithms.preference_loss import PreferenceLoss, pair_rewards
+from nemo_rl_lora.algorithms.losses.policy import loss_inputs
+from nemo_rl_lora.algorithms.losses.preference import PreferenceLoss, pair_rewards
 from nemo_rl_lora.algorithms.reference_cache import ReferenceCache
 from nemo_rl_lora.algorithms.tuning import Tuning, tokens_by_source, validation_spans
 from nemo_rl_lora.config.dpo import DpoConfig
 from nemo_rl_lora.config.master import DpoMaster
-from nemo_rl_lora.console import KeyMetric
 from nemo_rl_lora.data.preferences import PreferenceSet, load_preference_sets
 from nemo_rl_lora.evaluation.estimates import estimate
-from nemo_rl_lora.metrics import Stopwatch
+from nemo_rl_lora.run.console import KeyMetric
+from nemo_rl_lora.run.metrics import Stopwatch
 from nemo_rl_lora.types import Batch, PreferencePair
 
 REFERENCE_FILE = "reference_logprobs.safetensors"

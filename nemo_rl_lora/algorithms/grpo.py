@@ -1,7 +1,7 @@
 """Group relative policy optimization: prompts -> groups -> batch -> step. Knows no backend and no engine.
 
 Left out: which groups a step gets (rollout.py), how a model is trained or sampled (Policy, Generation), what a loss is
-(losses.py), when a run validates, saves and ends (loop.py).
+(algorithms/losses/policy.py), when a run validates, saves and ends (loop.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from nemo_rl_lora.algorithms.algorithm import Algorithm, Run, StepDone, Validated, mean_outputs
 from nemo_rl_lora.algorithms.batch import collate_rollouts, optimizer_slices, rewards_of, rollout_advantages
-from nemo_rl_lora.algorithms.losses import make_policy_loss
+from nemo_rl_lora.algorithms.losses.policy import make_policy_loss
 from nemo_rl_lora.algorithms.rollout import (
     RolloutSource,
     SynchronousSource,
@@ -25,7 +25,6 @@ from nemo_rl_lora.algorithms.rollout import (
 from nemo_rl_lora.algorithms.surplus_groups import SurplusGroup, with_old_logprobs
 from nemo_rl_lora.config.grpo import GrpoConfig
 from nemo_rl_lora.config.master import GrpoMaster
-from nemo_rl_lora.console import KeyMetric
 from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.data.prompts import PromptSet, load_prompt_sets
 from nemo_rl_lora.environments.protocol import Environment
@@ -33,7 +32,8 @@ from nemo_rl_lora.environments.registry import check_prompts, make_environments
 from nemo_rl_lora.evaluation.ask import ask, group_requests, total_counts
 from nemo_rl_lora.evaluation.estimates import pass_at_k
 from nemo_rl_lora.generation.protocol import Generation
-from nemo_rl_lora.metrics import Stopwatch
+from nemo_rl_lora.run.console import KeyMetric
+from nemo_rl_lora.run.metrics import Stopwatch
 from nemo_rl_lora.types import Batch, Prompt, RolloutGroup, StepOutput, SyncReceipt
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from nemo_rl_lora.algorithms.algorithm import Algorithm, Run, StepDone
 from nemo_rl_lora.checkpoints.record import SaveReason
+from nemo_rl_lora.checkpoints.step_digests import tensor_digests, token_digest
 from nemo_rl_lora.checkpoints.steps import ResumePoint, SaveDeadline
 from nemo_rl_lora.generation.protocol import GenerationFailed
-from nemo_rl_lora.metrics import Stopwatch
-from nemo_rl_lora.run_control import StopRequest
-from nemo_rl_lora.step_digests import tensor_digests, token_digest
+from nemo_rl_lora.run.control import StopRequest
+from nemo_rl_lora.run.metrics import Stopwatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

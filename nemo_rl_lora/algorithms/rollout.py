@@ -22,7 +22,7 @@ from nemo_rl_lora.config.master import GrpoMaster
 from nemo_rl_lora.environments.protocol import Environment
 from nemo_rl_lora.evaluation.ask import RolloutParams, ask, group_requests, total_counts, validation_sampling
 from nemo_rl_lora.generation.protocol import Generation
-from nemo_rl_lora.metrics import RolloutSample, Stopwatch
+from nemo_rl_lora.run.metrics import RolloutSample, Stopwatch
 from nemo_rl_lora.types import Prompt, RolloutGroup
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from nemo_rl_lora.algorithms.algorithm import StepDone, Validated, mean_outputs
 from nemo_rl_lora.algorithms.batch import collate_examples
-from nemo_rl_lora.algorithms.sft_loss import SftLoss
+from nemo_rl_lora.algorithms.losses.likelihood import SftLoss
 from nemo_rl_lora.algorithms.tuning import Tuning, tokens_by_source, validation_spans
 from nemo_rl_lora.config.master import SftMaster
 from nemo_rl_lora.config.sft import SftConfig
-from nemo_rl_lora.console import KeyMetric
 from nemo_rl_lora.data.conversations import ConversationSet, load_conversation_sets
-from nemo_rl_lora.metrics import Stopwatch
+from nemo_rl_lora.run.console import KeyMetric
+from nemo_rl_lora.run.metrics import Stopwatch
 from nemo_rl_lora.types import Example
 
 

@@ -1,6 +1,6 @@
 """`logger`: the log directory and where metrics are shown beside it. No package is imported here.
 
-Loading accepts every sink; whether its package is installed is found out when the run starts (metrics.py).
+Loading accepts every sink; whether its package is installed is found out when the run starts (run/metrics.py).
 """
 
 from __future__ import annotations

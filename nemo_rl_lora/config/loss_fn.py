@@ -1,6 +1,6 @@
 """The `loss_fn` block of GRPO. Contract: the loss computes every combination that validates as written.
 
-Formulas and sources stand in docs/grpo_losses.md; the loss itself is algorithms/losses.py.
+Formulas and sources stand in docs/grpo_losses.md; the loss itself is algorithms/losses/policy.py.
 """
 
 from __future__ import annotations

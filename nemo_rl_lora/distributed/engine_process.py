@@ -1,7 +1,7 @@
 """vLLM's engine in a process of its own, a Ray actor, behind the verbs of one in this process.
 
-Contract: an `Engine` (generation/vllm.py). Weights never travel through Ray: they are written to a file in shared
-memory and its path is sent. Every wait has a limit. A process that is gone, or that does not answer in time, is
+Contract: an `Engine` (generation/vllm/generation.py). Weights never travel through Ray: they are written to a file in
+shared memory and its path is sent. Every wait has a limit. A process that is gone, or that does not answer in time, is
 `EngineLost`; what the engine itself raises comes through as it is.
 """
 
@@ -22,10 +22,10 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_rl_lora.distributed.local_ray import running_ray
-from nemo_rl_lora.generation.vllm import EngineLost, start_engine
-from nemo_rl_lora.generation.vllm_engine import EngineSettings, Job, Sampled
-from nemo_rl_lora.shared_memory import shared_memory
+from nemo_rl_lora.distributed.ray_runtime import running_ray
+from nemo_rl_lora.distributed.shared_memory import shared_memory
+from nemo_rl_lora.generation.vllm.engine import EngineSettings, Job, Sampled
+from nemo_rl_lora.generation.vllm.generation import EngineLost, start_engine
 from nemo_rl_lora.types import TensorInfo
 
 logger = logging.getLogger(__name__)

@@ -25,12 +25,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nemo_rl_lora.config.policy import PolicyConfig
-from nemo_rl_lora.distributed.local_ray import running_ray
+from nemo_rl_lora.distributed.ray_runtime import running_ray
+from nemo_rl_lora.distributed.shared_memory import shared_memory
+from nemo_rl_lora.models.load import load_model
 from nemo_rl_lora.policy.backends import build_policy
-from nemo_rl_lora.policy.model import load_model
+from nemo_rl_lora.policy.offer import LazyTensors, write_ref
 from nemo_rl_lora.policy.protocol import PolicySetup
-from nemo_rl_lora.policy.weights import LazyTensors, write_ref
-from nemo_rl_lora.shared_memory import shared_memory
 from nemo_rl_lora.tensors import torch_dtype
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 

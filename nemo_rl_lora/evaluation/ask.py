@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from nemo_rl_lora.config.generation import EngineConfig
 from nemo_rl_lora.environments.protocol import Environment
 from nemo_rl_lora.generation.protocol import Generation, generate
-from nemo_rl_lora.metrics import Stopwatch
-from nemo_rl_lora.randomness import derive_seed
+from nemo_rl_lora.run.metrics import Stopwatch
+from nemo_rl_lora.seeds import derive_seed
 from nemo_rl_lora.types import CompletionGroup, GroupRequest, Prompt, RolloutGroup, SamplingParams
 
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_lora.command_line import DriverArguments, prepare_process, silence_vendors
 from nemo_rl_lora.config.load import load_config, resolved_yaml
-from nemo_rl_lora.run_control import EXIT_OK, StopRequest, running
+from nemo_rl_lora.run.control import EXIT_OK, StopRequest, running
+from nemo_rl_lora.run.drivers import DriverArguments, prepare_process, silence_vendors
 
 if TYPE_CHECKING:
     from nemo_rl_lora.evaluation.models import CheckedEvaluation, LoadedBase
@@ -26,9 +26,9 @@ def eval_main(arguments: DriverArguments) -> int:
     if not arguments.plan:
         prepare_process()
     silence_vendors()
-    from nemo_rl_lora.console import setup_logging
     from nemo_rl_lora.evaluation.models import LoadedBase, check_evaluation
     from nemo_rl_lora.evaluation.report import EvaluationConsole, ResultFiles, print_results
+    from nemo_rl_lora.run.console import setup_logging
 
     setup_logging()
     checked = check_evaluation(config, weights=not arguments.plan)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from nemo_rl_lora.build.preflight import tokenizer_of
 from nemo_rl_lora.checkpoints.durable_files import probe_directory
 from nemo_rl_lora.config.data import DatasetConfig
 from nemo_rl_lora.config.evaluation import EvalConfig, EvalPolicy
@@ -26,17 +25,18 @@ from nemo_rl_lora.environments.registry import check_prompts, make_environments
 from nemo_rl_lora.evaluation.ask import RolloutParams, validation_sampling
 from nemo_rl_lora.evaluation.report import refuse_existing_results
 from nemo_rl_lora.evaluation.results import Task
-from nemo_rl_lora.generation.in_process import InProcessGeneration
+from nemo_rl_lora.generation.in_process.engine import InProcessGeneration
 from nemo_rl_lora.generation.protocol import Generation
 from nemo_rl_lora.lora.files import adapter_tensor_name, read_adapter
 from nemo_rl_lora.lora.fit import adapter_directory, fit_adapter
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
-from nemo_rl_lora.model_source import ModelSource, resolve_model
-from nemo_rl_lora.plan.make import type_of
-from nemo_rl_lora.plan.model_shapes import ModelShapes, read_model_shapes
-from nemo_rl_lora.policy.model import load_model
-from nemo_rl_lora.policy.weights import offer
+from nemo_rl_lora.models.load import load_model
+from nemo_rl_lora.models.shapes import ModelShapes, read_model_shapes
+from nemo_rl_lora.models.source import ModelSource, resolve_model
+from nemo_rl_lora.plan.plan import type_of
+from nemo_rl_lora.policy.offer import offer
+from nemo_rl_lora.run.preflight import tokenizer_of
 from nemo_rl_lora.tensors import tensors_digest, torch_dtype
 from nemo_rl_lora.types import WeightsRef
 

@@ -15,9 +15,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from nemo_rl_lora.console import LiveConsole, format_seconds
 from nemo_rl_lora.evaluation.estimates import Estimate
 from nemo_rl_lora.evaluation.results import Result, ScoredCompletion
+from nemo_rl_lora.run.console import LiveConsole, format_seconds
 
 RESULTS_FILE = "results.json"
 COMPLETIONS_FILE = "completions.jsonl"

@@ -14,7 +14,7 @@ from nemo_rl_lora.environments.protocol import Environment
 from nemo_rl_lora.evaluation.ask import RolloutParams, ask, group_requests, total_counts
 from nemo_rl_lora.evaluation.estimates import Estimate, estimate, pass_at_k
 from nemo_rl_lora.generation.protocol import Generation
-from nemo_rl_lora.metrics import Stopwatch
+from nemo_rl_lora.run.metrics import Stopwatch
 from nemo_rl_lora.types import GroupRequest, Prompt, RolloutGroup
 
 

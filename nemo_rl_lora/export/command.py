@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_lora.run_control import EXIT_FAILURE, EXIT_OK
+from nemo_rl_lora.run.control import EXIT_FAILURE, EXIT_OK
 from nemo_rl_lora.tensors import COMPUTE_DTYPES
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def export_main(arguments: argparse.Namespace) -> int:
     _refuse_contradictions(arguments)
     from rich.console import Console
 
-    from nemo_rl_lora.console import setup_logging
     from nemo_rl_lora.export.convert import export
+    from nemo_rl_lora.run.console import setup_logging
 
     setup_logging()
     console, started = Console(highlight=False), time.perf_counter()

@@ -23,7 +23,7 @@ from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, PICKLED_F
 from nemo_rl_lora.lora.fit import adapter_directory, fit_adapter
 from nemo_rl_lora.lora.names import OUTPUT_HEAD_NAMES, last_component
 from nemo_rl_lora.lora.targets import AdaptedModule, LinearModule
-from nemo_rl_lora.model_source import resolve_model
+from nemo_rl_lora.models.source import resolve_model
 from nemo_rl_lora.tensors import MERGEABLE, StoredTensor, file_digest, stored_tensors, tensors_digest
 
 ADAPTER_FLAG = "--adapter-ckpt"

@@ -5,19 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_rl_lora.lora.spec import LoraSpec
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModuleType:
-    """The modules of one name and shape, which differ only in their layer."""
-
-    name: str  # Hugging Face name with * for layer and expert numbers
-    megatron_name: str | None  # the Megatron layer that holds them, or None where it has no counterpart
-    num_modules: int
-    weight_shape: tuple[int, ...]  # of one module, [out_features, in_features] for a linear one
-    dim: int | None  # None: no adapter
-    scale: float | None
-    num_trainable_params: int  # of all modules of the type
+from nemo_rl_lora.models.shapes import ModuleType
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

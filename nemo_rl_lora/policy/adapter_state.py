@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl_lora.lora.spec import LoraSpec, init_distribution
-from nemo_rl_lora.randomness import derive_seed
+from nemo_rl_lora.seeds import derive_seed
 
 
 @dataclass(slots=True)

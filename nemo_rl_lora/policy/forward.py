@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nemo_rl_lora.policy import segment_attention
+from nemo_rl_lora.policy import attention
 from nemo_rl_lora.policy.head import Head, target_logprobs
 from nemo_rl_lora.policy.microbatches import Microbatch, Segment
 
@@ -34,7 +34,7 @@ class ForwardPass:
 
     def prepare(self) -> None:
         """Choose the attention implementation that the layout needs."""
-        self.model.set_attn_implementation(segment_attention.NAME if self.flat else "sdpa")
+        self.model.set_attn_implementation(attention.NAME if self.flat else "sdpa")
 
     @torch.no_grad()
     def verify(self) -> None:
@@ -56,7 +56,7 @@ class ForwardPass:
                 f"policy.model_name={self.model.config.name_or_path!r}: log-probabilities of {_NUM_PROBE_TOKENS} probe "
                 f"tokens differ from the model's own by {error:.3g} on average (bound {bound:g}), so its head or "
                 f"attention is not one that this version trains. Use a plain "
-                f"{', '.join(segment_attention.MODEL_TYPES)} model."
+                f"{', '.join(attention.MODEL_TYPES)} model."
             )
 
     def logprobs(self, micro: Microbatch, width: int) -> Tensor:
@@ -77,7 +77,7 @@ class ForwardPass:
         """[N, H] in the order of the flat layout."""
         body = self.model.base_model
         if self.flat:
-            plan = segment_attention.plan_attention(micro.segments).to(device)
+            plan = attention.plan_attention(micro.segments).to(device)
             output = body(
                 input_ids=micro.token_ids[None].to(device),
                 position_ids=micro.position_ids[None].to(device),

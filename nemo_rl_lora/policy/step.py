@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from nemo_rl_lora.algorithms.losses import loss_inputs
+from nemo_rl_lora.algorithms.losses.policy import loss_inputs
 from nemo_rl_lora.policy.microbatches import Microbatch
 from nemo_rl_lora.types import Batch, LossFn, StepOutput
 

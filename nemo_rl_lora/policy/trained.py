@@ -37,13 +37,13 @@ from nemo_rl_lora.lora.files import (
 )
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets
+from nemo_rl_lora.models.load import linear_modules
 from nemo_rl_lora.policy.adapter_state import AdapterSwitch
 from nemo_rl_lora.policy.microbatches import Microbatch, plan_from_config, plan_microbatches
-from nemo_rl_lora.policy.model import linear_modules
+from nemo_rl_lora.policy.offer import offer
 from nemo_rl_lora.policy.optimizer import MasterAdam
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.policy.step import Share, copies_on_cpu, holding, step_output
-from nemo_rl_lora.policy.weights import offer
 from nemo_rl_lora.tensors import torch_dtype
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 

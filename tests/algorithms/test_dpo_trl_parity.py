@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_rl_lora.algorithms.losses import count_denominators
-from nemo_rl_lora.algorithms.preference_loss import PreferenceLoss, row_logprobs
+from nemo_rl_lora.algorithms.losses.policy import count_denominators
+from nemo_rl_lora.algorithms.losses.preference import PreferenceLoss, row_logprobs
 from nemo_rl_lora.config.dpo import DpoConfig
 from nemo_rl_lora.lora.files import adapter_tensor_name
-from nemo_rl_lora.policy.dtensor import DTensorPolicy
+from nemo_rl_lora.policy.dtensor.policy import DTensorPolicy
 from nemo_rl_lora.types import Batch, StepOutput
-from tests.policy.test_dtensor import make_policy, spec
+from tests.policy.dtensor.test_policy import make_policy, spec
 
 BETA = 0.5
 PAIRS = [

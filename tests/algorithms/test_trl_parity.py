@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_rl_lora.algorithms.losses import count_denominators, make_policy_loss
+from nemo_rl_lora.algorithms.losses.policy import count_denominators, make_policy_loss
 from nemo_rl_lora.config.loss_fn import LossFnConfig
 from nemo_rl_lora.types import LossInputs
 

@@ -17,10 +17,10 @@ import pytest
 import torch  # before a driver's main, which would start the process again to set up one without torch
 from pydantic import BaseModel
 
-from nemo_rl_lora import command_line
 from nemo_rl_lora.config.base import Section
 from nemo_rl_lora.config.master import Algorithm
 from nemo_rl_lora.lora.spec import LoraSpec
+from nemo_rl_lora.run import drivers
 
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 TEMPLATE = (
@@ -101,18 +101,18 @@ def traced_run(
     file: Path | None = None,
 ) -> int:
     """The driver's own main with these overrides; reads are recorded from the end of loading on."""
-    load = command_line.load_config
+    load = drivers.load_config
 
     def load_and_watch(*args: Any) -> Any:
         config = load(*args)
         reads.watch(config)
         return config
 
-    arguments = command_line.DriverArguments(config=file, overrides=tuple(overrides), plan=plan)
+    arguments = drivers.DriverArguments(config=file, overrides=tuple(overrides), plan=plan)
     with pytest.MonkeyPatch.context() as patch, reads.recording():
-        patch.setattr(command_line, "load_config", load_and_watch)
-        patch.setattr("nemo_rl_lora.console.setup_logging", lambda *_: None)  # pytest has its own handlers
-        return command_line.train_main(algorithm, arguments)
+        patch.setattr(drivers, "load_config", load_and_watch)
+        patch.setattr("nemo_rl_lora.run.console.setup_logging", lambda *_: None)  # pytest has its own handlers
+        return drivers.train_main(algorithm, arguments)
 
 
 def _sections(section: BaseModel, prefix: str) -> Iterator[tuple[str, BaseModel]]:

@@ -33,7 +33,7 @@ def smol_path():
     """The directory of SmolLM2-135M-Instruct's own tokenizer."""
     from huggingface_hub import constants
 
-    from nemo_rl_lora.model_source import resolve_model
+    from nemo_rl_lora.models.source import resolve_model
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -43,7 +43,7 @@ def smol_path():
 @pytest.fixture(scope="session")
 def smol(smol_path):
     """smol(chat_template="default") -> SmolLM2's tokenizer with this template."""
-    from nemo_rl_lora.model_source import load_tokenizer
+    from nemo_rl_lora.models.source import load_tokenizer
 
     return functools.cache(lambda chat_template="default": load_tokenizer(smol_path, chat_template))
 

@@ -9,14 +9,14 @@ import pytest
 import ray
 import torch
 
-from nemo_rl_lora.algorithms.losses import make_policy_loss
+from nemo_rl_lora.algorithms.losses.policy import make_policy_loss
 from nemo_rl_lora.config.loss_fn import LossFnConfig
 from nemo_rl_lora.distributed.policy_group import PolicyGroup
 from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
 from nemo_rl_lora.tensors import tensors_digest
 from tests.policy.conftest import groups_batch  # noqa: F401 (fixture)
+from tests.policy.dtensor.test_policy import make_policy, relative, spec
 from tests.policy.megatron.twins import distance, random_adapter, set_masters
-from tests.policy.test_dtensor import make_policy, relative, spec
 
 GRPO = make_policy_loss(LossFnConfig(reference_policy_kl_penalty=0.0))
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.driver import TinyRun
-from tests.evaluation_runs import save_peft_adapter
+from tests.evaluation.evaluation_runs import save_peft_adapter
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nemo_rl_lora.export.command import export_main, parse_arguments
-from nemo_rl_lora.run_control import main_guard
+from nemo_rl_lora.run.control import main_guard
 from tests.driver import Ended
 
 

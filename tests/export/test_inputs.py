@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.evaluation_runs import save_peft_adapter
+from tests.evaluation.evaluation_runs import save_peft_adapter
 from tests.export.exports import convert, converted, tensors_of, write_tensors
 
 ROOT = Path(__file__).parents[2]

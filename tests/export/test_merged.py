@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_rl_lora import tensors as tensors_module
 from nemo_rl_lora.lora.merge import merged_weight
-from tests.evaluation_runs import save_peft_adapter
+from tests.evaluation.evaluation_runs import save_peft_adapter
 from tests.export.conftest import ALL
 from tests.export.exports import bytes_of, convert, converted, report_of, same_bits, tensors_of, write_tensors
 

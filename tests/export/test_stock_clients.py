@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from nemo_rl_lora.lora.spec import LoraSpec
 from tests.export.exports import converted, tensors_of
 from tests.policy.conftest import groups_batch  # noqa: F401  (a fixture)
-from tests.policy.test_dtensor import make_policy, plain_logprobs, randomise_b
+from tests.policy.dtensor.test_policy import make_policy, plain_logprobs, randomise_b
 
 SPECS = {
     "all linear": LoraSpec(dim=4, alpha=8),

@@ -16,7 +16,7 @@ from tests.generation.tiny_models import LetterTokenizer, adapted_modules, param
 @pytest.fixture
 def make_engine() -> Callable[..., Any]:
     """An engine with weights synced: the model's own by default."""
-    from nemo_rl_lora.generation.in_process import InProcessGeneration
+    from nemo_rl_lora.generation.in_process.engine import InProcessGeneration
 
     def make(model: PreTrainedModel, *, lora: bool = False, sync: bool = True, concurrent: int = 16) -> Any:
         engine = InProcessGeneration(

@@ -3,7 +3,7 @@
 import pytest
 
 from nemo_rl_lora.policy.backends import build_policy
-from tests.policy.test_dtensor import make_policy, spec
+from tests.policy.dtensor.test_policy import make_policy, spec
 
 
 @pytest.mark.parametrize("name", ["dtensor", "megatron"])

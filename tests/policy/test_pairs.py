@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_rl_lora.algorithms.losses import count_denominators
-from nemo_rl_lora.algorithms.preference_loss import PreferenceLoss, row_logprobs
-from nemo_rl_lora.algorithms.sft_loss import SftLoss
+from nemo_rl_lora.algorithms.losses.likelihood import SftLoss
+from nemo_rl_lora.algorithms.losses.policy import count_denominators
+from nemo_rl_lora.algorithms.losses.preference import PreferenceLoss, row_logprobs
 from nemo_rl_lora.config.dpo import DpoConfig
-from nemo_rl_lora.policy.dtensor import DTensorPolicy
+from nemo_rl_lora.policy.dtensor.policy import DTensorPolicy
 from nemo_rl_lora.policy.microbatches import MicrobatchPlan, plan_microbatches
 from nemo_rl_lora.types import Batch, LossFn, StepOutput
 from tests.policy.conftest import VOCABULARY
-from tests.policy.test_dtensor import make_policy, randomise_b, relative, spec
+from tests.policy.dtensor.test_policy import make_policy, randomise_b, relative, spec
 
 PROMPTS = [9, 14, 5, 20]
 ANSWERS = [(11, 7), (6, 25), (17, 3), (16, 22)]  # tokens of the chosen and the rejected one

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from nemo_rl_lora.policy.attention import attend
 from nemo_rl_lora.policy.microbatches import Microbatch, Segment
-from nemo_rl_lora.policy.segment_attention import attend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

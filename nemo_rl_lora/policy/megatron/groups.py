@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.distributed.ranks import DataShare, Ranks
-from nemo_rl_lora.policy.megatron import shim
+from nemo_rl_lora.patches import megatron_core
 from nemo_rl_lora.policy.megatron.convert import ParallelLayout, layout_of, owners
 from nemo_rl_lora.policy.megatron.families import Family
 
@@ -39,7 +39,7 @@ class MegatronRanks(Ranks):
 
 def join_processes(megatron: MegatronConfig) -> None:
     """Make megatron-core's process groups, once in a process."""
-    shim.install()
+    megatron_core.install()
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1

@@ -33,11 +33,11 @@ from torch.utils.checkpoint import checkpoint
 
 from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.policy.adapter_state import AdapterSwitch
+from nemo_rl_lora.policy.attention import AttentionPlan, plan_attention, segment_attention
 from nemo_rl_lora.policy.megatron.context import ContextPlan, context_attention
 from nemo_rl_lora.policy.megatron.convert import ParallelLayout
 from nemo_rl_lora.policy.megatron.families import Experts, Family
 from nemo_rl_lora.policy.microbatches import Microbatch
-from nemo_rl_lora.policy.segment_attention import AttentionPlan, plan_attention, segment_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,8 @@
 """The Megatron backend: megatron-core's model with adapters of our own, trained with AdamW.
 
-The twin of policy/dtensor.py: the same verbs in the same order, and the same numbers. With an adapter, only A and B
-are trained, as fp32 masters; the base weights are never written, and the reference policy is the same model with the
-adapters switched off, or with a copy of the initial ones. Without one, all weights are trained: fp32 masters beside
+The twin of policy/dtensor/policy.py: the same verbs in the same order, and the same numbers. With an adapter, only A
+and B are trained, as fp32 masters; the base weights are never written, and the reference policy is the same model with
+the adapters switched off, or with a copy of the initial ones. Without one, all weights are trained: fp32 masters beside
 weights in `policy.precision`, and a reference, where it is needed, is a copy of the base in memory.
 """
 
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from nemo_rl_lora.config.lora import lora_block_key
 from nemo_rl_lora.config.policy import PolicyConfig
+from nemo_rl_lora.models.load import empty_model, load_model, load_model_config, model_of_tensors, save_tensors
 from nemo_rl_lora.policy.adapter_state import dropout_of
 from nemo_rl_lora.policy.forward import logprob_rows
 from nemo_rl_lora.policy.head import Head
@@ -35,7 +36,6 @@ from nemo_rl_lora.policy.megatron.lora import Adapters
 from nemo_rl_lora.policy.megatron.schedule import run_microbatches
 from nemo_rl_lora.policy.megatron.weights import AllWeights, StageWeights
 from nemo_rl_lora.policy.microbatches import Microbatch
-from nemo_rl_lora.policy.model import empty_model, load_model, load_model_config, model_of_tensors, save_tensors
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.policy.step import Share, microbatch_loss
 from nemo_rl_lora.policy.trained import Trained, TrainedPolicy, adapted_modules

@@ -15,6 +15,7 @@ from torch import Tensor
 from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import resolve_targets
+from nemo_rl_lora.models.load import empty_model, linear_modules, load_model_config
 from nemo_rl_lora.policy.megatron import lora
 from nemo_rl_lora.policy.megatron.convert import open_checkpoint, shard_adapter, share
 from nemo_rl_lora.policy.megatron.families import read_family
@@ -23,7 +24,6 @@ from nemo_rl_lora.policy.megatron.layers import build_model, flat_run, transform
 from nemo_rl_lora.policy.megatron.lora import Adapters
 from nemo_rl_lora.policy.megatron.weights import StageWeights
 from nemo_rl_lora.policy.microbatches import Microbatch, Segment
-from nemo_rl_lora.policy.model import empty_model, linear_modules, load_model_config
 
 SEED = 7
 

@@ -13,14 +13,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_rl_lora.algorithms.losses import make_policy_loss
-from nemo_rl_lora.algorithms.sft_loss import SftLoss
+from nemo_rl_lora.algorithms.losses.likelihood import SftLoss
+from nemo_rl_lora.algorithms.losses.policy import make_policy_loss
 from nemo_rl_lora.config.loss_fn import LossFnConfig
 from nemo_rl_lora.lora.files import read_adapter
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
 from nemo_rl_lora.types import Batch
-from tests.policy.test_dtensor import make_policy
+from tests.policy.dtensor.test_policy import make_policy
 from tests.policy.test_pairs import preference_loss
 
 NUM_STEPS = 3

@@ -11,15 +11,16 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_rl_lora.algorithms.losses import make_policy_loss
-from nemo_rl_lora.algorithms.preference_loss import row_logprobs
-from nemo_rl_lora.algorithms.sft_loss import SftLoss
+from nemo_rl_lora.algorithms.losses.likelihood import SftLoss
+from nemo_rl_lora.algorithms.losses.policy import make_policy_loss
+from nemo_rl_lora.algorithms.losses.preference import row_logprobs
 from nemo_rl_lora.config.loss_fn import LossFnConfig
 from nemo_rl_lora.lora.files import adapter_tensor_name
 from nemo_rl_lora.policy.megatron.layers import Layer
 from nemo_rl_lora.policy.megatron.lora import AdaptedLinear
 from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
 from nemo_rl_lora.types import Batch, LossFn
+from tests.policy.dtensor.test_policy import LAYOUTS, make_policy, plain_logprobs, relative, spec
 from tests.policy.megatron.twins import (
     BOTH,
     distance,
@@ -30,7 +31,6 @@ from tests.policy.megatron.twins import (
     random_adapter,
     set_masters,
 )
-from tests.policy.test_dtensor import LAYOUTS, make_policy, plain_logprobs, relative, spec
 from tests.policy.test_pairs import chats, pairs, preference_loss  # noqa: F401 (fixtures)
 
 FAMILIES = ["llama", "qwen2", "qwen3"]

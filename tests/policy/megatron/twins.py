@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_rl_lora.policy.dtensor import DTensorPolicy
+from nemo_rl_lora.policy.dtensor.policy import DTensorPolicy
 from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
-from tests.policy.test_dtensor import make_policy, spec
+from tests.policy.dtensor.test_policy import make_policy, spec
 
 Twin = DTensorPolicy | MegatronPolicy
 BOTH = {"dtensor": DTensorPolicy, "megatron": MegatronPolicy}

@@ -1,0 +1,269 @@
+"""What runs inside vLLM's worker: weights are received there, hashed there, and probed through its kernels.
+
+Contract: vLLM mixes `WorkerExtension` into its worker class (`worker_extension_cls`), so `self` is that worker and
+every public method can be called by name. One rank holds the whole model. Names are Hugging Face's (merged) or
+PEFT's (adapter); this file alone knows where vLLM keeps what they name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from nemo_rl_lora.generation.vllm.proof import NAMED_AT_MOST, PROBE_COLUMNS, digests_of, probed_span
+from nemo_rl_lora.lora.files import ADAPTER_FILE, module_of
+from nemo_rl_lora.tensors import StoredTensor, stored_tensors
+from nemo_rl_lora.types import TensorInfo
+
+ADAPTER_ID = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where vLLM keeps a Hugging Face tensor: a module, its parameter, and rows of it (None: all)."""
+
+    layer: str
+    module: nn.Module
+    parameter: str
+    part: int | None  # which projection of a fused layer
+
+    @property
+    def rows(self) -> slice:
+        module: Any = self.module
+        if self.part is not None:
+            start = sum(module.output_sizes[: self.part])
+            return slice(start, start + module.output_sizes[self.part])
+        return slice(0, getattr(module, "org_vocab_size", None))
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker. Methods without an underscore are called from outside, by name."""
+
+    model_runner: Any
+    vllm_config: Any
+    device: torch.device
+
+    def weight_problems(self, manifest: Sequence[TensorInfo]) -> list[str]:
+        """Why merged weights of these names and shapes cannot be loaded; nothing is touched."""
+        problems = []
+        for info in manifest:
+            place = self._place(info.name)
+            if place is None:
+                problems.append(f"{info.name!r}: {type(self._model()).__name__} has no such weight")
+            elif (shape := self._shape(place)) != tuple(info.shape):
+                problems.append(f"{info.name!r}: shape {tuple(info.shape)}, and the engine's is {shape}")
+        return problems
+
+    def receive_weights(self, source: Mapping[str, Tensor] | str) -> dict[str, str]:
+        """Load merged weights, from tensors or from a safetensors file. Returns the digests of what was received."""
+        tensors = load_file(source) if isinstance(source, str) else source
+        received = digests_of(tensors, "merged")
+        arrived = [TensorInfo(name=n, shape=tuple(t.shape), dtype=t.dtype) for n, t in tensors.items()]
+        if problems := self.weight_problems(arrived):  # a load that breaks off leaves vLLM between two versions
+            raise ValueError("; ".join(problems[:NAMED_AT_MOST]))
+        self._load([*tensors.items(), *self._siblings(tensors)])
+        return received
+
+    def receive_adapter(self, directory: str) -> dict[str, str]:
+        """The digests of an adapter's file, as this process reads it; vLLM's LoRA request loads it."""
+        if self.device.type == "cpu":
+            _multiply_once_for_all_rows()
+        return digests_of(load_file(Path(directory) / ADAPTER_FILE), "adapter")
+
+    def probe_base(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Columns of the base weights of these names, of all that the engine has."""
+        places = {name: place for name in names if (place := self._place(name)) is not None}
+        return self._probe(places)
+
+    def probe_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Columns of weights; with tied embeddings the head's own copy too, as `lm_head.weight`."""
+        places = {name: place for name in names if (place := self._place(name)) is not None}
+        head = self._tied_head()
+        if head is not None and "model.embed_tokens.weight" in places:
+            places["lm_head.weight"] = Place("lm_head", head, "weight", None)
+        return self._probe(places)
+
+    @torch.inference_mode()
+    def probe_adapter(self, names: Sequence[str], ranks: Mapping[str, int]) -> dict[str, Tensor]:
+        """Columns of A, and of B with its scale, by the LoRA kernels; zero where no adapter is loaded."""
+        self._select_adapter()
+        shown: dict[str, Tensor] = {}
+        for name in names:
+            module_name = module_of(name)
+            place = self._place(f"{module_name}.weight")
+            assert place is not None, name
+            probe = self._probe_a if name.endswith("lora_A.weight") else self._probe_b
+            shown[name] = probe(name, place, ranks[module_name])
+        return shown
+
+    # Where things are
+
+    def _model(self) -> nn.Module:
+        return self.model_runner.get_model()
+
+    def _wrapper(self, layer: str) -> Any:
+        """A layer as the model holds it: with LoRA enabled, vLLM's wrapper around it."""
+        try:
+            return self._model().get_submodule(layer)
+        except AttributeError:
+            return None
+
+    def _place(self, name: str) -> Place | None:
+        layer, _, parameter = name.rpartition(".")
+        parent, _, last = layer.rpartition(".")
+        part = None
+        for fused, parts in getattr(self._model(), "packed_modules_mapping", {}).items():
+            if last in parts and self._wrapper(f"{parent}.{fused}") is not None:
+                layer, part = f"{parent}.{fused}", parts.index(last)
+        module = self._wrapper(layer)
+        module = getattr(module, "base_layer", module)
+        if module is None or not isinstance(getattr(module, parameter, None), Tensor):
+            return None
+        if layer == "lm_head" and self._tied_head() is not None:
+            return None  # it has no tensor of its own in a checkpoint
+        return Place(layer, module, parameter, part)
+
+    def _shape(self, place: Place) -> tuple[int, ...]:
+        """The Hugging Face shape, which a packed weight does not show."""
+        module: Any = place.module
+        value: Tensor = getattr(module, place.parameter)
+        if place.parameter != "weight" or not hasattr(module, "quant_method"):
+            return (place.rows.stop - place.rows.start,) if place.part is not None else tuple(value.shape)
+        if hasattr(module, "org_vocab_size"):
+            return (module.org_vocab_size, module.embedding_dim)
+        rows = place.rows
+        return (rows.stop - rows.start if place.part is not None else module.output_size, module.input_size)
+
+    def _tied_head(self) -> nn.Module | None:
+        model: Any = self._model()
+        tied = self.vllm_config.model_config.hf_text_config.tie_word_embeddings
+        head = getattr(model, "lm_head", None)
+        return getattr(head, "base_layer", head) if tied else None
+
+    # Loading
+
+    def _load(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        self.model_runner.reload_weights(weights_iterator=iter(tensors))
+        self._refresh_tied_head(tensors)
+
+    def _siblings(self, sent: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+        """What else belongs to the layers that are loaded, from the model's own files: a fused layer is packed as a
+        whole, and so is a bias with its weight."""
+        touched = {place.layer for name in sent if (place := self._place(name)) is not None}
+        stored = _stored_once(self.vllm_config.model_config.model)
+        missing = [
+            name
+            for name in stored.keys() - sent.keys()
+            if (place := self._place(name)) is not None and place.layer in touched
+        ]
+        found = []
+        for path in sorted({stored[name].path for name in missing}):
+            with safe_open(path, framework="pt") as file:
+                found += [(name, file.get_tensor(name)) for name in missing if stored[name].path == path]
+        return found
+
+    def _refresh_tied_head(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        """On a CPU the tied head multiplies by a packed copy of the embeddings, which a load leaves as it was."""
+        head: Any = self._tied_head()
+        if head is not None and any(name == "model.embed_tokens.weight" for name, _ in tensors):
+            head.quant_method.process_weights_after_loading(head)
+
+    # Probing
+
+    @torch.inference_mode()
+    def _probe(self, places: Mapping[str, Place]) -> dict[str, Tensor]:
+        """One product for each layer, with one-hot rows for the columns of all its tensors."""
+        shown: dict[str, Tensor] = {}
+        products: dict[tuple[str, int], Tensor] = {}
+        for name, place in places.items():
+            module: Any = place.module
+            value: Tensor = getattr(module, place.parameter)
+            if place.parameter != "weight" or not hasattr(module, "quant_method"):
+                shown[name] = value.detach().cpu()[place.rows if place.part is not None else slice(None)][:, None]
+                continue
+            num_rows, num_columns = self._shape(place)
+            span = probed_span("model.embed_tokens.weight" if place.layer == "lm_head" else name, num_columns)
+            if type(module).__name__ == "VocabParallelEmbedding":
+                shown[name] = value[:num_rows, span].cpu().clone()
+                continue
+            key = (place.layer, span.start)
+            if key not in products:
+                x = _one_hot(span, num_columns, self.vllm_config.model_config.dtype, value.device)
+                products[key] = module.quant_method.apply(module, x)[: span.stop - span.start]
+            shown[name] = products[key][:, place.rows].T.cpu().contiguous()
+        return shown
+
+    def _select_adapter(self) -> None:
+        """Tell the LoRA kernels that PROBE_COLUMNS rows belong to the adapter, if one is loaded."""
+        from vllm.lora.layers import LoRAMapping
+
+        manager = self.model_runner.lora_manager._adapter_manager
+        self._has_adapter = ADAPTER_ID in manager.lora_index_to_id
+        if self._has_adapter:
+            ids = (ADAPTER_ID,) * PROBE_COLUMNS
+            manager.set_adapter_mapping(LoRAMapping(ids, ids, is_prefill=True))
+
+    def _probe_a(self, name: str, place: Place, rank: int) -> Tensor:
+        layer, part = self._wrapper(place.layer), place.part or 0
+        stacked: Tensor = layer.lora_a_stacked[part]
+        span = probed_span(name, stacked.shape[-1])
+        x = _one_hot(span, stacked.shape[-1], stacked.dtype, stacked.device)
+        y = torch.zeros(len(x), stacked.shape[-2], dtype=torch.float32, device=stacked.device)
+        if self._has_adapter:
+            layer.punica_wrapper.add_shrink((y,), x, (stacked,), 1.0)
+        return y[: span.stop - span.start, :rank].T.to(stacked.dtype).cpu().contiguous()
+
+    def _probe_b(self, name: str, place: Place, rank: int) -> Tensor:
+        layer, part = self._wrapper(place.layer), place.part or 0
+        stacked: Tensor = layer.lora_b_stacked[part]
+        span = probed_span(name, rank)
+        buffer = _one_hot(span, stacked.shape[-1], torch.float32, stacked.device)
+        y = torch.zeros(len(buffer), stacked.shape[-2], dtype=stacked.dtype, device=stacked.device)
+        if self._has_adapter:
+            layer.punica_wrapper.add_expand(y, (buffer,), (stacked,), (stacked.shape[-2],))
+        return y[: span.stop - span.start].T.cpu().contiguous()
+
+
+@cache
+def _stored_once(model: str) -> Mapping[str, StoredTensor]:
+    """Where the model's own tensors are: its files stay as they are while it is served."""
+    return stored_tensors(Path(model))
+
+
+def _multiply_once_for_all_rows() -> None:
+    """On a CPU vLLM copies A and B once for each row of a batch. There is one adapter here, and every row has it, so a
+    plain product does (two to three times the tokens a second, measured); `self.no_lora` says that none is loaded."""
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    wrapper: Any = punica_cpu.PunicaWrapperCPU
+
+    def shrink(self: Any, y: Tensor, x: Tensor, stacked: Tensor, scale: float) -> None:
+        if not self.no_lora:
+            y.copy_(F.linear(x.to(stacked.dtype), stacked[0, 0]) * scale)
+
+    def expand(
+        self: Any, y: Tensor, x: Tensor, stacked: Tensor, offset: int, size: int, add_inputs: bool = True
+    ) -> None:
+        if self.no_lora:
+            return
+        product, rows = F.linear(x.to(stacked.dtype), stacked[0, 0]), y[:, offset : offset + size]
+        rows.copy_(rows + product if add_inputs else product)
+
+    wrapper._apply_shrink, wrapper._apply_expand = shrink, expand
+
+
+def _one_hot(span: slice, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[PROBE_COLUMNS, width]: a product with it shows these columns, unrounded, one a row; more rows are zero."""
+    x = torch.zeros(PROBE_COLUMNS, width, dtype=dtype, device=device)
+    num_columns = span.stop - span.start
+    x[:num_columns, span] = torch.eye(num_columns, dtype=dtype, device=device)
+    return x

@@ -1,0 +1,122 @@
+"""A model's modules and parameters from its config.json alone: built on the meta device, so nothing is allocated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from nemo_rl_lora.lora.names import megatron_name
+from nemo_rl_lora.lora.targets import AdaptedModule, LinearModule
+from nemo_rl_lora.models.load import linear_modules, load_model_config
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleType:
+    """The modules of one name and shape, which differ only in their layer."""
+
+    name: str  # Hugging Face name with * for layer and expert numbers
+    megatron_name: str | None  # the Megatron layer that holds them, or None where it has no counterpart
+    num_modules: int
+    weight_shape: tuple[int, ...]  # of one module, [out_features, in_features] for a linear one
+    dim: int | None  # None: no adapter
+    scale: float | None
+    num_trainable_params: int  # of all modules of the type
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShapes:
+    """What a model is made of. Tied weights count once."""
+
+    config: Any  # the transformers config
+    linears: tuple[LinearModule, ...]
+    stacked: tuple[tuple[str, tuple[int, ...]], ...]  # parameters of three dimensions: experts held in one tensor
+    has_tied_head: bool
+    num_params: int
+
+    @property
+    def quantization(self) -> str | None:
+        """The method by which the checkpoint is quantized, or None."""
+        settings = getattr(self.config, "quantization_config", None)
+        if settings is None:
+            return None
+        method = settings["quant_method"] if isinstance(settings, dict) else settings.quant_method
+        return str(getattr(method, "value", method))
+
+
+def read_model_shapes(path: Path, config_overrides: dict[str, Any]) -> ModelShapes:
+    """The shapes of the model in a directory that holds at least config.json."""
+    config = load_model_config(path, config_overrides)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return shapes_of(model, config)
+
+
+def shapes_of(model: nn.Module, config: Any) -> ModelShapes:
+    """The shapes of a model that exists, on the meta device or not."""
+    return ModelShapes(
+        config=config,
+        linears=tuple(linear_modules(model)),
+        stacked=tuple((name, tuple(p.shape)) for name, p in model.named_parameters() if p.dim() == 3),
+        has_tied_head=bool(getattr(config, "tie_word_embeddings", False)),
+        num_params=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def adapted_types(modules: Iterable[AdaptedModule], shared_a: bool) -> tuple[ModuleType, ...]:
+    """Adapted modules by type, in module order. With `shared_a`, what a fused layer holds counts its A once."""
+    counted_a: set[str] = set()
+    groups: dict[tuple[Any, ...], int] = {}
+    params: dict[tuple[Any, ...], int] = {}
+    for module in modules:
+        layer = megatron_name(module.name) if shared_a else None
+        counts_a = layer is None or layer not in counted_a
+        if layer is not None:
+            counted_a.add(layer)
+        shape = (module.out_features, module.in_features)
+        key = (type_name(module.name), _type_or_none(megatron_name(module.name)), shape, module.dim, module.scale)
+        groups[key] = groups.get(key, 0) + 1
+        added = module.dim * (module.out_features + (module.in_features if counts_a else 0))
+        params[key] = params.get(key, 0) + added
+    return tuple(_module_type(key, count, params[key]) for key, count in groups.items())
+
+
+def left_out_types(shapes: ModelShapes, adapted: Iterable[AdaptedModule]) -> tuple[ModuleType, ...]:
+    """Linear modules without an adapter, and stacked experts, by type."""
+    taken = {m.name for m in adapted}
+    groups: dict[tuple[Any, ...], int] = {}
+    rest = [(m.name, (m.out_features, m.in_features)) for m in shapes.linears if m.name not in taken]
+    for name, shape in [*rest, *shapes.stacked]:
+        key = (type_name(name), _type_or_none(megatron_name(name)), shape, None, None)
+        groups[key] = groups.get(key, 0) + 1
+    return tuple(_module_type(key, count, 0) for key, count in groups.items())
+
+
+def type_name(name: str) -> str:
+    """A module's name with * for the numbers of layers and experts."""
+    return _NUMBER.sub("*", name)
+
+
+def _type_or_none(name: str | None) -> str | None:
+    return None if name is None else type_name(name)
+
+
+def _module_type(key: tuple[Any, ...], num_modules: int, num_trainable_params: int) -> ModuleType:
+    name, megatron, shape, dim, scale = key
+    return ModuleType(
+        name=name,
+        megatron_name=megatron,
+        num_modules=num_modules,
+        weight_shape=shape,
+        dim=dim,
+        scale=scale,
+        num_trainable_params=num_trainable_params,
+    )

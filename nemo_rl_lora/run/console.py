@@ -1,0 +1,263 @@
+"""What a person sees of a run: a line for each step, a live bar below it, and a summary at the end.
+
+Contract: on a terminal the bar shows the step, what is being done, elapsed and remaining time and the trend
+of the first key metric; without a terminal there are only plain lines. Nothing here is a record: run/metrics.py
+keeps those.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.logging import RichHandler
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from nemo_rl_lora.run.metrics import RolloutSample
+
+_TREND = "▁▂▃▄▅▆▇█"
+_TREND_WIDTH = 24
+_SHOWN_TEXT = 600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyMetric:
+    """A metric worth watching. `split` is "train" or "validation"; without a direction there is no best
+    value."""
+
+    name: str
+    split: str = "train"
+    higher_is_better: bool | None = None
+    label: str | None = None
+
+    @property
+    def title(self) -> str:
+        return self.label or self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """How a run ended and where its things are."""
+
+    outcome: str  # "completed", "stopped by SIGINT", ...
+    log_directory: Path
+    checkpoint: Path | None = None  # the newest
+    best_checkpoint: Path | None = None
+    continue_command: str | None = None  # None for a run with nothing left to do
+
+
+def setup_logging(console: Console | None = None, level: int = logging.INFO) -> None:
+    """Show the package's messages, above the live bar where there is one; of other packages only warnings."""
+    handler: logging.Handler
+    if console is not None and console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, show_time=False, markup=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("nemo_rl_lora").setLevel(level)
+
+
+class LiveConsole(ABC):
+    """Lines, and on a terminal a live bar below them. A context manager: the bar is there within it."""
+
+    def __init__(self, file: IO[str] | None = None, now: Callable[[], float] = time.monotonic) -> None:
+        self.console = Console(file=file, highlight=False, soft_wrap=file is not None)
+        self._now = now
+        self._started = now()
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        self._started = self._now()
+        if self.console.is_terminal:
+            self._live = Live(get_renderable=self._bar, console=self.console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar, never broken: paths and commands are there to be copied."""
+        self.console.print(Text(text), soft_wrap=True)
+
+    @abstractmethod
+    def _cells(self) -> Iterable[Text | ProgressBar]:
+        """What the bar shows, from left to right."""
+
+    def _bar(self) -> Table:
+        row = Table.grid(padding=(0, 2))
+        row.add_row(*self._cells())
+        return row
+
+    def _progress(self, title: str, done: int, total: int) -> list[Text | ProgressBar]:
+        bar = ProgressBar(total=total, completed=done, width=24)
+        return [Text(title, style="bold"), bar, Text(f"{done}/{total}")]
+
+    @property
+    def _elapsed(self) -> float:
+        """Seconds since the bar is there."""
+        return self._now() - self._started
+
+
+class TrainingConsole(LiveConsole):
+    """Live progress of one run. Use it as a context manager around the training loop."""
+
+    def __init__(
+        self,
+        *,
+        title: str,
+        num_steps: int,
+        metrics: Sequence[KeyMetric],
+        first_step: int = 0,
+        file: IO[str] | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`first_step` steps were done before (a continued run). `metrics` are shown in their order."""
+        super().__init__(file, now)
+        self._title = title
+        self._num_steps = num_steps
+        self._metrics = tuple(metrics)
+        self._first_step = self._step = first_step
+        self._stage = "starting"
+        self._history: dict[tuple[str, str], list[tuple[int, float]]] = {}
+
+    def stage(self, name: str) -> None:
+        """What the run is doing now, such as "generating"."""
+        self._stage = name
+
+    def step(self, step: int, metrics: Mapping[str, float], *, seconds: float | None = None) -> None:
+        """Show a finished step."""
+        self._step = step
+        took = f"{seconds:.1f} s" if seconds is not None else ""
+        self._line(f"step {step}/{self._num_steps}", "train", step, metrics, (took, self._remaining_text()))
+
+    def validation(self, step: int, metrics: Mapping[str, float], *, seconds: float | None = None) -> None:
+        """Show a validation."""
+        took = f"{seconds:.1f} s" if seconds is not None else ""
+        self._line(f"validation at step {step}", "validation", step, metrics, (took,))
+
+    def samples(self, samples: Sequence[RolloutSample]) -> None:
+        """Show completions to read, cut to a screenful."""
+        for sample in samples:
+            text = sample.completion.strip()
+            cut = text if len(text) <= _SHOWN_TEXT else text[:_SHOWN_TEXT] + " ..."
+            self.say(f"reward {sample.reward:g} ({sample.finish_reason})  {sample.prompt.strip()[-200:]}")
+            self.console.print(Padding(Text(cut), (0, 0, 0, 4)))
+
+    def summary(self, summary: RunSummary) -> None:
+        """The table of the key metrics, where the results are, and how to continue."""
+        elapsed = format_seconds(self._elapsed)
+        done = f"step {self._step} of {self._num_steps}"
+        self.say(f"\n{self._title} {summary.outcome}: {done}, {elapsed}.")
+        rows = [metric for metric in self._metrics if self._history.get((metric.split, metric.name))]
+        if rows:
+            self.console.print(self._table(rows))
+        for label, value in (
+            ("Logs", summary.log_directory),
+            ("Checkpoint", summary.checkpoint),
+            ("Best checkpoint", summary.best_checkpoint),
+        ):
+            if value is not None:
+                self.say(f"{label + ':':<17}{value}")
+        if summary.continue_command is not None:
+            self.say(f"{'Continue with:':<17}{summary.continue_command}")
+
+    def _line(self, head: str, split: str, step: int, metrics: Mapping[str, float], tail: Sequence[str]) -> None:
+        parts = [f"{head:<12}"]
+        for metric in self._metrics:
+            if metric.split != split or metric.name not in metrics:
+                continue
+            value = float(metrics[metric.name])
+            self._history.setdefault((split, metric.name), []).append((step, value))
+            parts.append(f"{metric.title} {format_value(value)}")
+        parts += [text for text in tail if text]
+        text = Text("  ".join(parts), style="bold" if split == "validation" else "")
+        self.console.print(text, soft_wrap=not self.console.is_terminal)
+
+    def _remaining_seconds(self) -> float | None:
+        done = self._step - self._first_step
+        if done <= 0 or self._step >= self._num_steps:
+            return None
+        return self._elapsed / done * (self._num_steps - self._step)
+
+    def _remaining_text(self) -> str:
+        remaining = self._remaining_seconds()
+        return f"{format_seconds(remaining)} left" if remaining is not None else ""
+
+    def _cells(self) -> list[Text | ProgressBar]:
+        cells = [
+            *self._progress(self._title, self._step, self._num_steps),
+            Text(self._stage, style="cyan"),
+            Text(f"{format_seconds(self._elapsed)} elapsed"),
+            Text(self._remaining_text()),
+        ]
+        first = self._metrics[0] if self._metrics else None
+        values = [value for _, value in self._history.get((first.split, first.name), [])] if first else []
+        if first and values:
+            cells.append(Text(f"{first.title} {trend(values)} {format_value(values[-1])}", style="green"))
+        return cells
+
+    def _table(self, rows: Sequence[KeyMetric]) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+        table.add_column("metric")
+        for title in ("first", "last", "best", "at step"):
+            table.add_column(title, justify="right")
+        for metric in rows:
+            history = self._history[(metric.split, metric.name)]
+            best, at = _best(history, metric.higher_is_better)
+            name = metric.title if metric.split == "train" else f"{metric.split} {metric.title}"
+            table.add_row(name, format_value(history[0][1]), format_value(history[-1][1]), best, at)
+        return table
+
+
+def trend(values: Sequence[float]) -> str:
+    """The last values as a row of bars, from the lowest to the highest of them."""
+    shown = [value for value in values if math.isfinite(value)][-_TREND_WIDTH:]
+    if not shown:
+        return ""
+    low, high = min(shown), max(shown)
+    span = (high - low) or 1.0
+    return "".join(_TREND[round((value - low) / span * (len(_TREND) - 1))] for value in shown)
+
+
+def format_value(value: float) -> str:
+    """Four significant digits at most; small values in powers of ten."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if abs(value) < 1e-3 or abs(value) >= 1e6:
+        return f"{value:.1e}"
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def format_seconds(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 07 min`."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60:02d} s"
+    return f"{total // 3600} h {total % 3600 // 60:02d} min"
+
+
+def _best(history: Sequence[tuple[int, float]], higher_is_better: bool | None) -> tuple[str, str]:
+    finite = [(value, step) for step, value in history if math.isfinite(value)]
+    if higher_is_better is None or not finite:
+        return "", ""
+    choose = max if higher_is_better else min
+    value, step = choose(finite, key=lambda entry: entry[0])
+    return format_value(value), str(step)

@@ -1,0 +1,333 @@
+"""The records of a run: its log directory, metrics.jsonl, the sinks beside it, and a stopwatch.
+
+Contract: `log_dir/exp_NNN` is the next free number; config.yaml holds the resolved configuration;
+metrics.jsonl holds one JSON object a line, flushed at once: `{"step": 3, "split": "train", "loss": 0.02,
+...}`. A value that is not finite becomes null. Tensorboard and the other sinks show a metric as
+`<split>/<name>`, and `timing/<name>` as `timing/<split>/<name>`.
+
+It averages nothing and keeps no history. Curves are drawn from metrics.jsonl by the function that it is given.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import logging
+import math
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from nemo_rl_lora.checkpoints.step_digests import DIGESTS_FILE
+from nemo_rl_lora.config.logger import LoggerConfig
+from nemo_rl_lora.run.gpus import GpuMonitor, sample_gpus
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.yaml"
+ROLLOUTS_FILE = "rollouts.md"
+RUN_LOG_FILE = "run.log"
+Split = Literal["train", "validation", "checkpoint", "ray"]  # "ray": the machines, under NeMo RL's name
+TIMING = "timing/"
+
+_EXPERIMENT = re.compile(r"exp_(\d+)")
+_INSTALL = {
+    "wandb": "Install it with `uv sync --extra wandb`",
+    "mlflow": "Install it with `uv pip install mlflow`",
+    "swanlab": "Install it with `uv pip install swanlab`",
+}
+_MAX_TEXT = 4000
+
+
+class Sink(Protocol):
+    """Somewhere that metrics are shown beside metrics.jsonl."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSample:
+    """One completion to read, as the environment scored it."""
+
+    prompt: str
+    completion: str
+    reward: float
+    finish_reason: str
+
+
+class Stopwatch:
+    """Seconds by name. `measure` may be entered several times under one name; the seconds add up."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - started)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count seconds that were measured elsewhere."""
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def seconds(self, name: str) -> float:
+        """Seconds under this name since the last take."""
+        return self._seconds.get(name, 0.0)
+
+    def take(self) -> dict[str, float]:
+        """`timing/<name>` -> seconds since the last take, ready for `RunLog.log`."""
+        taken = {TIMING + name: seconds for name, seconds in self._seconds.items()}
+        self._seconds = {}
+        return taken
+
+
+def check_sinks(config: LoggerConfig) -> None:
+    """ValueError where a sink is enabled whose package is not installed. Imports nothing."""
+    for name, install in _INSTALL.items():
+        if getattr(config, f"{name}_enabled") and importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"logger.{name}_enabled=True: the package {name} is not installed. {install}, or set "
+                f"logger.{name}_enabled=false."
+            )
+
+
+class RunLog:
+    """The log directory of one run."""
+
+    def __init__(self, config: LoggerConfig, resolved_yaml: str, draw: Callable[[Path], object] | None = None) -> None:
+        """Make `exp_NNN`. ValueError where the directory cannot be written or a sink's package is missing.
+
+        `draw` gets the directory every `logger.plot.period` training steps.
+        """
+        check_sinks(config)
+        self._config = config
+        self._draw = draw
+        self._warned: set[str] = set()
+        self._step = 0
+        self._lock = threading.Lock()
+        self.directory = _make_directory(config.log_dir, resolved_yaml)
+        self._file = (self.directory / METRICS_FILE).open("a", encoding="utf-8")
+        self._sinks = _open_sinks(config, self.directory, resolved_yaml)
+        self._gpus: GpuMonitor | None = None
+        if config.monitor_gpus and sample_gpus():
+            self._gpus = GpuMonitor(config.gpu_monitoring, lambda sample: self.log(self._step, "ray", sample))
+
+    def log(self, step: int, split: Split, metrics: Mapping[str, Any]) -> None:
+        """Record the metrics of a step: numbers (or tensors of one element), by their name without the
+        split."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self._warn_not_finite(step, values)
+        line = {"step": step, "split": split}
+        line |= {name: _json_number(value) for name, value in values.items()}
+        shown = {shown_name(split, name): value for name, value in values.items()}
+        with self._lock:
+            self._step = max(self._step, step)
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+            for sink in self._sinks:
+                sink.log(step, shown)
+        period = self._config.plot.period
+        if self._draw is not None and split == "train" and period and step % period == 0:
+            self._draw(self.directory)
+
+    def log_digests(self, step: int, digests: Mapping[str, str]) -> None:
+        """Append a step's digests to digests.jsonl."""
+        with (self.directory / DIGESTS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **digests}) + "\n")
+
+    def log_rollouts(self, step: int, samples: Sequence[RolloutSample], *, split: Split = "train") -> None:
+        """Append some completions to rollouts.md, as `logger.rollout_samples` says."""
+        config = self._config.rollout_samples
+        if not config.num_per_step or (split == "train" and step % config.period != 0):
+            return
+        path = self.directory / ROLLOUTS_FILE
+        if path.exists() and path.stat().st_size >= config.max_megabytes * 1e6:
+            if ROLLOUTS_FILE not in self._warned:
+                logger.info(
+                    f"{path} has logger.rollout_samples.max_megabytes={config.max_megabytes}: no more is written"
+                )
+            self._warned.add(ROLLOUTS_FILE)
+            return
+        with path.open("a", encoding="utf-8") as file:
+            for number, sample in enumerate(samples[: config.num_per_step], 1):
+                file.write(rollout_text(step, split, number, sample))
+
+    def close(self) -> None:
+        """Flush and close every sink. May be called twice."""
+        if self._file.closed:
+            return
+        if self._gpus is not None:
+            self._gpus.close()
+        self._file.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def _warn_not_finite(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value) and name not in self._warned:
+                self._warned.add(name)
+                logger.warning(f"metric {name} is {value} in step {step}; {METRICS_FILE} has null for it")
+
+
+def shown_name(split: str, name: str) -> str:
+    """The name under which sinks show a metric."""
+    if name.startswith(TIMING):
+        return f"{TIMING}{split}/{name.removeprefix(TIMING)}"
+    return f"{split}/{name}"
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a log directory's metrics.jsonl; a last line that was cut off is left out."""
+    lines = (directory / METRICS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def rollout_text(step: int, split: str, number: int, sample: RolloutSample) -> str:
+    """A rollout as Markdown; texts stand indented, so that nothing in them is markup."""
+    return (
+        f"## Step {step}, {split}, sample {number}: reward {sample.reward:g} ({sample.finish_reason})\n\n"
+        f"Prompt:\n\n{_indented(sample.prompt)}\n\nCompletion:\n\n{_indented(sample.completion)}\n\n"
+    )
+
+
+def _indented(text: str) -> str:
+    if len(text) > _MAX_TEXT:
+        text = f"{text[:_MAX_TEXT]} [... {len(text) - _MAX_TEXT:,} more characters]"
+    return "\n".join("    " + line for line in text.splitlines()) or "    (empty)"
+
+
+def _json_number(value: float) -> float | int | None:
+    if not math.isfinite(value):
+        return None
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
+
+
+def _make_directory(log_dir: str, resolved_yaml: str) -> Path:
+    directory: Path | None = None
+    try:
+        directory = _next_directory(Path(log_dir))
+        (directory / CONFIG_FILE).write_text(resolved_yaml, encoding="utf-8")
+    except OSError as error:
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise ValueError(
+            f"logger.log_dir={log_dir!r}: cannot be written ({error.strerror}). Make it writable, free some "
+            "space, or name another directory."
+        ) from error
+    return directory
+
+
+def _next_directory(parent: Path) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    numbers = [int(match[1]) for path in parent.iterdir() if (match := _EXPERIMENT.fullmatch(path.name))]
+    number = max(numbers, default=0) + 1
+    while True:
+        directory = parent / f"exp_{number:03d}"
+        try:
+            directory.mkdir()
+        except FileExistsError:  # another run took the number in between
+            number += 1
+            continue
+        return directory
+
+
+def _open_sinks(config: LoggerConfig, directory: Path, resolved_yaml: str) -> list[Sink]:
+    sinks: list[Sink] = []
+    if config.tensorboard_enabled:
+        sinks.append(_Tensorboard(directory / (config.tensorboard.log_dir or "tensorboard")))
+    if config.wandb_enabled:
+        sinks.append(_Wandb(config, directory, resolved_yaml))
+    if config.mlflow_enabled:
+        sinks.append(_Mlflow(config, resolved_yaml))
+    if config.swanlab_enabled:
+        sinks.append(_Swanlab(config, directory, resolved_yaml))
+    return sinks
+
+
+class _Tensorboard:
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, config: LoggerConfig, directory: Path, resolved_yaml: str) -> None:
+        wandb = importlib.import_module("wandb")
+        section = config.wandb
+        self._run = wandb.init(
+            project=section.project,
+            name=section.name,
+            entity=section.entity,
+            dir=str(directory),
+            config=_config_of(resolved_yaml),
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Mlflow:
+    def __init__(self, config: LoggerConfig, resolved_yaml: str) -> None:
+        self._mlflow = importlib.import_module("mlflow")
+        section = config.mlflow
+        if section.tracking_uri:
+            self._mlflow.set_tracking_uri(section.tracking_uri)
+        if section.experiment_name:
+            self._mlflow.set_experiment(section.experiment_name)
+        self._mlflow.start_run(run_name=section.run_name)
+        self._mlflow.log_text(resolved_yaml, CONFIG_FILE)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._mlflow.log_metrics(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+class _Swanlab:
+    def __init__(self, config: LoggerConfig, directory: Path, resolved_yaml: str) -> None:
+        self._swanlab = importlib.import_module("swanlab")
+        section = config.swanlab
+        self._swanlab.init(
+            project=section.project,
+            experiment_name=section.name,
+            logdir=str(directory / "swanlab"),
+            config=_config_of(resolved_yaml),
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._swanlab.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._swanlab.finish()
+
+
+def _config_of(resolved_yaml: str) -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load(resolved_yaml) or {}

@@ -1,0 +1,126 @@
+"""An engine that can be told to go wrong inside, while everything that it reports stays right.
+
+Each fault is what an integration of vLLM can do silently: see `FAULTS` of test_vllm_receipts.py.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from nemo_rl_lora.generation.vllm.engine import VllmEngine
+from nemo_rl_lora.generation.vllm.proof import probed_span
+from nemo_rl_lora.generation.vllm.worker import WorkerExtension
+
+NEXT: dict[str, Any] = {"fault": None, "loaded": []}
+_load, _receive, _refresh = (
+    WorkerExtension._load,
+    WorkerExtension.receive_weights,
+    WorkerExtension._refresh_tied_head,
+)
+
+
+def load(worker, tensors):
+    """Digests were taken of what was received, before anything goes wrong here."""
+    fault, before = NEXT["fault"], NEXT["loaded"]
+    NEXT["loaded"] = [(name, tensor.clone()) for name, tensor in tensors]
+    if fault == "dropped":
+        return
+    if fault == "stale":
+        tensors = before
+    if fault in ("twice", "alpha"):
+        base = load_file(Path(worker.vllm_config.model_config.model) / "model.safetensors")
+        factor = 2.0 if fault == "twice" else 0.25
+        tensors = [(n, (base[n] + factor * (t.float() - base[n])).to(t.dtype)) for n, t in tensors]
+    if fault == "projection":
+        tensors = [(name, tensor) for name, tensor in tensors if "k_proj" not in name]
+    _load(worker, tensors)
+
+
+def receive_weights(worker, source):
+    if NEXT["fault"] == "shape":
+        source = {n: t[:-32] if "v_proj.weight" in n else t for n, t in source.items()}
+    if NEXT["fault"] == "bytes":
+        source = one_element_changed(source)
+    return _receive(worker, source)
+
+
+def one_element_changed(tensors):
+    """One number of one tensor, where no probe looks."""
+    name = next(name for name in tensors if "1.mlp.down_proj" in name)
+    changed = tensors[name].clone()
+    changed[0, (probed_span(name, changed.shape[1]).stop + 1) % changed.shape[1]] += 1
+    return {**tensors, name: changed}
+
+
+def refresh_tied_head(worker, tensors):
+    if NEXT["fault"] != "tied head":
+        _refresh(worker, tensors)
+
+
+def lose_projection(worker):
+    """The k of every fused layer, of the adapter that is loaded."""
+    for module in worker.model_runner.get_model().modules():
+        if len(getattr(module, "lora_b_stacked", ())) == 3:
+            module.lora_b_stacked[1].zero_()
+
+
+def restart(worker):
+    """What a restart of the engine leaves: the model's own files."""
+    worker.model_runner.reload_weights()
+    if worker.vllm_config.lora_config is not None:
+        worker.model_runner.lora_manager.remove_all_adapters()
+
+
+class FaultyEngine(VllmEngine):
+    """The engine's half of the faults, and the switch of both halves."""
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        WorkerExtension._load = load
+        WorkerExtension.receive_weights = receive_weights
+        WorkerExtension._refresh_tied_head = refresh_tied_head
+
+    def close(self):
+        WorkerExtension._load, WorkerExtension.receive_weights = _load, _receive
+        WorkerExtension._refresh_tied_head = _refresh
+        super().close()
+
+    def set_fault(self, fault):
+        NEXT["fault"] = fault
+
+    def restart(self):
+        self._llm.collective_rpc(restart)
+        self._adapter_path = None
+        self._llm.reset_prefix_cache()
+
+    def receive_adapter(self, directory):
+        fault, before = NEXT["fault"], Path(directory).with_name("before")
+        if fault == "bytes":
+            file = Path(directory) / "adapter_model.safetensors"
+            save_file(one_element_changed(load_file(file)), file)
+        if fault == "dropped":
+            return self._call("receive_adapter", directory)
+        if fault == "stale":
+            received = self._call("receive_adapter", directory)
+            super().receive_adapter(str(before))
+            return received
+        if fault in ("twice", "alpha"):
+            file = Path(directory) / "adapter_config.json"
+            config = json.loads(file.read_text())
+            file.write_text(
+                json.dumps(config | {"lora_alpha": config["lora_alpha"] * (2 if fault == "twice" else 0.25)})
+            )
+        received = super().receive_adapter(directory)
+        if fault == "projection":
+            self._llm.collective_rpc(lose_projection)
+        shutil.copytree(directory, before, dirs_exist_ok=True)
+        return received
+
+    def _forget_prefixes(self):
+        if NEXT["fault"] != "prefix":
+            super()._forget_prefixes()
