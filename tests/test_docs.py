@@ -115,7 +115,22 @@ class Place:
         return [f"checkpointing.checkpoint_dir={self.root}/results", f"logger.log_dir={self.root}/logs"]
 
 
-@pytest.mark.parametrize("command", ALL, ids=str)
+# Each of these starts more processes. In the default suite, tests/policy/megatron/test_driver.py trains in two, and
+# tests/run/test_verify_resume.py resumes in another.
+SLOW = {
+    "examples/configs/recipes/cpu/sft-smollm2-135m-megatron-lora.yaml",
+    "examples/configs/recipes/cpu/grpo-smollm2-135m-megatron-lora.yaml",
+    "tools/verify_resume.py",
+}
+
+
+def is_slow(command: Command) -> bool:
+    return "--plan" not in command.arguments and not SLOW.isdisjoint((command.program, *command.arguments))
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(each, marks=pytest.mark.slow if is_slow(each) else ()) for each in ALL], ids=str
+)
 def test_command_of_the_docs_runs(command, tmp_path, tiny_llama, capsys):
     assert command.program in RUNNERS, f"{command}: teach tests/test_docs.py to run this program"
     RUNNERS[command.program](command, Place(root=tmp_path, tiny_model=tiny_llama), capsys)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 OWN = ("checkpointing.checkpoint_dir", "logger.log_dir", "sft.max_num_steps")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_three_times_is_the_run_that_was_not(tiny_sft, tmp_path):
     """benchmarks/kill_runs.py checks every kill, and compares with a run that nobody killed."""
     settings = ["sft.max_num_epochs=1000", "policy.dtensor_cfg.lora_cfg.dropout=0.3", "checkpointing.keep_top_k=2"]

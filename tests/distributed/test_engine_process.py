@@ -74,22 +74,6 @@ def test_an_engine_that_dies_in_a_rollout_is_started_again_and_the_rollout_repea
     assert after[0].completions[0].versions == ((48, 2),)
 
 
-def test_a_run_stops_where_the_engine_is_lost_too_often(served):
-    policy, generation = served
-    generation.sync_weights(policy.publish(3, "merged"))
-    start = generation._start
-
-    def stillborn():
-        raise EngineLost("died during 'start'")
-
-    generation._start = stillborn
-    os.kill(generation._engine.pid, signal.SIGKILL)
-    with pytest.raises(GenerationFailed, match=r"max_generation_failures=1: the engine died .*, 2 times in a row"):
-        generate(generation, [request(PROMPT, 2)])
-    generation._start = start
-    generation._engine = generation._started()
-
-
 def test_a_wait_ends_at_its_limit(served):
     _, generation = served
     engine = generation._engine
@@ -101,8 +85,22 @@ def test_a_wait_ends_at_its_limit(served):
         engine._timeout_seconds = 120.0
 
 
+@pytest.mark.slow  # as in this process: tests/generation/vllm/test_generation.py
 def test_what_the_engine_itself_raises_comes_through(served):
     policy, _ = served
     settings = settings_of(policy, "merged", more={"no_such_argument": 1})
     with pytest.raises(RuntimeError, match=r"the engine did not start .*no_such_argument"):
         EngineProcess(settings, 120.0)
+
+
+def test_a_run_stops_where_the_engine_is_lost_too_often(served):  # last: it leaves none
+    policy, generation = served
+    generation.sync_weights(policy.publish(3, "merged"))
+
+    def stillborn():
+        raise EngineLost("died during 'start'")
+
+    generation._start = stillborn
+    os.kill(generation._engine.pid, signal.SIGKILL)
+    with pytest.raises(GenerationFailed, match=r"max_generation_failures=1: the engine died .*, 2 times in a row"):
+        generate(generation, [request(PROMPT, 2)])

@@ -55,7 +55,14 @@ def verified(step: Path, steps: int = 3) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(("algorithm", "data"), [("sft", mixture), ("dpo", mixture), ("grpo", held)])
+@pytest.mark.parametrize(
+    ("algorithm", "data"),
+    [
+        ("sft", mixture),
+        pytest.param("dpo", mixture, marks=pytest.mark.slow),
+        pytest.param("grpo", held, marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(tiny_llama, tmp_path, algorithm, data):
     run = TinyRun(root=tmp_path, model=tiny_llama, algorithm=algorithm)
     ended = run(*data(run), *EVERY)
@@ -78,6 +85,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tiny_llama, tmp_path,
     assert not list(run.root.rglob("tmp_*"))
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_the_runs_own_is_told_by_its_first_difference(tiny_sft):
     ended = tiny_sft(*mixture(tiny_sft), *EVERY, "sft.max_num_steps=4")
     assert ended.code == 0, ended.err
@@ -94,6 +102,7 @@ def test_a_step_that_is_not_the_runs_own_is_told_by_its_first_difference(tiny_sf
     assert ended.stdout.startswith("step 4: the token ids differ\n")
 
 
+@pytest.mark.slow
 def test_without_digests_the_saved_steps_are_compared(tiny_sft, capsys):
     ended = tiny_sft(*mixture(tiny_sft), *EVERY, "logger.record_digests=false")
     assert ended.code == 0, ended.err

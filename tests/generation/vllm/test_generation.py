@@ -156,8 +156,15 @@ BACKENDS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["merged", "adapter"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "mode"),
+    [
+        ("dtensor", "adapter"),
+        ("megatron", "merged"),
+        pytest.param("dtensor", "merged", marks=pytest.mark.slow),
+        pytest.param("megatron", "adapter", marks=pytest.mark.slow),
+    ],
+)
 def test_grpo_trains_on_what_vllm_samples(tmp_path, mode, backend):
     """Both ways of sending, both backends: the engine's logprobs are the trainer's, and every sync is confirmed."""
     model = make_driver_model(tmp_path / "model")

@@ -1,14 +1,9 @@
-"""One of two tensor-parallel ranks: hidden states and adapter gradients for every case, and the number of all-to-alls.
+"""One of two tensor-parallel ranks: hidden states, adapter gradients and the number of all-to-alls, for every case."""
 
-Arguments: the rank, a directory to meet in, the model's directory.
-"""
-
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import all_to_all_hp2sp, gather_from_sequence_parallel_region
 from torch import Tensor
 
@@ -132,17 +127,10 @@ def gradient_of(master: torch.nn.Parameter) -> Tensor:
     return master.grad
 
 
-def main() -> None:
-    rank, meeting, path = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting / 'store'}", rank=rank, world_size=2)
+def run_cases(rank: int, meeting: Path, path: Path) -> None:
+    """Every case with the model at `path`, as one of two ranks; what was found is saved in `meeting`."""
     found = {}
     for case in CASES:
         lora.all_to_all_hp2sp = Counted(all_to_all_hp2sp)
         found[case.name] = run_case(path, case, 2), lora.all_to_all_hp2sp.calls
     torch.save(found, meeting / f"rank{rank}.pt")
-    dist.barrier()
-
-
-if __name__ == "__main__":
-    main()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,38 +98,18 @@ def gradient_of(master: torch.nn.Parameter) -> Tensor:
     return master.grad.clone()
 
 
-def run_cases(cases: list[Case], inputs: dict[str, Any], meeting: Path) -> None:
-    """Every case in as many processes as it asks for. RuntimeError with what a process said when it failed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.policy.megatron.parallel_ranks"])
-    number = cases[0].number
-    processes = [
-        context.Process(target=_run_rank, args=(rank, number, cases, inputs, meeting)) for rank in range(number)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if errors := [path.read_text() for path in sorted(meeting.glob("error*"))]:
-        raise RuntimeError("\n".join(errors))
-    assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
-
-
-def _run_rank(rank: int, number: int, cases: list[Case], inputs: dict[str, Any], meeting: Path) -> None:
-    torch.set_num_threads(1)
-    case = None
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{meeting / 'store'}", rank=rank, world_size=number)
-        for case in cases:
-            out = meeting / case.name
-            if rank == 0:
-                out.mkdir()
-            model, adapter, batch = inputs[case.name]
+def run_cases(rank: int, cases: list[Case], inputs: dict[str, Any], meeting: Path) -> None:
+    """One process's part of every case; the first writes what it found into the case's directory."""
+    for case in cases:
+        out = meeting / case.name
+        if rank == 0:
+            out.mkdir()
+        model, adapter, batch = inputs[case.name]
+        try:
             found = run_case(case, model, adapter, batch, out, case.sizes)
-            parallel_state.destroy_model_parallel()
-            if rank == 0:
-                torch.save(found, out / "found.pt")
-        dist.destroy_process_group()
-    except BaseException:
-        (meeting / f"error{rank}").write_text(f"rank {rank}, {case}\n{traceback.format_exc()}")
-        raise
+        except BaseException as error:
+            error.add_note(f"in {case}")
+            raise
+        parallel_state.destroy_model_parallel()
+        if rank == 0:
+            torch.save(found, out / "found.pt")

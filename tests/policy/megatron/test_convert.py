@@ -317,6 +317,7 @@ def test_megatron_cores_model_takes_every_tensor_and_computes_as_transformers(sa
             assert (logits[row] - expected).norm() <= 1e-5 * expected.norm()
 
 
+@pytest.mark.slow  # test_parallel.py has a case of each layout, in processes of its own
 def test_every_rank_of_megatron_core_holds_what_is_listed_for_it():
     script = Path(__file__).with_name("parameters_of_ranks.py")
     command = [sys.executable, "-m", f"tests.policy.megatron.{script.stem}"]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from tests.policy.conftest import CONFIGS, save_random_model
-from tests.policy.megatron.adapted_ranks import CASES, run_case
+from tests.policy.megatron.adapted_ranks import CASES, run_case, run_cases
 from tests.policy.megatron.twins import distance
+from tests.rank_processes import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +25,7 @@ def path(tmp_path_factory):
 def ranks(path, tmp_path_factory):
     """What each of two processes found."""
     meeting = tmp_path_factory.mktemp("meeting")
-    module = "tests.policy.megatron.adapted_ranks"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", module, str(rank), str(meeting), str(path)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate()[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(errors)
+    run_ranks(2, meeting, run_cases, meeting, path)
     return [torch.load(meeting / f"rank{rank}.pt") for rank in range(2)]
 
 

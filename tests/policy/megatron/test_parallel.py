@@ -23,6 +23,7 @@ from tests.policy.dtensor.test_policy import make_policy, plain_logprobs, relati
 from tests.policy.megatron.parallel_ranks import Case, run_case, run_cases
 from tests.policy.megatron.twins import distance, random_adapter, set_masters
 from tests.policy.test_pairs import make_chats, make_pairs
+from tests.rank_processes import run_ranks
 
 SIZES = {
     "hidden_size": 48,
@@ -109,6 +110,15 @@ FOUR = [
     Case(name="tp2 sp ep2", number=4, family="experts", sizes={TP: 2, SP: True, EP: 2}, spec=ATTENTION, **CHOOSING),
 ]
 CASES = [*TWO, *FOUR]
+# A case of each way to share a model; the combinations are slow.
+DEFAULT = {"tp2 sp, shared A", "pp2, sft", "cp2", "dp2", "ep2", "tp2 pp2 sp, all weights"}
+
+
+def named(cases: list[Case]) -> pytest.MarkDecorator:
+    """A test of these cases by their names."""
+    assert {case.name for case in CASES} >= DEFAULT
+    slow = {case.name: () if case.name in DEFAULT else pytest.mark.slow for case in cases}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks) for name, marks in slow.items()])
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +154,7 @@ def found(request, models, tmp_path_factory):
             adapter = None if case.spec is None else saved_adapter(model, case.spec, tmp_path_factory.mktemp("adapter"))
             inputs[case.name] = model, adapter, with_reference(batches[case.loss], model)
         meeting = tmp_path_factory.mktemp("meeting")
-        run_cases(cases, inputs, meeting)
+        run_ranks(number, meeting, run_cases, cases, inputs, meeting)
         for case in cases:
             model, _, batch = inputs[case.name]
             results[case.name] = Found(
@@ -170,10 +180,7 @@ def with_reference(batch: Batch, model: Path) -> Batch:
     return replace(batch, reference_logprobs=row_logprobs(base, batch.loss_mask) if batch.whole_groups else base)
 
 
-named = pytest.mark.parametrize("name", [case.name for case in CASES])
-
-
-@named
+@named(CASES)
 def test_logprobs_are_those_of_one_process(found, name):
     shared, alone = found[name].shared, found[name].alone
     assert relative(shared["logprobs"], alone["logprobs"]) <= found[name].case.rounding
@@ -182,7 +189,7 @@ def test_logprobs_are_those_of_one_process(found, name):
         assert found[name].case.spec is None or relative(shared["reference"], shared["logprobs"]) > 1e-3
 
 
-@named
+@named(CASES)
 def test_gradients_of_three_steps_are_those_of_one_process(found, name):
     case = found[name].case
     for number, (step, expected) in enumerate(
@@ -200,7 +207,7 @@ def test_gradients_of_three_steps_are_those_of_one_process(found, name):
         assert distance({key: gradients[key] for key in used}, used) <= bound
 
 
-@named
+@named(CASES)
 def test_weights_that_are_published_are_those_of_one_process(found, name):
     shared, alone = found[name].shared, found[name].alone
     assert distance(shared["merged"], alone["merged"]) <= 1e-6
@@ -210,7 +217,7 @@ def test_weights_that_are_published_are_those_of_one_process(found, name):
     assert shared["adapter digest"] == alone["adapter digest"]
 
 
-@named
+@named(CASES)
 def test_a_checkpoint_is_read_back_by_every_process(found, name):
     shared, alone = found[name].shared, found[name].alone
     after = found[name].case.after_steps
@@ -219,7 +226,7 @@ def test_a_checkpoint_is_read_back_by_every_process(found, name):
     assert distance({key: shared["resumed moments"][key] for key in expected}, expected) <= 10 * after
 
 
-@pytest.mark.parametrize("name", [case.name for case in CASES if case.spec is not None and case.family != "experts"])
+@named([case for case in CASES if case.spec is not None and case.family != "experts"])
 def test_stock_peft_loads_what_the_processes_wrote(found, name, tmp_path):
     case = found[name]
     base = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
