@@ -23,6 +23,7 @@ from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, PICKLED_F
 from nemo_rl_lora.lora.fit import adapter_directory, fit_adapter
 from nemo_rl_lora.lora.names import OUTPUT_HEAD_NAMES, last_component
 from nemo_rl_lora.lora.targets import AdaptedModule, LinearModule
+from nemo_rl_lora.models.families import has_tied_head
 from nemo_rl_lora.models.source import resolve_model
 from nemo_rl_lora.tensors import MERGEABLE, StoredTensor, file_digest, stored_tensors, tensors_digest
 
@@ -182,7 +183,7 @@ def fit_to_base(adapter: AdapterInput, base: Base) -> dict[str, AdaptedModule]:
 def _has_tied_head(base: Base) -> bool:
     from transformers import AutoConfig  # a config.json leaves out what is its class's default
 
-    return bool(AutoConfig.from_pretrained(base.directory).get_text_config().tie_word_embeddings)
+    return has_tied_head(AutoConfig.from_pretrained(base.directory))
 
 
 def _linears(modules: set[str], adapter: AdapterInput, base: Base) -> list[LinearModule]:

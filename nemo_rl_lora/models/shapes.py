@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_rl_lora.lora.names import megatron_name
 from nemo_rl_lora.lora.targets import AdaptedModule, LinearModule
+from nemo_rl_lora.models.families import has_tied_head
 from nemo_rl_lora.models.load import linear_modules, load_model_config
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -66,7 +67,7 @@ def shapes_of(model: nn.Module, config: Any) -> ModelShapes:
         config=config,
         linears=tuple(linear_modules(model)),
         stacked=tuple((name, tuple(p.shape)) for name, p in model.named_parameters() if p.dim() == 3),
-        has_tied_head=bool(getattr(config, "tie_word_embeddings", False)),
+        has_tied_head=has_tied_head(config),
         num_params=sum(p.numel() for p in model.parameters()),
     )
 

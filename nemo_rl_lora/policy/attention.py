@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from nemo_rl_lora.config.policy import PolicyConfig
+from nemo_rl_lora.models.families import families_for, shortening_window
 from nemo_rl_lora.policy.microbatches import Segment
 
 NAME = "nemo_rl_lora_segments"
 _SCORES_PER_CHUNK = 16 * 2**20  # 64 MiB of fp32 scores at a time
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +68,7 @@ class AttentionPlan:
 
 def supports_segments(config: Any, max_length: int) -> bool:
     """Whether a transformers config describes full causal attention for sequences up to `max_length` tokens."""
-    if config.model_type not in MODEL_TYPES:
-        return False
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and window < max_length:
+    if config.model_type not in families_for("segments") or shortening_window(config, max_length) is not None:
         return False
     return not getattr(config, "attention_dropout", 0.0)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nemo_rl_lora.models.families import families_for
 from nemo_rl_lora.policy import attention
 from nemo_rl_lora.policy.head import Head, target_logprobs
 from nemo_rl_lora.policy.microbatches import Microbatch, Segment
@@ -56,7 +57,7 @@ class ForwardPass:
                 f"policy.model_name={self.model.config.name_or_path!r}: log-probabilities of {_NUM_PROBE_TOKENS} probe "
                 f"tokens differ from the model's own by {error:.3g} on average (bound {bound:g}), so its head or "
                 f"attention is not one that this version trains. Use a plain "
-                f"{', '.join(attention.MODEL_TYPES)} model."
+                f"{', '.join(families_for('segments'))} model."
             )
 
     def logprobs(self, micro: Microbatch, width: int) -> Tensor:

@@ -37,6 +37,7 @@ from nemo_rl_lora.lora.files import (
 )
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets
+from nemo_rl_lora.models.families import has_tied_head
 from nemo_rl_lora.models.load import linear_modules
 from nemo_rl_lora.policy.adapter_state import AdapterSwitch
 from nemo_rl_lora.policy.microbatches import Microbatch, plan_from_config, plan_microbatches
@@ -87,7 +88,7 @@ def adapted_modules(
     return resolve_trained_targets(
         spec,
         linear_modules(model),
-        tied_head=bool(getattr(model.config, "tie_word_embeddings", False)),
+        tied_head=has_tied_head(model.config),
         model_label=setup.base_model_name,
         config_key=lora_block_key(config),
     )

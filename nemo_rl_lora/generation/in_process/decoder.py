@@ -1,6 +1,6 @@
 """The fast decoder of the in-process engine: one token for many sequences, prompts computed once for their group.
 
-Contract: a Llama-shaped causal language model (Llama, Mistral without an active window, Qwen2, Qwen3) is read from a
+Contract: a Llama-shaped causal language model (models/families.py has the list) is read from a
 Hugging Face model whose parameters are shared and never written. Keys and values of a prompt are stored once for its
 group; those of completions in preallocated slots. `admit` prefills prompts and opens their rows, `step` computes one
 token for every open row, `retire` closes rows and keeps the others dense.
@@ -23,10 +23,8 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from nemo_rl_lora.lora.adapter_tensors import AdapterTensors
+from nemo_rl_lora.models.families import families_for, rope_types_for, shortening_window
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-# Frequencies of these types do not depend on the length of the sequence, so a table of them stays valid.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 PREFILL_TOKENS = 4096  # padded tokens in one prefill pass: bounds its activations
 FIRST_COMPLETION_CAPACITY = 64  # slots grow by doubling from here, so short completions cost little memory
 
@@ -64,13 +62,14 @@ class Decoder(Protocol):
 def unsupported_reason(model: PreTrainedModel) -> str | None:
     """Why this decoder cannot serve a model, or None."""
     name, config = type(model).__name__, model.config
-    if name not in ARCHITECTURES:
-        return f"{name} is not one of {', '.join(ARCHITECTURES)}"
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < config.max_position_embeddings:
+    known = [family.architecture for family in families_for("decoder").values()]
+    if name not in known:
+        return f"{name} is not one of {', '.join(known)}"
+    window = shortening_window(config, config.max_position_embeddings)
+    if window is not None:
         return f"attention sees a sliding window of {window} of {config.max_position_embeddings} positions"
     rope_type = config.rope_parameters["rope_type"]
-    if rope_type not in ROPE_TYPES:
+    if rope_type not in rope_types_for("decoder"):  # a table of its cosines would not stay valid
         return f"rope type {rope_type!r} changes with the length of the sequence"
     return None
 

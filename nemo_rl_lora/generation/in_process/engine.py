@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -24,10 +23,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nemo_rl_lora.generation.in_process.decoder import CausalDecoder, Decoder, unsupported_reason
 from nemo_rl_lora.generation.in_process.fallback import PlainDecoder
 from nemo_rl_lora.generation.in_process.sampling import sample, uniforms
-from nemo_rl_lora.generation.protocol import Ticket, check_request
+from nemo_rl_lora.generation.protocol import Ticket
+from nemo_rl_lora.generation.tickets import Ticketed
 from nemo_rl_lora.lora.adapter_tensors import AdapterTensors, canonical_shapes
 from nemo_rl_lora.tensors import torch_dtype
-from nemo_rl_lora.types import Completion, CompletionGroup, GroupRequest, SyncReceipt, WeightsRef
+from nemo_rl_lora.types import CompletionGroup, GroupRequest, SyncReceipt, WeightsRef
 
 if TYPE_CHECKING:
     from nemo_rl_lora.lora.spec import LoraSpec
@@ -49,11 +49,10 @@ class _Sequence:
     stop_token_ids: frozenset[int]
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    text: str = ""
     finish_reason: FinishReason | None = None
 
 
-class InProcessGeneration:
+class InProcessGeneration(Ticketed):
     """`spec` and `adapted` say what a sync moves: the adapted modules, or every parameter where `spec` is None."""
 
     def __init__(
@@ -66,41 +65,22 @@ class InProcessGeneration:
         compute_dtype: torch.dtype,
         max_concurrent_sequences: int,
     ) -> None:
-        self._tokenizer = tokenizer
+        config = base_model.config.get_text_config()
+        super().__init__(
+            tokenizer,
+            getattr(base_model.generation_config, "eos_token_id", None),
+            vocabulary=int(config.vocab_size),
+            max_context=int(config.max_position_embeddings),
+        )
         self._dtype, self._device = compute_dtype, base_model.device
         self._adapter_dtype = compute_dtype if spec is None or spec.dtype is None else torch_dtype(spec.dtype)
         self._max_concurrent = max_concurrent_sequences
-        self._max_context = int(base_model.config.get_text_config().max_position_embeddings)
-        self._vocabulary = int(base_model.config.get_text_config().vocab_size)
-        self._eos_token_ids = _eos_token_ids(tokenizer, base_model)
         self._adapted = {module.name: module for module in adapted} if spec is not None else {}
         self._expected = {
             "merged": _merged_shapes(base_model, None if spec is None else self._adapted),
             "adapter": None if spec is None else canonical_shapes(self._adapted.values()),
         }
         self._decoder = _choose_decoder(base_model, compute_dtype, max_concurrent_sequences)
-        self._version: int | None = None
-        self._tickets = 0
-        self._waiting: deque[tuple[Ticket, GroupRequest]] = deque()
-        self._done: dict[Ticket, CompletionGroup] = {}
-
-    def submit(self, request: GroupRequest) -> Ticket:
-        check_request(request, self._vocabulary, self._max_context)
-        self._tickets += 1
-        ticket = Ticket(self._tickets)
-        self._waiting.append((ticket, request))
-        return ticket
-
-    def collect(self, tickets: Sequence[Ticket]) -> list[CompletionGroup]:
-        if self._version is None:
-            raise RuntimeError("generation: no weights yet. Call sync_weights before collect.")
-        known = self._done.keys() | {ticket for ticket, _ in self._waiting}
-        unknown = [ticket for ticket in tickets if ticket not in known]
-        if unknown or len(set(tickets)) != len(tickets):
-            raise ValueError(f"tickets={list(tickets)!r}: each must be submitted and not collected before")
-        if any(ticket not in self._done for ticket in tickets):
-            self._run()
-        return [self._done.pop(ticket) for ticket in tickets]
 
     @torch.inference_mode()
     def sync_weights(self, ref: WeightsRef) -> SyncReceipt:
@@ -138,8 +118,7 @@ class InProcessGeneration:
 
     def close(self) -> None:
         self._decoder.reset()
-        self._waiting.clear()
-        self._done.clear()
+        super().close()
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -165,11 +144,11 @@ class InProcessGeneration:
             return []
         admitted: list[tuple[Ticket, GroupRequest]] = []
         while self._waiting:
-            count = self._waiting[0][1].num_completions
-            if num_open and num_open + count > self._max_concurrent:
+            ticket, request = next(iter(self._waiting.items()))
+            if num_open and num_open + request.num_completions > self._max_concurrent:
                 break
-            num_open += count
-            admitted.append(self._waiting.popleft())
+            num_open += request.num_completions
+            admitted.append((ticket, self._waiting.pop(ticket)))
         return admitted
 
     def _open(
@@ -186,7 +165,7 @@ class InProcessGeneration:
                     index=index,
                     request=request,
                     limit=min(sampling.max_new_tokens, self._max_context - len(request.prompt.token_ids)),
-                    stop_token_ids=self._eos_token_ids | set(sampling.stop_token_ids),
+                    stop_token_ids=self._stop_token_ids(sampling),
                 )
                 for index in range(request.num_completions)
             ]
@@ -201,33 +180,25 @@ class InProcessGeneration:
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             row.token_ids.append(token)
             row.logprobs.append(logprob)
-            self._finish(row)
+            row.finish_reason = self._finish_reason(row)
 
-    def _finish(self, row: _Sequence) -> None:
-        """Set reason and text where the last token ended the row. A stop token is not part of the text."""
-        stop_at = self._stop_string_position(row)
-        if row.token_ids[-1] in row.stop_token_ids:
-            row.finish_reason, row.text = "stop", self._decode(row.token_ids[:-1])
-        elif stop_at is not None:
-            row.finish_reason, row.text = "stop", self._decode(row.token_ids)[:stop_at]
-        elif len(row.token_ids) >= row.limit:
-            row.finish_reason, row.text = "length", self._decode(row.token_ids)
+    def _finish_reason(self, row: _Sequence) -> FinishReason | None:
+        """Why the last token ended the row, or None."""
+        if row.token_ids[-1] in row.stop_token_ids or self._ends_in_stop_string(row):
+            return "stop"
+        return "length" if len(row.token_ids) >= row.limit else None
 
-    def _stop_string_position(self, row: _Sequence) -> int | None:
+    def _ends_in_stop_string(self, row: _Sequence) -> bool:
         stop_strings = row.request.sampling.stop_strings
         if not stop_strings:
-            return None
+            return False
         # A token gives at least one byte, so a stop string that the last token completes lies in this many tokens.
         reach = max(len(stop.encode()) for stop in stop_strings) + 4
-        tail = self._decode(row.token_ids[-reach:])
-        if not any(stop in tail for stop in stop_strings):
-            return None
-        text = self._decode(row.token_ids)
-        found = [position for stop in stop_strings if (position := text.find(stop)) >= 0]
-        return min(found, default=None)
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        for token_ids in (row.token_ids[-reach:], row.token_ids):  # the whole only where the end has one
+            text = self._decode(token_ids)
+            if not any(stop in text for stop in stop_strings):
+                return False
+        return True
 
     def _close_finished(self, rows: list[_Sequence], groups: dict[Ticket, list[_Sequence]]) -> list[_Sequence]:
         finished = [i for i, row in enumerate(rows) if row.finish_reason is not None]
@@ -239,21 +210,11 @@ class InProcessGeneration:
         return [rows[i] for i in self._decoder.retire(finished)]
 
     def _completed(self, members: Sequence[_Sequence]) -> CompletionGroup:
-        version = self._version
-        assert version is not None
-        completions = []
+        request, completions = members[0].request, []
         for row in members:
             assert row.finish_reason is not None
-            completions.append(
-                Completion(
-                    token_ids=tuple(row.token_ids),
-                    logprobs=tuple(row.logprobs),
-                    versions=((len(row.token_ids), version),),
-                    text=row.text,
-                    finish_reason=row.finish_reason,
-                )
-            )
-        return CompletionGroup(prompt=members[0].request.prompt, completions=tuple(completions))
+            completions.append(self._completion(request.sampling, row.token_ids, row.logprobs, row.finish_reason))
+        return CompletionGroup(prompt=request.prompt, completions=tuple(completions))
 
 
 def _choose_decoder(model: PreTrainedModel, dtype: torch.dtype, batch_rows: int) -> Decoder:
@@ -263,13 +224,6 @@ def _choose_decoder(model: PreTrainedModel, dtype: torch.dtype, batch_rows: int)
         return CausalDecoder(model, dtype, batch_rows)
     logger.warning("generation: in-process engine on transformers' own forward pass, several times slower: %s", reason)
     return PlainDecoder(model, dtype)
-
-
-def _eos_token_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> frozenset[int]:
-    config: Any = model.generation_config
-    listed = getattr(config, "eos_token_id", None)
-    ids: Iterable[int | None] = listed if isinstance(listed, list) else [listed]
-    return frozenset(token for token in (*ids, tokenizer.eos_token_id) if isinstance(token, int))
 
 
 def _merged_shapes(model: PreTrainedModel, adapted: Mapping[str, AdaptedModule] | None) -> dict[str, tuple[int, ...]]:

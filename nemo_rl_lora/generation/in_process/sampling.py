@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_rl_lora.generation.tickets import NONFINITE_LOGITS
 from nemo_rl_lora.types import SamplingParams
 
 BLOCK = 256  # tokens summed together before the running sum; a second running sum works inside one block
@@ -115,7 +116,4 @@ def _first_above(running: Tensor, target: Tensor) -> Tensor:
 
 def _refuse_nonfinite(values: Tensor) -> None:
     if not bool(values.isfinite().all()):
-        raise FloatingPointError(
-            "generation: the model's logits hold NaN or infinity, so no token can be drawn. "
-            "Lower policy.optimizer.kwargs.lr or policy.max_grad_norm, or train in float32."
-        )
+        raise FloatingPointError(NONFINITE_LOGITS)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,8 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from nemo_rl_lora.distributed.shared_memory import shared_memory
-from nemo_rl_lora.generation.protocol import GenerationFailed, Ticket, check_request
+from nemo_rl_lora.generation.protocol import GenerationFailed
+from nemo_rl_lora.generation.tickets import NONFINITE_LOGITS, Ticketed
 from nemo_rl_lora.generation.vllm.engine import EngineSettings, Job, Sampled, VllmEngine
 from nemo_rl_lora.generation.vllm.proof import (
     Push,
@@ -39,6 +41,7 @@ from nemo_rl_lora.lora.adapter_tensors import canonical_shapes
 from nemo_rl_lora.lora.dialects import spec_to_peft_config
 from nemo_rl_lora.lora.files import module_of, write_adapter
 from nemo_rl_lora.lora.names import OUTPUT_HEAD_NAMES, last_component
+from nemo_rl_lora.models.families import has_tied_head
 from nemo_rl_lora.tensors import stored_tensors, torch_dtype
 from nemo_rl_lora.types import (
     Completion,
@@ -193,46 +196,28 @@ def _cache_bytes(config: Settings, hf: Any, max_model_len: int) -> int:
     return max(min(wanted, psutil.virtual_memory().available // 2), 1 << 24)
 
 
-class VllmGeneration:
+class VllmGeneration(Ticketed):
     """See the module's contract. `start` starts an engine: in this process, or in one of its own, which is started
     again up to `max_failures` times in a row where it is lost."""
 
     def __init__(
         self, model: ServedModel, settings: EngineSettings, start: Callable[[], Engine], max_failures: int = 0
     ) -> None:
+        hf = AutoConfig.from_pretrained(model.path, **settings.hf_overrides)
+        super().__init__(
+            model.tokenizer,
+            _listed_eos(model.path),
+            vocabulary=int(hf.vocab_size),
+            max_context=settings.max_model_len,
+        )
         self._model, self._settings = model, settings
         self._start, self._max_failures, self._num_failures = start, max_failures, 0
-        self._dtype = torch_dtype(settings.dtype)
-        hf = AutoConfig.from_pretrained(model.path, **settings.hf_overrides)
-        self._vocabulary = int(hf.vocab_size)
-        self._tied = bool(hf.tie_word_embeddings)
-        self._eos_token_ids = _eos_token_ids(model)
+        self._dtype, self._tied = torch_dtype(settings.dtype), has_tied_head(hf)
         self._directory = tempfile.TemporaryDirectory(dir=shared_memory(), prefix="nrl-adapter-")
         self._witness = Witness(base_columns(model.path, self._dtype))
-        self._version: int | None = None
         self._names: Sequence[str] = ()
         self._ref: WeightsRef | None = None  # what is served, to be sent again to an engine that was started again
-        self._tickets = 0
-        self._waiting: dict[Ticket, GroupRequest] = {}
-        self._done: dict[Ticket, CompletionGroup] = {}
         self._engine = self._started()
-
-    def submit(self, request: GroupRequest) -> Ticket:
-        check_request(request, self._vocabulary, self._settings.max_model_len)
-        self._tickets += 1
-        ticket = Ticket(self._tickets)
-        self._waiting[ticket] = request
-        return ticket
-
-    def collect(self, tickets: Sequence[Ticket]) -> list[CompletionGroup]:
-        if self._version is None:
-            raise RuntimeError("generation: no weights yet. Call sync_weights before collect.")
-        unknown = [ticket for ticket in tickets if ticket not in self._done and ticket not in self._waiting]
-        if unknown or len(set(tickets)) != len(tickets):
-            raise ValueError(f"tickets={list(tickets)!r}: each must be submitted and not collected before")
-        if any(ticket in self._waiting for ticket in tickets):
-            self._run()
-        return [self._done.pop(ticket) for ticket in tickets]
 
     def sync_weights(self, ref: WeightsRef) -> SyncReceipt:
         receipt = self._surviving(lambda: self._sync(ref))
@@ -277,8 +262,7 @@ class VllmGeneration:
         )
 
     def close(self) -> None:
-        self._waiting.clear()
-        self._done.clear()
+        super().close()
         self._engine.close()
         self._directory.cleanup()
 
@@ -412,7 +396,7 @@ class VllmGeneration:
                 token_ids=request.prompt.token_ids,
                 seed=seed,
                 sampling=request.sampling,
-                stop_token_ids=tuple(sorted(self._eos_token_ids | set(request.sampling.stop_token_ids))),
+                stop_token_ids=tuple(sorted(self._stop_token_ids(request.sampling))),
             )
             for request in requests.values()
             for seed in request.seeds
@@ -421,7 +405,7 @@ class VllmGeneration:
         self._done |= {
             ticket: CompletionGroup(
                 prompt=request.prompt,
-                completions=tuple(self._completion(request, next(sampled)) for _ in request.seeds),
+                completions=tuple(self._completed(request, next(sampled)) for _ in request.seeds),
             )
             for ticket, request in requests.items()
         }
@@ -431,31 +415,10 @@ class VllmGeneration:
         self._judge()
         return sampled
 
-    def _completion(self, request: GroupRequest, sampled: Sampled) -> Completion:
-        if not all(map(_is_finite, sampled.logprobs)):
-            raise FloatingPointError(
-                "generation: the model's logits hold NaN or infinity, so no token can be drawn. "
-                "Lower policy.optimizer.kwargs.lr or policy.max_grad_norm, or train in float32."
-            )
-        assert self._version is not None
-        return Completion(
-            token_ids=sampled.token_ids,
-            logprobs=sampled.logprobs,
-            versions=((len(sampled.token_ids), self._version),),
-            text=self._text(request.sampling, sampled.token_ids),
-            finish_reason=sampled.finish_reason,
-        )
-
-    def _text(self, sampling: SamplingParams, token_ids: Sequence[int]) -> str:
-        """Without a stop token, and cut before a stop string."""
-        if token_ids[-1] in self._eos_token_ids | set(sampling.stop_token_ids):
-            return self._decode(token_ids[:-1])
-        text = self._decode(token_ids)
-        found = [position for stop in sampling.stop_strings if (position := text.find(stop)) >= 0]
-        return text[: min(found, default=len(text))]
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._model.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    def _completed(self, request: GroupRequest, sampled: Sampled) -> Completion:
+        if not all(map(math.isfinite, sampled.logprobs)):
+            raise FloatingPointError(NONFINITE_LOGITS)
+        return self._completion(request.sampling, sampled.token_ids, sampled.logprobs, sampled.finish_reason)
 
 
 def start_engine(settings: EngineSettings) -> Engine:
@@ -472,14 +435,8 @@ def start_engine(settings: EngineSettings) -> Engine:
     return engine
 
 
-def _eos_token_ids(model: ServedModel) -> frozenset[int]:
+def _listed_eos(path: Path) -> int | list[int] | None:
     try:
-        listed = GenerationConfig.from_pretrained(model.path).eos_token_id
+        return GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
-        listed = AutoConfig.from_pretrained(model.path).eos_token_id
-    ids = [*(listed if isinstance(listed, list) else [listed]), model.tokenizer.eos_token_id]
-    return frozenset(token for token in ids if isinstance(token, int))
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0
+        return AutoConfig.from_pretrained(path).eos_token_id

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from nemo_rl_lora.generation.vllm.proof import NAMED_AT_MOST, PROBE_COLUMNS, digests_of, probed_span
 from nemo_rl_lora.lora.files import ADAPTER_FILE, module_of
+from nemo_rl_lora.models.families import has_tied_head
 from nemo_rl_lora.tensors import StoredTensor, stored_tensors
 from nemo_rl_lora.types import TensorInfo
 
@@ -145,7 +146,7 @@ class WorkerExtension:
 
     def _tied_head(self) -> nn.Module | None:
         model: Any = self._model()
-        tied = self.vllm_config.model_config.hf_text_config.tie_word_embeddings
+        tied = has_tied_head(self.vllm_config.model_config.hf_text_config)
         head = getattr(model, "lm_head", None)
         return getattr(head, "base_layer", head) if tied else None
 

@@ -18,22 +18,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule, module_matches
+from nemo_rl_lora.models.families import families_for, has_tied_head, rope_types_for, shortening_window
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
-"""transformers' model_type -> the architecture that is held."""
-
-_ROTARY_TYPES = ("default", "linear", "llama3")
-_SUPPORTED = (
-    "The Megatron backend holds LlamaForCausalLM (Llama 2 and 3.x), MistralForCausalLM, Qwen2ForCausalLM (Qwen2 and "
-    "2.5), Qwen3ForCausalLM and Qwen3MoeForCausalLM. Choose one of those, or set policy.backend=dtensor."
-)
 _KEY = "policy.megatron_cfg"
+_HELD = families_for("megatron")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +67,15 @@ def read_family(config: Any, model_name: str, max_length: int) -> Family:
     """
     reason = _unknown_architecture(config) or next(_unsupported_settings(config, max_length), None)
     if reason is not None:
-        raise ValueError(f"policy.model_name={model_name!r}: {reason}. {_SUPPORTED}")
+        *others, last = (f"{f.architecture} ({f.known_as})" if f.known_as else f.architecture for f in _HELD.values())
+        raise ValueError(
+            f"policy.model_name={model_name!r}: {reason}. The Megatron backend holds {', '.join(others)} and {last}. "
+            f"Choose one of those, or set policy.backend=dtensor."
+        )
+    traits = _HELD[config.model_type]
     rotary = LlamaRotaryEmbedding(config)  # transformers' own scaling; the same class for every family here
     return Family(
-        architecture=ARCHITECTURES[config.model_type],
+        architecture=traits.architecture,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         ffn_size=config.intermediate_size,
@@ -93,10 +86,10 @@ def read_family(config: Any, model_name: str, max_length: int) -> Family:
         inverse_frequencies=tuple(rotary.inv_freq.tolist()),
         max_positions=config.max_position_embeddings,
         vocab_size=config.vocab_size,
-        has_tied_head=bool(config.tie_word_embeddings),
-        has_qkv_bias=config.model_type == "qwen2",
-        has_qk_norm=config.model_type in ("qwen3", "qwen3_moe"),
-        experts=_read_experts(config) if config.model_type == "qwen3_moe" else None,
+        has_tied_head=has_tied_head(config),
+        has_qkv_bias=traits.has_qkv_bias,
+        has_qk_norm=traits.has_qk_norm,
+        experts=_read_experts(config) if traits.has_experts else None,
     )
 
 
@@ -117,7 +110,8 @@ def _read_experts(config: Any) -> Experts | None:
 
 
 def _unknown_architecture(config: Any) -> str | None:
-    known = ARCHITECTURES.get(config.model_type)
+    traits = _HELD.get(config.model_type)
+    known = None if traits is None else traits.architecture
     named = (getattr(config, "architectures", None) or [known or f"{config.model_type} (not named)"])[0]
     return None if named == known else f"its architecture is {named}"
 
@@ -131,15 +125,14 @@ def _unsupported_settings(config: Any, max_length: int) -> Iterator[str]:
     for key, layers in (("attention_bias", "o_proj"), ("mlp_bias", "gate_proj, up_proj and down_proj")):
         if getattr(config, key, False):
             yield f"its {key} is True, and a bias on {layers} is not held"
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < max_length:
+    if (window := shortening_window(config, max_length)) is not None:
         yield (
             f"its sliding_window of {window} tokens is shorter than policy.max_total_sequence_length={max_length}, "
             f"where only full attention is held"
         )
     rotary = config.rope_parameters
-    if rotary["rope_type"] not in _ROTARY_TYPES:
-        yield f"its rope_type is {rotary['rope_type']!r}, where only {', '.join(map(repr, _ROTARY_TYPES))} are held"
+    if rotary["rope_type"] not in (held := rope_types_for("megatron")):
+        yield f"its rope_type is {rotary['rope_type']!r}, where only {', '.join(map(repr, held))} are held"
     if rotary.get("partial_rotary_factor", 1.0) != 1.0:
         yield f"its partial_rotary_factor is {rotary['partial_rotary_factor']}, where only 1.0 is held"
     if getattr(config, "quantization_config", None) is not None:
