@@ -1,7 +1,8 @@
 """What a step directory says of itself: training_info.json, where the run stands, and config.yaml, its configuration.
 
-Contract: a record that was written is read again equal. Two configurations belong to one run where they are equal
-outside `FREE_KEYS` and `FREE_SECTIONS`.
+Contract: a record that was written is read again equal. Two configurations belong to one run where they describe one
+adapter, in whichever block, and are equal outside `FREE_KEYS` and `FREE_SECTIONS`: what a step holds depends neither on
+the backend nor on how processes shared the model.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +25,19 @@ from pydantic_core import to_jsonable_python
 from nemo_rl_lora.checkpoints.durable_files import DamagedError, read_json_file
 from nemo_rl_lora.config.differences import ABSENT, differences
 from nemo_rl_lora.config.layers import SET_BY, layers_from_record
+from nemo_rl_lora.config.lora import (
+    LoraCfg,
+    PeftCfg,
+    UnifiedLora,
+    lora_block_key,
+    lora_field_key,
+    lora_spec_from_policy,
+)
+from nemo_rl_lora.config.master import GrpoMaster
 from nemo_rl_lora.config.optimizer_settings import effective_values
+from nemo_rl_lora.config.policy import PolicyConfig
+from nemo_rl_lora.config.refused_keys import take_out
+from nemo_rl_lora.lora.spec import LoraSpec
 
 INFO_FILE = "training_info.json"
 CONFIG_FILE = "config.yaml"
@@ -35,13 +48,32 @@ SaveReason = Literal["period", "epoch", "end", "signal", "deadline", "threshold"
 _PERIODS = ("max_num_steps", "max_num_epochs", "val_period", "val_at_start", "val_at_end", "val_batches")
 _RETENTION = ("keep_top_k", "save_period", "save_epochs", "save_optimizer", "checkpoint_must_save_by")
 _PLACES = ("enabled", "checkpoint_dir", "load_path", "on_damage")
+_POLICY = ("backend", "make_sequence_length_divisible_by")  # the base files compute the second from a size below
+_BOTH_BACKENDS = ("enabled", "context_parallel_size", "sequence_parallel", "activation_checkpointing")
+_DTENSOR = (*_BOTH_BACKENDS, "tensor_parallel_size", "dp_replicate_size")
+_MEGATRON = (
+    *_BOTH_BACKENDS,
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
 # What may differ between a run and its continuation: exact dotted keys, and whole sections.
 FREE_KEYS = (
     frozenset(f"{driver}.{key}" for driver in ("sft", "dpo", "grpo") for key in _PERIODS)
     | frozenset(f"checkpointing.{key}" for key in (*_RETENTION, *_PLACES))
-    | frozenset(f"policy.{key}" for key in ("backend", "dtensor_cfg.enabled", "megatron_cfg.enabled"))
+    | frozenset(f"policy.{key}" for key in _POLICY)
+    | frozenset(f"policy.dtensor_cfg.{key}" for key in _DTENSOR)
+    | frozenset(f"policy.megatron_cfg.{key}" for key in _MEGATRON)
 )
 FREE_SECTIONS = ("logger", "cluster")
+_NOT_COMPARED = {
+    "kernels",
+    "a2a",
+    "fused",
+}  # ways to compute an adapter, which may differ; `fused` follows from targets
 
 _PACKAGES = ("nemo-rl-lora", "torch", "transformers", "safetensors", "nemo-automodel", "megatron-core", "vllm")
 
@@ -121,7 +153,8 @@ def config_differences(
 ) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (saved value, current value), for each key that a continued run must not change.
 
-    With `schema`, a key that is newer than the saved configuration has its default there.
+    With `schema`, a key that is newer than the saved configuration has its default there. Adapters are compared as
+    LoraSpecs, and a difference has the key of the block in force; where a policy cannot be read, as plain keys.
     """
     old, new = plain(saved), plain(current)
     if schema is not None:
@@ -131,7 +164,38 @@ def config_differences(
             old |= values.model_dump(mode="json", by_alias=True)
     written_now = layers_from_record(new.get(SET_BY, []), "the configuration")
     found = differences(effective_values(old, written_now), effective_values(new, written_now))
-    return {key: values for key, values in found.items() if not all(_is_free(key, value) for value in values)}
+    kept = {key: values for key, values in found.items() if not all(_is_free(key, value) for value in values)}
+    before, now = _policy_of(old), _policy_of(new)
+    if before is None or now is None:
+        return kept
+    return {key: values for key, values in kept.items() if not _is_adapters(key)} | _adapter_differences(before, now)
+
+
+def _policy_of(tree: Mapping[str, Any]) -> PolicyConfig | None:
+    """`policy` of plain data; None where there is none, or this version refuses it."""
+    known, _, _ = take_out(GrpoMaster, {"policy": tree.get("policy")})
+    try:
+        return PolicyConfig.model_validate(known["policy"])
+    except ValidationError:
+        return None
+
+
+def _is_adapters(key: str) -> bool:
+    """Whether a dotted key is a LoRA block, or one of its keys."""
+    return any(f"{key}.".startswith(f"{block.KEY}.") for block in (UnifiedLora, LoraCfg, PeftCfg))
+
+
+def _adapter_differences(before: PolicyConfig, now: PolicyConfig) -> dict[str, tuple[Any, Any]]:
+    """In what the adapters of two policies differ, by the keys of the block that describes the later one."""
+    old, new = lora_spec_from_policy(before), lora_spec_from_policy(now)
+    if old is None or new is None:
+        key = f"{lora_block_key(before if new is None else now)}.enabled"
+        return {} if old is new else {key: (old is not None, new is not None)}
+    return {
+        lora_field_key(now, name): (plain(getattr(old, name)), plain(getattr(new, name)))
+        for name in (item.name for item in fields(LoraSpec))
+        if name not in _NOT_COMPARED and getattr(old, name) != getattr(new, name)
+    }
 
 
 def _is_free(key: str, value: Any) -> bool:

@@ -1,11 +1,14 @@
 """Which configurations belong to one run, those of an older version among them."""
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 
-from nemo_rl_lora.checkpoints.record import TrainingInfo, config_differences
+from nemo_rl_lora.checkpoints.record import FREE_KEYS, FREE_SECTIONS, TrainingInfo, config_differences
 from nemo_rl_lora.checkpoints.steps import Checkpointer
-from nemo_rl_lora.config.load import load_config
+from nemo_rl_lora.config.load import load_config, resolved_tree
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +58,80 @@ def test_a_key_that_this_version_does_not_have_is_named(tmp_path, config):
 def test_a_section_that_is_absent_may_differ_where_all_of_its_keys_may():
     assert not config_differences({}, {"checkpointing": {"save_period": 3}, "logger": {"log_dir": "x"}})
     assert config_differences({}, {"checkpointing": {"metric_name": "val:accuracy"}})
+
+
+def test_the_page_lists_exactly_what_may_differ():
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    rows = page.split("### What may differ")[1].split("\n###")[0].splitlines()
+    keys, sections = set(), set()
+    for row in rows:
+        if not row.startswith("| `"):
+            continue
+        first, second = (re.findall(r"`([\w.]+)`", cell) for cell in row.strip("|").split("|"))
+        keys |= {f"{section}.{key}" for section in first for key in second}
+        sections |= set() if second else set(first)
+    assert keys == FREE_KEYS
+    assert sections == set(FREE_SECTIONS)
+
+
+def saved(*overrides: str) -> dict:
+    return yaml.safe_load(yaml.safe_dump(resolved_tree(load_config(None, overrides, "sft"))))
+
+
+MEGATRON = ("policy.dtensor_cfg.enabled=false", "policy.megatron_cfg.enabled=true")
+LORA_CFG, PEFT = "policy.dtensor_cfg.lora_cfg", "policy.megatron_cfg.peft"
+WAYS = {
+    "lora_cfg": (f"{LORA_CFG}.enabled=true", f"{LORA_CFG}.dim=4"),
+    "peft": (*MEGATRON, f"{PEFT}.enabled=true", f"{PEFT}.dim=4", f"{PEFT}.alpha=32"),
+    "policy.lora on dtensor": ("policy.lora.dim=4", "policy.lora.use_triton=false"),
+    "policy.lora on megatron": (*MEGATRON, "policy.lora.dim=4", "policy.lora.a2a=true"),
+}
+
+
+@pytest.mark.parametrize("before", WAYS)
+@pytest.mark.parametrize("now", WAYS)
+def test_one_adapter_may_be_described_in_any_block(before, now):
+    assert config_differences(saved(*WAYS[before]), saved(*WAYS[now])) == {}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        (WAYS["lora_cfg"], (*WAYS["peft"], f"{PEFT}.dim=8"), {f"{PEFT}.dim": (4, 8)}),
+        (WAYS["peft"], (*WAYS["lora_cfg"], f"{LORA_CFG}.dropout=0.1"), {f"{LORA_CFG}.dropout": (0.0, 0.1)}),
+        (WAYS["peft"], ("policy.lora.dim=8",), {"policy.lora.dim": (4, 8)}),
+        (
+            (*WAYS["peft"], f"{PEFT}.target_modules=[linear_qkv]"),
+            (*WAYS["peft"], f"{PEFT}.target_modules=[q_proj]"),
+            {f"{PEFT}.target_modules": (["linear_qkv"], ["q_proj"])},
+        ),
+        (WAYS["lora_cfg"], MEGATRON, {f"{LORA_CFG}.enabled": (True, False)}),
+        ((), WAYS["peft"], {f"{PEFT}.enabled": (False, True)}),
+    ],
+    ids=str,
+)
+def test_another_adapter_is_named_by_the_block_in_force(before, now, expected):
+    found = config_differences(saved(*before), saved(*now))
+    lora = {key: values for key, values in found.items() if not key.startswith("policy.optimizer.")}
+    assert lora == expected
+
+
+def test_how_processes_share_the_model_may_differ():
+    sizes = (
+        *("tensor_model_parallel_size=2", "pipeline_model_parallel_size=2", "context_parallel_size=2"),
+        *("expert_model_parallel_size=2", "expert_tensor_parallel_size=2", "sequence_parallel=true"),
+        *("num_layers_in_first_pipeline_stage=14", "num_layers_in_last_pipeline_stage=16"),
+        "activation_checkpointing=true",
+    )
+    one, several = saved(*WAYS["peft"]), saved(*WAYS["peft"], *(f"policy.megatron_cfg.{size}" for size in sizes))
+    assert config_differences(one, several) == {}
+    sizes = ("tensor_parallel_size=2", "context_parallel_size=2", "dp_replicate_size=2", "sequence_parallel=true")
+    several = saved(*WAYS["lora_cfg"], *(f"policy.dtensor_cfg.{size}" for size in sizes), "cluster.gpus_per_node=8")
+    assert several["policy"]["make_sequence_length_divisible_by"] == 2  # the base file computes it
+    assert config_differences(one, several) == {}
+
+
+def test_an_adapter_of_an_older_file_with_keys_without_effect_is_read():
+    older = saved(*WAYS["lora_cfg"])
+    older["policy"]["dtensor_cfg"]["cpu_offload"] = False
+    assert config_differences(older, saved(*WAYS["peft"])) == {}
