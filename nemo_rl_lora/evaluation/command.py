@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rl_lora.config.load import load_config, resolved_yaml
 from nemo_rl_lora.run.control import EXIT_OK, StopRequest, running
-from nemo_rl_lora.run.drivers import DriverArguments, prepare_process, silence_vendors
+from nemo_rl_lora.run.drivers import declare, prepare_process
 
 if TYPE_CHECKING:
     from nemo_rl_lora.evaluation.models import CheckedEvaluation, LoadedBase
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+__all__ = ["declare", "main"]
 
-def eval_main(arguments: DriverArguments) -> int:
+
+def main(arguments: argparse.Namespace) -> int:
     """Plan or evaluate; the exit code."""
     config = load_config(arguments.config, arguments.overrides, "eval")
     if not arguments.plan:
         prepare_process()
-    silence_vendors()
     from nemo_rl_lora.evaluation.models import LoadedBase, check_evaluation
     from nemo_rl_lora.evaluation.report import EvaluationConsole, ResultFiles, print_results
     from nemo_rl_lora.run.console import setup_logging

@@ -28,17 +28,9 @@ _EXAMPLES = """examples:
 Exit code: 0 done, 1 failed while exporting, 2 a wrong input (nothing was written)."""
 
 
-def parse_arguments(
-    doc: str | None, argv: Sequence[str] | None = None, program: str | None = None
-) -> argparse.Namespace:
+def declare(parser: argparse.ArgumentParser) -> None:
     """The flags, NeMo RL's and ours."""
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description=doc,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser.epilog, parser.allow_abbrev = _EXAMPLES, False
     add = parser.add_argument
     add("--adapter-ckpt", type=Path, required=True, help="a step (step_N), a PEFT directory; with --all, a run")
     add("--hf-ckpt-path", type=Path, required=True, help="the directory to make; with --all, one in it for every step")
@@ -52,10 +44,9 @@ def parse_arguments(
     add("--no-verify", action="store_true", help="do not read the result back")
     add("--verify-full", action="store_true", help="compare every row with fp64, in place of 16 of each weight")
     add("--verify-logits", action="store_true", help="compare logits with base + adapter in PEFT; loads both models")
-    return parser.parse_args(argv)
 
 
-def export_main(arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Export, show what was made, and return the exit code."""
     _refuse_contradictions(arguments)
     from rich.console import Console
