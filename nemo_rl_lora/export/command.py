@@ -111,15 +111,13 @@ def parse_size(text: str) -> int:
 
 def print_exports(console: Any, exports: Sequence[Export], seconds: float) -> None:
     """A line for each output, its measurements, its warnings; what failed, last."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("output", "", "bytes", "changed", "largest error", "its bound", "worst"):
-        table.add_column(title, justify="left" if title in ("output", "") else "right", no_wrap=True)
-    for item in exports:
-        table.add_row(Text(item.output.name), item.status, *_figures(item.report))
-    console.print(table)
+    from nemo_rl_lora.run.console import figure_table
+
+    figures = ("bytes", "changed", "largest error", "its bound", "worst")
+    rows = [(item.output.name, item.status, *_figures(item.report)) for item in exports]
+    console.print(figure_table(("output", ""), figures, rows))
     for item in exports:
         if logits := item.report.get("logits"):
             console.print(_logits_line(item, logits), soft_wrap=True)

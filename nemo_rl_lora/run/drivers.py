@@ -70,7 +70,7 @@ def train(config: MasterConfig, command: str | None = None) -> RunResult:
 
 def _train(start: Start, command: str | None) -> RunResult:
     from nemo_rl_lora.algorithms.loop import TrainingLoop
-    from nemo_rl_lora.run.console import RunSummary, setup_logging
+    from nemo_rl_lora.run.console import setup_logging
     from nemo_rl_lora.run.control import running
     from nemo_rl_lora.run.metrics import RunLog
     from nemo_rl_lora.run.start import build_run
@@ -87,13 +87,11 @@ def _train(start: Start, command: str | None) -> RunResult:
         with run.console:
             result = TrainingLoop(run, start.algorithm).run(stop)
     run.console.summary(
-        RunSummary(
-            outcome=result.outcome,
-            log_directory=log.directory,
-            checkpoint=result.checkpoint,
-            best_checkpoint=start.checkpointer.best_step(),
-            continue_command=None if result.is_complete or result.checkpoint is None else command,
-        )
+        result.outcome,
+        log_directory=log.directory,
+        checkpoint=result.checkpoint,
+        best_checkpoint=start.checkpointer.best_step(),
+        continue_command=None if result.is_complete or result.checkpoint is None else command,
     )
     return replace(result, exit_code=stop.exit_code)
 
