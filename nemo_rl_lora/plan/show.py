@@ -10,7 +10,8 @@ from rich.text import Text
 
 from nemo_rl_lora.lora.names import last_component
 from nemo_rl_lora.models.shapes import ModuleType
-from nemo_rl_lora.plan.nouns import Plan, RankPart
+from nemo_rl_lora.plan.plan import Plan
+from nemo_rl_lora.plan.rank_parts import RankPart
 from nemo_rl_lora.run.console import figure_table
 
 
