@@ -28,8 +28,7 @@ import torch  # before the driver's main, which would start the process again to
 from nemo_rl_lora.checkpoints.durable_files import verify_files
 from nemo_rl_lora.checkpoints.step_digests import stored_digests
 from nemo_rl_lora.checkpoints.steps import step_directories
-from nemo_rl_lora.run.control import main_guard
-from nemo_rl_lora.run.drivers import driver_arguments, train_main
+from nemo_rl_lora.run import cli
 from nemo_rl_lora.run.metrics import METRICS_FILE, read_metrics
 
 assert torch.__version__
@@ -72,8 +71,7 @@ class Run:
         os.dup2(output, 2)
         code = 1
         try:
-            parsed = driver_arguments(self.algorithm, None, arguments)  # type: ignore[arg-type]
-            code = main_guard(lambda: train_main(self.algorithm, parsed))  # type: ignore[arg-type]
+            code = cli.run(self.algorithm, program=self.algorithm, argv=arguments)
         finally:
             sys.stdout.flush()
             os._exit(code)

@@ -14,8 +14,7 @@ import torch  # the driver starts its process again where torch is not yet impor
 from safetensors.torch import load_file
 
 from nemo_rl_lora.config.master import Algorithm
-from nemo_rl_lora.run.control import main_guard
-from nemo_rl_lora.run.drivers import driver_arguments, train_main
+from nemo_rl_lora.run import cli
 
 assert torch.__version__
 
@@ -49,12 +48,17 @@ class Ended:
 
 def run_driver(*arguments: str, algorithm: Algorithm = "grpo") -> Ended:
     """The driver in this process, from its arguments to its exit code."""
+    return run_command(algorithm, *arguments)
+
+
+def run_command(name: str, *arguments: str) -> Ended:
+    """A command of `nemo-rl-lora` in this process, from its arguments to its exit code."""
     out, err = io.StringIO(), io.StringIO()
     root = logging.getLogger()
     before = list(root.handlers), root.level
     try:
         with redirect_stdout(out), redirect_stderr(err):
-            code = main_guard(lambda: train_main(algorithm, driver_arguments(algorithm, None, list(arguments))))
+            code = cli.run(name, program=name, argv=arguments)
     finally:
         root.handlers[:], root.level = before
     return Ended(code=code, out=out.getvalue(), err=err.getvalue())

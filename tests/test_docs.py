@@ -17,14 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_rl_lora.export.command import export_main, parse_arguments
-from nemo_rl_lora.export.parity_command import parity_main
-from nemo_rl_lora.export.parity_command import parse_arguments as parity_arguments
-from nemo_rl_lora.export.transcode_command import parse_arguments as transcode_arguments
-from nemo_rl_lora.export.transcode_command import transcode_main
-from nemo_rl_lora.run.config_command import config_main
-from nemo_rl_lora.run.verify_resume import parse_arguments as resume_arguments
-from nemo_rl_lora.run.verify_resume import verify_resume
+from nemo_rl_lora.run import cli
 from tests.driver import Ended, TinyRun, run_driver
 from tests.evaluation.evaluation_runs import run_eval, save_peft_adapter
 from tests.generation.vllm.vllm_models import make_driver_model
@@ -163,7 +156,7 @@ def run_pytest(command: Command, place: Place, capsys) -> None:
 
 def run_config_cli(command: Command, place: Place, capsys) -> None:
     """What is printed is YAML of a whole configuration or of an adapter, or names keys that differ."""
-    assert config_main(None, command.arguments) == 0
+    assert cli.main(["config", *command.arguments]) == 0
     printed = capsys.readouterr().out
     verb = command.arguments[0]
     if verb == "compare":
@@ -325,7 +318,7 @@ def run_export(command: Command, place: Place, capsys) -> None:
     arguments[1] = str(run.checkpoints / ("" if "--all" in arguments else "step_2"))
     arguments[3] = str(place.root / "out")
     assert (command.arguments[0], command.arguments[2]) == ("--adapter-ckpt", "--hf-ckpt-path")
-    assert export_main(parse_arguments(None, arguments)) == 0
+    assert cli.main(["export", *arguments]) == 0
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -346,7 +339,7 @@ def run_verify_resume(command: Command, place: Place, capsys) -> None:
     assert run("sft.max_num_steps=3", "checkpointing.save_period=1", "logger.record_digests=true").code == 0
     assert [command.arguments[i] for i in (0, 2)] == ["--checkpoint", "--steps"]
     step = run.checkpoints / "step_1"
-    assert verify_resume(resume_arguments(None, ["--checkpoint", str(step), *command.arguments[2:]])) == 0
+    assert cli.main(["verify-resume", "--checkpoint", str(step), *command.arguments[2:]]) == 0
     assert "bit for bit" in capsys.readouterr().out
 
 
@@ -358,7 +351,7 @@ def run_transcode(command: Command, place: Place, capsys) -> None:
     out, back = str(place.root / "out"), str(place.root / "back")
     there = ["--adapter", str(run.checkpoints / "step_1"), *command.arguments[2:5], out]
     for arguments in (there, ["--adapter", out, "--to", "peft", "--out", back]):
-        assert transcode_main(transcode_arguments(None, arguments)) == 0
+        assert cli.main(["transcode", *arguments]) == 0
     assert "bit-exact" in capsys.readouterr().out
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -371,7 +364,7 @@ def run_parity(command: Command, place: Place, capsys) -> None:
     save_peft_adapter(place.tiny_model, place.root / "step_30", 0, r=2, target_modules=["q_proj"])
     assert (command.arguments[0], len(command.arguments)) == ("--checkpoint", 2)
     arguments = ["--checkpoint", str(place.root / "step_30"), "--model", str(place.tiny_model)]
-    assert parity_main(parity_arguments(None, arguments)) == 0
+    assert cli.main(["parity", *arguments]) == 0
     assert re.match("(merge|adapter): rounding to bf16 leaves", capsys.readouterr().out)
     parity = place.root / "step_30" / "parity"
     assert json.loads((parity / "certificate.json").read_text())["verdict"] in ("merge", "adapter")

@@ -203,5 +203,5 @@ def test_one_file_wins_over_an_index_as_in_transformers(tmp_path):
 
 
 def test_importing_it_loads_no_torch():
-    code = "import sys, nemo_rl_lora.tensors, nemo_rl_lora.models.identity; print('torch' in sys.modules)"
+    code = "import sys, nemo_rl_lora.tensors, nemo_rl_lora.models.source; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

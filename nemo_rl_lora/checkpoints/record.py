@@ -100,7 +100,7 @@ class TrainingInfo:
     counters: Mapping[str, float] = field(default_factory=dict)  # totals since step 0, such as num_tokens
     metrics: Mapping[str, float | None] = field(default_factory=dict)  # "train:reward", "val:accuracy"
     model_source: str = ""  # where the base weights came from
-    base_digest: str | None = None  # models/identity.py; None where they are not in safetensors files
+    base_digest: str | None = None  # models/source.py; None where they are not in safetensors files
     spec: Mapping[str, Any] | None = None  # of the adapter; None where all weights are trained
     initial_adapter: Mapping[str, str] | None = None  # policy.adapter.init_from, as it was found
     seeds: Mapping[str, int] = field(default_factory=dict)  # by dotted key; filled in when saved

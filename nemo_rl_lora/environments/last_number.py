@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from nemo_rl_lora.environments.protocol import Scores
+from nemo_rl_lora.environments.protocol import Environment, Scores
 from nemo_rl_lora.types import Prompt
 
 _INTEGER = re.compile(r"-?\d+")
 
 
-class LastNumberEnvironment:
+class LastNumberEnvironment(Environment):
     name = "last_number"
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -24,9 +24,6 @@ class LastNumberEnvironment:
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Scores:
         pairs = zip(prompts, texts, strict=True)
         return Scores(rewards=tuple(float(last_integer(text) == _expected(prompt)) for prompt, text in pairs))
-
-    def close(self) -> None:
-        pass
 
 
 def last_integer(text: str) -> int | None:

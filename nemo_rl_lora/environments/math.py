@@ -19,7 +19,7 @@ from pathlib import Path
 from queue import LifoQueue
 from typing import Any
 
-from nemo_rl_lora.environments.protocol import Scores
+from nemo_rl_lora.environments.protocol import Environment, Scores
 from nemo_rl_lora.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ _GRACE_SECONDS = 0.5
 _TIMED_OUT = {"reward": 0.0, "timed_out": True, "unreadable_gold": False}
 
 
-class MathEnvironment:
+class MathEnvironment(Environment):
     name = "math"
 
     def __init__(self, num_workers: int, timeout_seconds: float) -> None:

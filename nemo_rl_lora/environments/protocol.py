@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from nemo_rl_lora.types import Prompt
 
@@ -17,18 +17,16 @@ class Scores:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-class Environment(Protocol):
-    @property
-    def name(self) -> str:
-        """The key of `env` by which a dataset selects it."""
-        ...
+class Environment(ABC):
+    name: str  # the key of `env` by which a dataset selects it
 
+    @abstractmethod
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise ValueError, with the row's number, where a row lacks what scoring needs. Called before training."""
-        ...
 
+    @abstractmethod
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Scores:
         """Score `texts[i]` as a completion of `prompts[i]`."""
-        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:  # noqa: B027
+        """End what scoring started; most start nothing."""

@@ -14,14 +14,14 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl_lora.data.rows import Question, Row
-from nemo_rl_lora.environments.protocol import Scores
+from nemo_rl_lora.environments.protocol import Environment, Scores
 from nemo_rl_lora.types import Prompt
 
 if TYPE_CHECKING:
     from nemo_rl_lora.config.data import DatasetConfig
 
 
-class ReasoningGymEnvironment:
+class ReasoningGymEnvironment(Environment):
     name = "reasoning_gym"
 
     def __init__(self) -> None:

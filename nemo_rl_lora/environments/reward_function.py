@@ -15,14 +15,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from nemo_rl_lora.environments.protocol import Scores
+from nemo_rl_lora.environments.protocol import Environment, Scores
 from nemo_rl_lora.shipped_files import existing
 from nemo_rl_lora.types import Prompt
 
 RewardFunction = Callable[[str, str, dict[str, Any]], float]
 
 
-class RewardFunctionEnvironment:
+class RewardFunctionEnvironment(Environment):
     """`reference` is `path/to/file.py:function` or `package.module:function`; it is imported here."""
 
     def __init__(self, name: str, reference: str) -> None:
@@ -35,9 +35,6 @@ class RewardFunctionEnvironment:
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Scores:
         return Scores(rewards=tuple(self._score(p, text) for p, text in zip(prompts, texts, strict=True)))
-
-    def close(self) -> None:
-        pass
 
     def _score(self, prompt: Prompt, text: str) -> float:
         try:

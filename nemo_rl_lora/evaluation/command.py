@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rl_lora.config.load import load_config, resolved_yaml
 from nemo_rl_lora.run.control import EXIT_OK, StopRequest, running
-from nemo_rl_lora.run.drivers import DriverArguments, prepare_process, silence_vendors
+from nemo_rl_lora.run.drivers import declare, prepare_process
 
 if TYPE_CHECKING:
     from nemo_rl_lora.evaluation.models import CheckedEvaluation, LoadedBase
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+__all__ = ["declare", "main"]
 
-def eval_main(arguments: DriverArguments) -> int:
+
+def main(arguments: argparse.Namespace) -> int:
     """Plan or evaluate; the exit code."""
     config = load_config(arguments.config, arguments.overrides, "eval")
     if not arguments.plan:
         prepare_process()
-    silence_vendors()
     from nemo_rl_lora.evaluation.models import LoadedBase, check_evaluation
     from nemo_rl_lora.evaluation.report import EvaluationConsole, ResultFiles, print_results
     from nemo_rl_lora.run.console import setup_logging
@@ -127,8 +129,7 @@ def document(checked: CheckedEvaluation, base_digest: str, results: Mapping[str,
 
 def print_plan(checked: CheckedEvaluation, console: EvaluationConsole) -> None:
     """What would be evaluated."""
-    from rich.table import Table
-    from rich.text import Text
+    from nemo_rl_lora.run.console import figure_table
 
     policy, task = checked.config.policy, checked.task
     sampling = task.params.sampling
@@ -139,18 +140,15 @@ def print_plan(checked: CheckedEvaluation, console: EvaluationConsole) -> None:
         f"Asked: {len(task.prompts)} prompts, {task.num_completions} completion(s) each, {how}, of at most "
         f"{sampling.max_new_tokens} tokens; scored by {', '.join(task.environments)}"
     )
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("model", overflow="fold")
-    for title in ("dim", "alpha", "modules", "parameters"):
-        table.add_column(title, justify="right", no_wrap=True)
+    rows = []
     for candidate in checked.candidates:
         figures = ("-", "-", "-", "-")
         if candidate.directory is not None:
             num_params = sum(module.num_params for module in candidate.adapted)
             spec = candidate.spec
             figures = (f"{spec.dim}", f"{spec.alpha:g}", f"{len(candidate.adapted)}", f"{num_params:,}")
-        table.add_row(Text(candidate.name), *figures)
-    console.console.print(table)
+        rows.append((candidate.name, *figures))
+    console.console.print(figure_table(["model"], ["dim", "alpha", "modules", "parameters"], rows))
     for note in checked.notes:
         console.say(f"Warning: {note}")
     console.say(f"Adapters are served {_WAYS[policy.generation.lora_sync]}.")

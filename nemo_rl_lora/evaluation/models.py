@@ -34,7 +34,6 @@ from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.models.load import load_model
 from nemo_rl_lora.models.shapes import ModelShapes, read_model_shapes
 from nemo_rl_lora.models.source import ModelSource, resolve_model
-from nemo_rl_lora.plan.plan import type_of
 from nemo_rl_lora.policy.offer import offer
 from nemo_rl_lora.run.preflight import tokenizer_of
 from nemo_rl_lora.tensors import tensors_digest, torch_dtype
@@ -92,7 +91,7 @@ def check_evaluation(config: EvalMaster, *, weights: bool) -> CheckedEvaluation:
     return CheckedEvaluation(
         config=config,
         source=source,
-        architecture=type_of(shapes),
+        architecture=shapes.architecture,
         tokenizer=tokenizer,
         task=task,
         candidates=candidates,

@@ -12,12 +12,11 @@ from typing import IO, Any
 
 from rich.console import Console
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from nemo_rl_lora.evaluation.estimates import Estimate
 from nemo_rl_lora.evaluation.results import Result, ScoredCompletion
-from nemo_rl_lora.run.console import LiveConsole, format_seconds
+from nemo_rl_lora.run.console import LiveConsole, figure_table, format_seconds
 
 RESULTS_FILE = "results.json"
 COMPLETIONS_FILE = "completions.jsonl"
@@ -52,8 +51,7 @@ class EvaluationConsole(LiveConsole):
         cells = self._progress(self._model, self._num_done, self._num_prompts)
         cells.append(Text(f"{format_seconds(self._elapsed)} elapsed"))
         if self._num_done:
-            left = self._elapsed / self._num_done * (self._num_prompts - self._num_done)
-            cells.append(Text(f"{format_seconds(left)} left"))
+            cells.append(Text(self._left(self._num_done, self._num_prompts - self._num_done)))
             cells.append(Text(f"accuracy {statistics.fmean(self._rewards):.3f}", style="green"))
         return cells
 
@@ -61,23 +59,21 @@ class EvaluationConsole(LiveConsole):
 def print_results(console: Console, results: Mapping[str, Result], *, num_prompts: int, num_completions: int) -> None:
     """The table of all models, and what it does not say."""
     has_gain = any(result.gain is not None for result in results.values())
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("model", overflow="fold")
-    k_values = [k for result in results.values() for k in result.pass_at]
-    titles = ["accuracy", *(["over base"] if has_gain else []), *(f"pass@{k}" for k in dict.fromkeys(k_values))]
-    for title in (*titles, "tokens", "cut", "time"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for name, result in results.items():
-        cells = [
+    k_values = dict.fromkeys(k for result in results.values() for k in result.pass_at)
+    figures = ["accuracy", *(["over base"] if has_gain else []), *(f"pass@{k}" for k in k_values)]
+    rows = [
+        (
+            name,
             _interval(result.accuracy),
             *([_interval(result.gain, signed=True)] if has_gain else []),
             *(f"{result.pass_at[k].mean:.3f}" for k in result.pass_at),
             f"{result.mean_num_tokens:.1f}",
             f"{result.truncated_share:.0%}",
             format_seconds(result.generation_seconds + result.reward_seconds),
-        ]
-        table.add_row(Text(name), *cells)
-    console.print(table)
+        )
+        for name, result in results.items()
+    ]
+    console.print(figure_table(["model"], [*figures, "tokens", "cut", "time"], rows))
     lines = [
         f"{num_prompts} prompts, {num_completions} completion(s) each; ±: 95 % interval over prompts (normal "
         f"approximation), of the difference prompt by prompt where it is over the base."

@@ -28,17 +28,9 @@ _EXAMPLES = """examples:
 Exit code: 0 done, 1 failed while exporting, 2 a wrong input (nothing was written)."""
 
 
-def parse_arguments(
-    doc: str | None, argv: Sequence[str] | None = None, program: str | None = None
-) -> argparse.Namespace:
+def declare(parser: argparse.ArgumentParser) -> None:
     """The flags, NeMo RL's and ours."""
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description=doc,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser.epilog, parser.allow_abbrev = _EXAMPLES, False
     add = parser.add_argument
     add("--adapter-ckpt", type=Path, required=True, help="a step (step_N), a PEFT directory; with --all, a run")
     add("--hf-ckpt-path", type=Path, required=True, help="the directory to make; with --all, one in it for every step")
@@ -52,10 +44,9 @@ def parse_arguments(
     add("--no-verify", action="store_true", help="do not read the result back")
     add("--verify-full", action="store_true", help="compare every row with fp64, in place of 16 of each weight")
     add("--verify-logits", action="store_true", help="compare logits with base + adapter in PEFT; loads both models")
-    return parser.parse_args(argv)
 
 
-def export_main(arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Export, show what was made, and return the exit code."""
     _refuse_contradictions(arguments)
     from rich.console import Console
@@ -120,15 +111,13 @@ def parse_size(text: str) -> int:
 
 def print_exports(console: Any, exports: Sequence[Export], seconds: float) -> None:
     """A line for each output, its measurements, its warnings; what failed, last."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("output", "", "bytes", "changed", "largest error", "its bound", "worst"):
-        table.add_column(title, justify="left" if title in ("output", "") else "right", no_wrap=True)
-    for item in exports:
-        table.add_row(Text(item.output.name), item.status, *_figures(item.report))
-    console.print(table)
+    from nemo_rl_lora.run.console import figure_table
+
+    figures = ("bytes", "changed", "largest error", "its bound", "worst")
+    rows = [(item.output.name, item.status, *_figures(item.report)) for item in exports]
+    console.print(figure_table(("output", ""), figures, rows))
     for item in exports:
         if logits := item.report.get("logits"):
             console.print(_logits_line(item, logits), soft_wrap=True)

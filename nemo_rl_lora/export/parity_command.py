@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,20 +14,14 @@ if TYPE_CHECKING:
     from nemo_rl_lora.export.parity import Certificate
 
 
-def parse_arguments(
-    doc: str | None, argv: Sequence[str] | None = None, program: str | None = None
-) -> argparse.Namespace:
+def declare(parser: argparse.ArgumentParser) -> None:
     """The checkpoint, and where the certificate goes."""
-    parser = argparse.ArgumentParser(
-        prog=program, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
     parser.add_argument("--checkpoint", required=True, type=Path)
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--model", default=None, help="the base; by default the one that adapter_config.json names")
-    return parser.parse_args(argv)
 
 
-def parity_main(args: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """0, with the verdict printed; ValueError where the checkpoint holds no adapter of its base."""
     import torch
 
@@ -39,8 +32,8 @@ def parity_main(args: argparse.Namespace) -> int:
     from nemo_rl_lora.models.shapes import shapes_of
     from nemo_rl_lora.models.source import load_tokenizer, resolve_model
 
-    tensors, peft_config = read_adapter(adapter_directory(args.checkpoint))
-    name = args.model or peft_config["base_model_name_or_path"]
+    tensors, peft_config = read_adapter(adapter_directory(arguments.checkpoint))
+    name = arguments.model or peft_config["base_model_name_or_path"]
     source = resolve_model(name, "--model")
     model = load_model(source.path, dtype=torch.float32, config_overrides={})
     shapes = shapes_of(model, model.config)
@@ -48,11 +41,11 @@ def parity_main(args: argparse.Namespace) -> int:
         tensors, peft_config, shapes.linears, tied_head=shapes.has_tied_head, model_name=name, model_key="--model"
     )
     certificate = certify(model, load_tokenizer(source, None, None), tensors, adapted)
-    output = args.output or args.checkpoint / "parity"
+    output = arguments.output or arguments.checkpoint / "parity"
     output.mkdir(parents=True, exist_ok=True)
     (output / "certificate.json").write_text(json.dumps(certificate.document(), indent=1) + "\n")
     draw(certificate, output / "certificate.png")
-    (output / "certificate.md").write_text(page(certificate, args.checkpoint, name))
+    (output / "certificate.md").write_text(page(certificate, arguments.checkpoint, name))
     sys.stdout.write(f"{certificate.verdict}: {certificate.reason}\n{output / 'certificate.md'}\n")
     return EXIT_OK
 

@@ -5,28 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_rl_lora.run.control import EXIT_OK
 
 
-def parse_arguments(
-    doc: str | None, argv: Sequence[str] | None = None, program: str | None = None
-) -> argparse.Namespace:
+def declare(parser: argparse.ArgumentParser) -> None:
     """The adapter, the form that is wanted, and where it goes."""
-    parser = argparse.ArgumentParser(
-        prog=program, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
     parser.add_argument("--adapter", type=Path, required=True, help="a step, a PEFT directory, or what this tool wrote")
     parser.add_argument("--to", choices=["peft", "megatron-shared", "megatron-canonical"], required=True)
     parser.add_argument("--out", type=Path, required=True, help="the directory to make")
     parser.add_argument("--hf-model-name", help="the base, for its shapes (default: what the adapter says it is for)")
     parser.add_argument("--plan", action="store_true", help="say how exact it would be, and write nothing")
-    return parser.parse_args(argv)
 
 
-def transcode_main(arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """0; ValueError where the conversion is impossible or an input is wrong, before anything is written."""
     if arguments.out.exists():
         raise ValueError(f"--out={str(arguments.out)!r}: exists already. Name another directory.")

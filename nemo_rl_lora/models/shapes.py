@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from nemo_rl_lora.lora.names import megatron_name
 from nemo_rl_lora.lora.targets import AdaptedModule, LinearModule
 from nemo_rl_lora.models.families import has_tied_head
-from nemo_rl_lora.models.load import linear_modules, load_model_config
+from nemo_rl_lora.models.load import empty_model, linear_modules, load_model_config
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -44,6 +42,12 @@ class ModelShapes:
     num_params: int
 
     @property
+    def architecture(self) -> str:
+        """The model's class, as its config.json says it."""
+        names = getattr(self.config, "architectures", None) or [f"{self.config.model_type} (architecture not named)"]
+        return str(names[0])
+
+    @property
     def quantization(self) -> str | None:
         """The method by which the checkpoint is quantized, or None."""
         settings = getattr(self.config, "quantization_config", None)
@@ -56,9 +60,7 @@ class ModelShapes:
 def read_model_shapes(path: Path, config_overrides: dict[str, Any]) -> ModelShapes:
     """The shapes of the model in a directory that holds at least config.json."""
     config = load_model_config(path, config_overrides)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return shapes_of(model, config)
+    return shapes_of(empty_model(config), config)
 
 
 def shapes_of(model: nn.Module, config: Any) -> ModelShapes:
@@ -75,49 +77,45 @@ def shapes_of(model: nn.Module, config: Any) -> ModelShapes:
 def adapted_types(modules: Iterable[AdaptedModule], shared_a: bool) -> tuple[ModuleType, ...]:
     """Adapted modules by type, in module order. With `shared_a`, what a fused layer holds counts its A once."""
     counted_a: set[str] = set()
-    groups: dict[tuple[Any, ...], int] = {}
-    params: dict[tuple[Any, ...], int] = {}
+    rows = []
     for module in modules:
         layer = megatron_name(module.name) if shared_a else None
         counts_a = layer is None or layer not in counted_a
         if layer is not None:
             counted_a.add(layer)
-        shape = (module.out_features, module.in_features)
-        key = (type_name(module.name), _type_or_none(megatron_name(module.name)), shape, module.dim, module.scale)
-        groups[key] = groups.get(key, 0) + 1
-        added = module.dim * (module.out_features + (module.in_features if counts_a else 0))
-        params[key] = params.get(key, 0) + added
-    return tuple(_module_type(key, count, params[key]) for key, count in groups.items())
+        num_params = module.dim * (module.out_features + (module.in_features if counts_a else 0))
+        rows.append((module.name, (module.out_features, module.in_features), module.dim, module.scale, num_params))
+    return _by_type(rows)
 
 
 def left_out_types(shapes: ModelShapes, adapted: Iterable[AdaptedModule]) -> tuple[ModuleType, ...]:
     """Linear modules without an adapter, and stacked experts, by type."""
     taken = {m.name for m in adapted}
-    groups: dict[tuple[Any, ...], int] = {}
     rest = [(m.name, (m.out_features, m.in_features)) for m in shapes.linears if m.name not in taken]
-    for name, shape in [*rest, *shapes.stacked]:
-        key = (type_name(name), _type_or_none(megatron_name(name)), shape, None, None)
-        groups[key] = groups.get(key, 0) + 1
-    return tuple(_module_type(key, count, 0) for key, count in groups.items())
+    return _by_type((name, shape, None, None, 0) for name, shape in [*rest, *shapes.stacked])
+
+
+def _by_type(rows: Iterable[tuple[str, tuple[int, ...], int | None, float | None, int]]) -> tuple[ModuleType, ...]:
+    """From a module's name, weight's shape, dim, scale and number of trained parameters, a row each."""
+    trained: dict[tuple[Any, ...], list[int]] = {}
+    for name, shape, dim, scale, num_params in rows:
+        layer = megatron_name(name)
+        key = (type_name(name), None if layer is None else type_name(layer), shape, dim, scale)
+        trained.setdefault(key, []).append(num_params)
+    return tuple(
+        ModuleType(
+            name=name,
+            megatron_name=layer,
+            num_modules=len(counts),
+            weight_shape=shape,
+            dim=dim,
+            scale=scale,
+            num_trainable_params=sum(counts),
+        )
+        for (name, layer, shape, dim, scale), counts in trained.items()
+    )
 
 
 def type_name(name: str) -> str:
     """A module's name with * for the numbers of layers and experts."""
     return _NUMBER.sub("*", name)
-
-
-def _type_or_none(name: str | None) -> str | None:
-    return None if name is None else type_name(name)
-
-
-def _module_type(key: tuple[Any, ...], num_modules: int, num_trainable_params: int) -> ModuleType:
-    name, megatron, shape, dim, scale = key
-    return ModuleType(
-        name=name,
-        megatron_name=megatron,
-        num_modules=num_modules,
-        weight_shape=shape,
-        dim=dim,
-        scale=scale,
-        num_trainable_params=num_trainable_params,
-    )

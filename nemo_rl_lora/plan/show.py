@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from nemo_rl_lora.lora.names import last_component
 from nemo_rl_lora.models.shapes import ModuleType
-from nemo_rl_lora.plan.nouns import Plan, RankPart
+from nemo_rl_lora.plan.plan import Plan
+from nemo_rl_lora.plan.rank_parts import RankPart
+from nemo_rl_lora.run.console import figure_table
 
 
 def render_plan(plan: Plan) -> RenderableType:
@@ -57,11 +58,8 @@ def _heading(plan: Plan) -> Text:
 
 
 def _module_table(title: str, types: Iterable[ModuleType], *, with_adapter: bool) -> Table:
-    table = _table(title)
-    for column in ("Hugging Face", "Megatron"):
-        table.add_column(column, overflow="fold")
-    for column in ("count", "weight", *(("dim", "scale", "trainable") if with_adapter else ())):
-        table.add_column(column, justify="right", no_wrap=True)
+    figures = ("count", "weight", *(("dim", "scale", "trainable") if with_adapter else ()))
+    rows = []
     for kind in types:
         cells = [
             _as_glob(kind.name),
@@ -71,17 +69,13 @@ def _module_table(title: str, types: Iterable[ModuleType], *, with_adapter: bool
         ]
         if with_adapter:
             cells += [f"{kind.dim}", f"{kind.scale:g}", f"{kind.num_trainable_params:,}"]
-        table.add_row(*(Text(cell) for cell in cells))
-    return table
+        rows.append(cells)
+    return figure_table(("Hugging Face", "Megatron"), figures, rows, title)
 
 
 def _as_glob(name: str) -> str:
     """The shortest glob of the type, as one would write it as a target: a terminal has 80 columns."""
     return "*." + name.removeprefix("model.layers.*.") if name.startswith("model.layers.*.") else name
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)
 
 
 def _parameters(plan: Plan) -> Text:
@@ -102,20 +96,13 @@ def _size_table(plan: Plan) -> Table:
         ("a sync, merged", sizes.sync_merged_bytes),
         ("a sync, as adapter", sizes.sync_adapter_bytes),
     )
-    table = _table("Bytes of tensors")
-    table.add_column("what")
-    table.add_column("bytes", justify="right")
-    for name, num_bytes in rows:
-        table.add_row(name, human_bytes(num_bytes))
-    return table
+    shown = [(name, human_bytes(num_bytes)) for name, num_bytes in rows]
+    return figure_table(["what"], ["bytes"], shown, "Bytes of tensors")
 
 
 def _rank_table(rank_parts: Iterable[RankPart]) -> Table:
-    table = _table("What a process holds")
-    for column in ("pp", "tp", "ep", "layers", "experts", "weights", "adapter"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for part in rank_parts:
-        table.add_row(
+    rows = [
+        (
             f"{part.pp_rank}",
             _span(range(part.num_tp_ranks)),
             f"{part.ep_rank}",
@@ -124,7 +111,10 @@ def _rank_table(rank_parts: Iterable[RankPart]) -> Table:
             f"{part.num_params:,}",
             f"{part.num_adapter_params:,}",
         )
-    return table
+        for part in rank_parts
+    ]
+    figures = ("pp", "tp", "ep", "layers", "experts", "weights", "adapter")
+    return figure_table((), figures, rows, "What a process holds")
 
 
 def _span(numbers: range) -> str:

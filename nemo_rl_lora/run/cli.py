@@ -1,41 +1,36 @@
 """The command `nemo-rl-lora`: a name for every driver and tool, and the one way in for examples/ and tools/.
 
-A command's own modules are imported when it runs, and `--help` imports nothing heavy.
+A command is a module with two functions: `declare(parser)` adds its flags, and `main(arguments)` does it and returns
+the exit code. It is imported when the command is called; declaring its flags imports nothing heavy.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from nemo_rl_lora.run.control import EXIT_CONFIG, EXIT_OK, main_guard
 
 if TYPE_CHECKING:
-    from nemo_rl_lora.config.master import Algorithm
+    from nemo_rl_lora.config.master import Algorithm, Driver
 
 NAME = "nemo-rl-lora"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Invocation:
-    """How a command was called: as what (`nemo-rl-lora sft`), what its help says, and its arguments."""
-
-    program: str
-    doc: str
-    arguments: Sequence[str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """A command: a line about it, ways to call it (arguments alone), and what runs it to an exit code."""
+    """A command: a line about it, ways to call it (arguments alone), and its module."""
 
     summary: str
     calls: tuple[str, ...]
-    run: Callable[[Invocation], int]
+    module: str
+    driver: Driver | None = None  # whose configuration it reads, where its arguments are a driver's
     more: str = ""
 
     def doc(self, program: str) -> str:
@@ -64,9 +59,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(name: str, *, program: str, argv: Sequence[str] | None = None) -> int:
     """A command by its name, in the program that was started; the exit code."""
+
+    def call() -> int:
+        from nemo_rl_lora.run.drivers import silence_vendors
+
+        arguments = parse(name, sys.argv[1:] if argv is None else argv, program)
+        silence_vendors()
+        return import_module(COMMANDS[name].module).main(arguments)
+
+    return main_guard(call)
+
+
+def parse(name: str, argv: Sequence[str], program: str) -> argparse.Namespace:
+    """A command's arguments. SystemExit for wrong ones, and after `--help`."""
     command = COMMANDS[name]
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return main_guard(lambda: command.run(Invocation(program=program, doc=command.doc(program), arguments=arguments)))
+    parser = argparse.ArgumentParser(
+        prog=program, description=command.doc(program), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(driver=command.driver)
+    import_module(command.module).declare(parser)
+    if command.driver is None:
+        return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # overrides may stand between flags
 
 
 def overview() -> str:
@@ -87,75 +101,27 @@ def overview() -> str:
     )
 
 
-def _training(algorithm: Algorithm) -> Callable[[Invocation], int]:
-    def train(call: Invocation) -> int:
-        from nemo_rl_lora.run.drivers import driver_arguments, train_main
-
-        return train_main(algorithm, driver_arguments(algorithm, call.doc, call.arguments, call.program))
-
-    return train
-
-
-def _evaluate(call: Invocation) -> int:
-    from nemo_rl_lora.evaluation.command import eval_main
-    from nemo_rl_lora.run.drivers import driver_arguments
-
-    return eval_main(driver_arguments("eval", call.doc, call.arguments, call.program))
-
-
-def _export(call: Invocation) -> int:
-    from nemo_rl_lora.export.command import export_main, parse_arguments
-
-    arguments = parse_arguments(call.doc, call.arguments, call.program)
-    _silence_vendors()
-    return export_main(arguments)
-
-
-def _config(call: Invocation) -> int:
-    from nemo_rl_lora.run.config_command import config_main
-
-    return config_main(call.doc, call.arguments, call.program)
-
-
-def _verify_resume(call: Invocation) -> int:
-    from nemo_rl_lora.run.verify_resume import parse_arguments, verify_resume
-
-    return verify_resume(parse_arguments(call.doc, call.arguments, call.program))
-
-
-def _parity(call: Invocation) -> int:
-    from nemo_rl_lora.export.parity_command import parity_main, parse_arguments
-
-    arguments = parse_arguments(call.doc, call.arguments, call.program)
-    _silence_vendors()
-    return parity_main(arguments)
-
-
-def _transcode(call: Invocation) -> int:
-    from nemo_rl_lora.export.transcode_command import parse_arguments, transcode_main
-
-    arguments = parse_arguments(call.doc, call.arguments, call.program)
-    _silence_vendors()
-    return transcode_main(arguments)
-
-
-def _silence_vendors() -> None:
-    from nemo_rl_lora.run.drivers import silence_vendors
-
-    silence_vendors()
-
-
-_LORA = "policy.dtensor_cfg.lora_cfg.enabled=true"
 _OVERRIDES = "--config FILE [--plan] [a.b=c] [+a.b=c] [++a.b=c] [~a.b]"
 
+
+def _training(algorithm: Algorithm) -> Command:
+    return Command(
+        summary=f"Train with {algorithm.upper()}.",
+        calls=("policy.dtensor_cfg.lora_cfg.enabled=true", _OVERRIDES),
+        module="nemo_rl_lora.run.drivers",
+        driver=algorithm,
+    )
+
+
 COMMANDS = {
-    "sft": Command(summary="Train with SFT.", calls=(_LORA, _OVERRIDES), run=_training("sft")),
-    "dpo": Command(summary="Train with DPO.", calls=(_LORA, _OVERRIDES), run=_training("dpo")),
-    "grpo": Command(summary="Train with GRPO.", calls=(_LORA, _OVERRIDES), run=_training("grpo")),
+    "sft": _training("sft"),
+    "dpo": _training("dpo"),
+    "grpo": _training("grpo"),
     "eval": Command(
         summary="Evaluate a model, or adapters on it: accuracy and pass@k.",
         calls=("", '"eval.adapters=[results/grpo/step_30]"', _OVERRIDES),
-        run=_evaluate,
+        module="nemo_rl_lora.evaluation.command",
+        driver="eval",
     ),
     "export": Command(
         summary="Export an adapter: merged into its base, or alone in PEFT's format.",
@@ -164,22 +130,22 @@ COMMANDS = {
             "--adapter-ckpt STEP --hf-ckpt-path OUTPUT --adapter-only",
             "--adapter-ckpt RUN --hf-ckpt-path OUTPUT --all",
         ),
-        run=_export,
+        module="nemo_rl_lora.export.command",
     ),
     "config": Command(
         summary="Expand, compare or translate configuration files.",
         calls=("expand FILE [overrides]", "compare LEFT RIGHT", "translate FILE"),
-        run=_config,
+        module="nemo_rl_lora.run.config_command",
     ),
     "verify-resume": Command(
         summary="Compare a resumed run, step by step, with the run that was not interrupted.",
         calls=("--checkpoint STEP --steps K [--record LOG_DIRECTORY]",),
-        run=_verify_resume,
+        module="nemo_rl_lora.run.verify_resume",
     ),
     "parity": Command(
         summary="Say what merging a checkpoint's adapter costs: merge it, or send it beside the base.",
         calls=("--checkpoint DIR [--output DIR] [--model NAME]",),
-        run=_parity,
+        module="nemo_rl_lora.export.parity_command",
         more="DIR is a step (`step_N`) or an adapter in PEFT's format. Writes certificate.json, certificate.md and\n"
         "certificate.png into the output directory, which is `parity` in the checkpoint's unless it is given, and\n"
         "prints the verdict.",
@@ -187,7 +153,7 @@ COMMANDS = {
     "transcode": Command(
         summary="Convert an adapter between PEFT's form and megatron-bridge's two, exactly or not at all.",
         calls=("--adapter DIR --to peft|megatron-shared|megatron-canonical --out DIR [--plan]",),
-        run=_transcode,
+        module="nemo_rl_lora.export.transcode_command",
         more="Exit code: 0 done, 2 impossible or a wrong input (nothing was written).",
     ),
 }

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Self
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.live import Live
 from rich.logging import RichHandler
@@ -44,17 +45,6 @@ class KeyMetric:
     @property
     def title(self) -> str:
         return self.label or self.name
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSummary:
-    """How a run ended and where its things are."""
-
-    outcome: str  # "completed", "stopped by SIGINT", ...
-    log_directory: Path
-    checkpoint: Path | None = None  # the newest
-    best_checkpoint: Path | None = None
-    continue_command: str | None = None  # None for a run with nothing left to do
 
 
 def setup_logging(console: Console | None = None, level: int = logging.INFO) -> None:
@@ -113,6 +103,12 @@ class LiveConsole(ABC):
         """Seconds since the bar is there."""
         return self._now() - self._started
 
+    def _left(self, num_done: int, num_to_do: int) -> str:
+        """How long the rest takes at the pace so far; empty where there is none, or no pace yet."""
+        if num_done <= 0 or num_to_do <= 0:
+            return ""
+        return f"{format_seconds(self._elapsed / num_done * num_to_do)} left"
+
 
 class TrainingConsole(LiveConsole):
     """Live progress of one run. Use it as a context manager around the training loop."""
@@ -159,23 +155,33 @@ class TrainingConsole(LiveConsole):
             self.say(f"reward {sample.reward:g} ({sample.finish_reason})  {sample.prompt.strip()[-200:]}")
             self.console.print(Padding(Text(cut), (0, 0, 0, 4)))
 
-    def summary(self, summary: RunSummary) -> None:
-        """The table of the key metrics, where the results are, and how to continue."""
-        elapsed = format_seconds(self._elapsed)
+    def summary(
+        self,
+        outcome: str,
+        *,
+        log_directory: Path,
+        checkpoint: Path | None = None,
+        best_checkpoint: Path | None = None,
+        continue_command: str | None = None,
+    ) -> None:
+        """The table of the key metrics, where the results are, and how to continue.
+
+        `outcome` is "completed", "stopped by SIGINT", ...; `checkpoint` the newest; `continue_command` None for a run
+        with nothing left to do.
+        """
         done = f"step {self._step} of {self._num_steps}"
-        self.say(f"\n{self._title} {summary.outcome}: {done}, {elapsed}.")
-        rows = [metric for metric in self._metrics if self._history.get((metric.split, metric.name))]
+        self.say(f"\n{self._title} {outcome}: {done}, {format_seconds(self._elapsed)}.")
+        rows = [self._row(metric) for metric in self._metrics if (metric.split, metric.name) in self._history]
         if rows:
-            self.console.print(self._table(rows))
+            self.console.print(figure_table(["metric"], ["first", "last", "best", "at step"], rows))
         for label, value in (
-            ("Logs", summary.log_directory),
-            ("Checkpoint", summary.checkpoint),
-            ("Best checkpoint", summary.best_checkpoint),
+            ("Logs", log_directory),
+            ("Checkpoint", checkpoint),
+            ("Best checkpoint", best_checkpoint),
+            ("Continue with", continue_command),
         ):
             if value is not None:
                 self.say(f"{label + ':':<17}{value}")
-        if summary.continue_command is not None:
-            self.say(f"{'Continue with:':<17}{summary.continue_command}")
 
     def _line(self, head: str, split: str, step: int, metrics: Mapping[str, float], tail: Sequence[str]) -> None:
         parts = [f"{head:<12}"]
@@ -189,15 +195,8 @@ class TrainingConsole(LiveConsole):
         text = Text("  ".join(parts), style="bold" if split == "validation" else "")
         self.console.print(text, soft_wrap=not self.console.is_terminal)
 
-    def _remaining_seconds(self) -> float | None:
-        done = self._step - self._first_step
-        if done <= 0 or self._step >= self._num_steps:
-            return None
-        return self._elapsed / done * (self._num_steps - self._step)
-
     def _remaining_text(self) -> str:
-        remaining = self._remaining_seconds()
-        return f"{format_seconds(remaining)} left" if remaining is not None else ""
+        return self._left(self._step - self._first_step, self._num_steps - self._step)
 
     def _cells(self) -> list[Text | ProgressBar]:
         cells = [
@@ -212,17 +211,27 @@ class TrainingConsole(LiveConsole):
             cells.append(Text(f"{first.title} {trend(values)} {format_value(values[-1])}", style="green"))
         return cells
 
-    def _table(self, rows: Sequence[KeyMetric]) -> Table:
-        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-        table.add_column("metric")
-        for title in ("first", "last", "best", "at step"):
-            table.add_column(title, justify="right")
-        for metric in rows:
-            history = self._history[(metric.split, metric.name)]
-            best, at = _best(history, metric.higher_is_better)
-            name = metric.title if metric.split == "train" else f"{metric.split} {metric.title}"
-            table.add_row(name, format_value(history[0][1]), format_value(history[-1][1]), best, at)
-        return table
+    def _row(self, metric: KeyMetric) -> Sequence[str]:
+        history = self._history[(metric.split, metric.name)]
+        name = metric.title if metric.split == "train" else f"{metric.split} {metric.title}"
+        first, last = format_value(history[0][1]), format_value(history[-1][1])
+        return name, first, last, *_best(history, metric.higher_is_better)
+
+
+def figure_table(
+    texts: Sequence[str], figures: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None
+) -> Table:
+    """Columns of texts, folded where they are too wide, then columns of figures. With a title, a line below the head;
+    nothing in a row is markup."""
+    box, padding = (None, (0, 2, 0, 0)) if title is None else (SIMPLE, (0, 0, 0, 1))
+    table = Table(title=title, title_justify="left", box=box, padding=padding, pad_edge=False)
+    for name in texts:
+        table.add_column(name, overflow="fold")
+    for name in figures:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def trend(values: Sequence[float]) -> str:

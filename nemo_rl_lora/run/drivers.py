@@ -10,12 +10,12 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_rl_lora.config.load import load_config, resolved_yaml
-from nemo_rl_lora.config.master import Algorithm, Driver, MasterConfig
+from nemo_rl_lora.config.master import MasterConfig
 from nemo_rl_lora.run.control import EXIT_CONFIG, EXIT_OK
 
 if TYPE_CHECKING:
@@ -25,43 +25,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DriverArguments:
-    """A driver's command line."""
-
-    config: Path | None  # None: the quick-start file
-    overrides: tuple[str, ...]
-    plan: bool
-
-
-def driver_arguments(
-    algorithm: Driver, doc: str | None, argv: Sequence[str] | None = None, program: str | None = None
-) -> DriverArguments:
-    """Parse a driver's command line; whatever is no flag is an override."""
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Overrides: a.b=c sets a key, +a.b=c adds one, ++a.b=c does either, ~a.b removes one. "
-        "Exit code: 0 completed, 2 configuration error, 1 failure while running, 128 + signal.",
+def declare(parser: argparse.ArgumentParser) -> None:
+    """A driver's arguments; whatever is no flag is an override."""
+    parser.epilog = (
+        "Overrides: a.b=c sets a key, +a.b=c adds one, ++a.b=c does either, ~a.b removes one. "
+        "Exit code: 0 completed, 2 configuration error, 1 failure while running, 128 + signal."
     )
-    parser.add_argument(
-        "--config", type=Path, help=f"a YAML file; without it, examples/configs/quickstart/{algorithm}.yaml"
-    )
+    quick_start = f"examples/configs/quickstart/{parser.get_default('driver')}.yaml"
+    parser.add_argument("--config", type=Path, help=f"a YAML file; without it, {quick_start}")
     parser.add_argument("--plan", action="store_true", help="check everything and show the plan; loads no weight")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
-    arguments = parser.parse_intermixed_args(argv)
-    return DriverArguments(config=arguments.config, overrides=tuple(arguments.overrides), plan=arguments.plan)
 
 
-def train_main(algorithm: Algorithm, arguments: DriverArguments) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Plan or train; the exit code."""
-    config = load_config(arguments.config, arguments.overrides, algorithm)
-    if not arguments.plan:
-        prepare_process()
-    silence_vendors()
+    config = load_config(arguments.config, arguments.overrides, arguments.driver)
     if arguments.plan:
         return show_plan(config)
+    prepare_process()
     return train(config, continue_command(sys.argv)).exit_code
 
 
@@ -89,7 +70,7 @@ def train(config: MasterConfig, command: str | None = None) -> RunResult:
 
 def _train(start: Start, command: str | None) -> RunResult:
     from nemo_rl_lora.algorithms.loop import TrainingLoop
-    from nemo_rl_lora.run.console import RunSummary, setup_logging
+    from nemo_rl_lora.run.console import setup_logging
     from nemo_rl_lora.run.control import running
     from nemo_rl_lora.run.metrics import RunLog
     from nemo_rl_lora.run.start import build_run
@@ -106,13 +87,11 @@ def _train(start: Start, command: str | None) -> RunResult:
         with run.console:
             result = TrainingLoop(run, start.algorithm).run(stop)
     run.console.summary(
-        RunSummary(
-            outcome=result.outcome,
-            log_directory=log.directory,
-            checkpoint=result.checkpoint,
-            best_checkpoint=start.checkpointer.best_step(),
-            continue_command=None if result.is_complete or result.checkpoint is None else command,
-        )
+        result.outcome,
+        log_directory=log.directory,
+        checkpoint=result.checkpoint,
+        best_checkpoint=start.checkpointer.best_step(),
+        continue_command=None if result.is_complete or result.checkpoint is None else command,
     )
     return replace(result, exit_code=stop.exit_code)
 

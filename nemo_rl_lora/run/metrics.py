@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from nemo_rl_lora.checkpoints.step_digests import DIGESTS_FILE
 from nemo_rl_lora.config.logger import LoggerConfig
@@ -47,12 +47,12 @@ _INSTALL = {
 _MAX_TEXT = 4000
 
 
-class Sink(Protocol):
-    """Somewhere that metrics are shown beside metrics.jsonl."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sink:
+    """Somewhere that metrics are shown beside metrics.jsonl: what takes those of a step, and what ends it."""
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
+    log: Callable[[int, dict[str, float]], object]
+    close: Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,86 +245,48 @@ def _next_directory(parent: Path) -> Path:
 
 
 def _open_sinks(config: LoggerConfig, directory: Path, resolved_yaml: str) -> list[Sink]:
-    sinks: list[Sink] = []
-    if config.tensorboard_enabled:
-        sinks.append(_Tensorboard(directory / (config.tensorboard.log_dir or "tensorboard")))
-    if config.wandb_enabled:
-        sinks.append(_Wandb(config, directory, resolved_yaml))
-    if config.mlflow_enabled:
-        sinks.append(_Mlflow(config, resolved_yaml))
-    if config.swanlab_enabled:
-        sinks.append(_Swanlab(config, directory, resolved_yaml))
-    return sinks
+    openers = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow, "swanlab": _swanlab}
+    chosen = [opened for name, opened in openers.items() if getattr(config, f"{name}_enabled")]
+    return [opened(config, directory, resolved_yaml) for opened in chosen]
 
 
-class _Tensorboard:
-    def __init__(self, directory: Path) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter
+def _tensorboard(config: LoggerConfig, directory: Path, resolved_yaml: str) -> Sink:
+    from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory))
+    writer = SummaryWriter(str(directory / (config.tensorboard.log_dir or "tensorboard")))
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+            writer.add_scalar(name, value, step)
+        writer.flush()
 
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb:
-    def __init__(self, config: LoggerConfig, directory: Path, resolved_yaml: str) -> None:
-        wandb = importlib.import_module("wandb")
-        section = config.wandb
-        self._run = wandb.init(
-            project=section.project,
-            name=section.name,
-            entity=section.entity,
-            dir=str(directory),
-            config=_config_of(resolved_yaml),
-        )
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    return Sink(log=log, close=writer.close)
 
 
-class _Mlflow:
-    def __init__(self, config: LoggerConfig, resolved_yaml: str) -> None:
-        self._mlflow = importlib.import_module("mlflow")
-        section = config.mlflow
-        if section.tracking_uri:
-            self._mlflow.set_tracking_uri(section.tracking_uri)
-        if section.experiment_name:
-            self._mlflow.set_experiment(section.experiment_name)
-        self._mlflow.start_run(run_name=section.run_name)
-        self._mlflow.log_text(resolved_yaml, CONFIG_FILE)
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._mlflow.log_metrics(dict(metrics), step=step)
-
-    def close(self) -> None:
-        self._mlflow.end_run()
+def _wandb(config: LoggerConfig, directory: Path, resolved_yaml: str) -> Sink:
+    section, settings = config.wandb, _config_of(resolved_yaml)
+    run = importlib.import_module("wandb").init(
+        project=section.project, name=section.name, entity=section.entity, dir=str(directory), config=settings
+    )
+    return Sink(log=lambda step, metrics: run.log(metrics, step=step), close=run.finish)
 
 
-class _Swanlab:
-    def __init__(self, config: LoggerConfig, directory: Path, resolved_yaml: str) -> None:
-        self._swanlab = importlib.import_module("swanlab")
-        section = config.swanlab
-        self._swanlab.init(
-            project=section.project,
-            experiment_name=section.name,
-            logdir=str(directory / "swanlab"),
-            config=_config_of(resolved_yaml),
-        )
+def _mlflow(config: LoggerConfig, directory: Path, resolved_yaml: str) -> Sink:
+    mlflow, section = importlib.import_module("mlflow"), config.mlflow
+    if section.tracking_uri:
+        mlflow.set_tracking_uri(section.tracking_uri)
+    if section.experiment_name:
+        mlflow.set_experiment(section.experiment_name)
+    mlflow.start_run(run_name=section.run_name)
+    mlflow.log_text(resolved_yaml, CONFIG_FILE)
+    return Sink(log=lambda step, metrics: mlflow.log_metrics(metrics, step=step), close=mlflow.end_run)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._swanlab.log(dict(metrics), step=step)
 
-    def close(self) -> None:
-        self._swanlab.finish()
+def _swanlab(config: LoggerConfig, directory: Path, resolved_yaml: str) -> Sink:
+    swanlab, section = importlib.import_module("swanlab"), config.swanlab
+    logdir, settings = str(directory / "swanlab"), _config_of(resolved_yaml)
+    swanlab.init(project=section.project, experiment_name=section.name, logdir=logdir, config=settings)
+    return Sink(log=lambda step, metrics: swanlab.log(metrics, step=step), close=swanlab.finish)
 
 
 def _config_of(resolved_yaml: str) -> dict[str, Any]:

@@ -24,10 +24,8 @@ from nemo_rl_lora.config.master import DpoMaster, GrpoMaster, MasterConfig, SftM
 from nemo_rl_lora.config.policy import ModelConfig
 from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.lora.spec import LoraSpec
-from nemo_rl_lora.models.identity import base_digest
-from nemo_rl_lora.models.source import ModelSource, load_tokenizer, resolve_model
+from nemo_rl_lora.models.source import ModelSource, base_digest, load_tokenizer, resolve_model
 from nemo_rl_lora.plan import Plan, make_plan
-from nemo_rl_lora.run.engines import check_engine
 from nemo_rl_lora.run.metrics import check_sinks
 from nemo_rl_lora.run.warm_start import InitialAdapter, check_initial_adapter
 
@@ -89,13 +87,13 @@ class Start:
         return is_finished(self.resume, self.num_steps)
 
 
-def _sinks(start: Start) -> None:
-    check_sinks(start.config.logger)
-
-
 def _engine(start: Start) -> None:
-    if start.config.policy.generation is not None:
-        check_engine(start.config.policy.generation)
+    """Rollouts that come from a file have to be there, and whole."""
+    engine = start.config.policy.generation
+    if engine is not None and engine.replay_path is not None:
+        from nemo_rl_lora.generation.replay import check_replay
+
+        check_replay(Path(engine.replay_path))
 
 
 def _tokenizer(start: Start) -> str:
@@ -131,19 +129,15 @@ def _resume(start: Start) -> str | None:
     return f"the run continues after step {resume.step}, from {resume.path}"
 
 
-def _initial_adapter(start: Start) -> str | None:
-    return None if start.initial_adapter is None else str(start.initial_adapter)
-
-
 # What a check returns is what it found, for the plan; it raises ValueError where the run cannot start.
 PREFLIGHT: tuple[tuple[str, Callable[[Start], str | None]], ...] = (
-    ("sinks", _sinks),
+    ("sinks", lambda start: check_sinks(start.config.logger)),
     ("engine", _engine),
     ("tokenizer", _tokenizer),
     ("data", _data),
     ("directories", _directories),
     ("checkpoint", _resume),
-    ("initial adapter", _initial_adapter),
+    ("initial adapter", lambda start: start.initial_adapter and str(start.initial_adapter)),
 )
 
 

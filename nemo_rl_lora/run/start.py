@@ -1,4 +1,4 @@
-"""A run is put together: policy, engine and the record of both."""
+"""A run is put together: policy, engine and the record of both. The only place that picks an engine."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import logging
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nemo_rl_lora.algorithms.algorithm import Run
 from nemo_rl_lora.checkpoints.record import TrainingInfo
+from nemo_rl_lora.config.generation import GenerationConfig, chosen_engine
 from nemo_rl_lora.config.optimizer_settings import adam_settings, constant, megatron_adam_settings
+from nemo_rl_lora.generation.protocol import Generation
 from nemo_rl_lora.policy.backends import build_policy
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.run.console import TrainingConsole
-from nemo_rl_lora.run.engines import build_generation
 from nemo_rl_lora.run.metrics import RunLog
 from nemo_rl_lora.run.preflight import Start
 
@@ -40,7 +42,7 @@ def build_run(start: Start, log: RunLog, cleanup: ExitStack) -> Run:
         metrics=algorithm.key_metrics,
         first_step=0 if start.resume is None else start.resume.step,
     )
-    generation = None if engine is None else build_generation(start, policy, engine)
+    generation = None if engine is None else _build_generation(start, policy, engine)
     if generation is not None:
         cleanup.callback(generation.close)
     run = Run(
@@ -100,3 +102,42 @@ def _build_policy(start: Start) -> RunPolicy:
 
         return PolicyGroup(config, setup, num_processes)
     return build_policy(config, setup)
+
+
+def _build_generation(start: Start, policy: RunPolicy, config: GenerationConfig) -> Generation:
+    """The engine for the policy that is trained."""
+    backend, reason = chosen_engine(config.backend)
+    logger.info(f"policy.generation.backend={config.backend!r}: {backend} ({reason})")
+    if backend == "replay":
+        from nemo_rl_lora.generation.replay import ReplayGeneration
+
+        assert config.replay_path is not None, "checked by GenerationConfig"
+        return ReplayGeneration(Path(config.replay_path), start.tokenizer)
+    if backend == "vllm":
+        return _build_vllm(start, policy.adapted, config)
+    from nemo_rl_lora.generation.in_process.engine import InProcessGeneration
+
+    return InProcessGeneration(
+        policy.base_model(),
+        tokenizer=start.tokenizer,
+        spec=start.spec,
+        adapted=policy.adapted,
+        compute_dtype=policy.compute_dtype,
+        max_concurrent_sequences=config.max_concurrent_sequences,
+    )
+
+
+def _build_vllm(start: Start, adapted: Any, config: GenerationConfig) -> Generation:
+    from nemo_rl_lora.generation.vllm.generation import ServedModel, VllmGeneration, engine_settings, start_engine
+
+    policy = start.config.policy
+    model = ServedModel(
+        path=start.source.path, name=policy.model_name, tokenizer=start.tokenizer, spec=start.spec, adapted=adapted
+    )
+    settings = engine_settings(config, model, policy.hf_config_overrides)
+    if config.colocated.enabled:
+        return VllmGeneration(model, settings, partial(start_engine, settings))
+    from nemo_rl_lora.distributed.engine_process import EngineProcess
+
+    process = partial(EngineProcess, settings, config.timeout_seconds)
+    return VllmGeneration(model, settings, process, config.max_generation_failures)

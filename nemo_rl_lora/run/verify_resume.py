@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,17 @@ class Record:
     digests: Mapping[int, Mapping[str, str]]
 
 
-def verify_resume(arguments: argparse.Namespace) -> int:
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The step to go on from, and how far."""
+    parser.add_argument("--checkpoint", required=True, help="the step to go on from: step_N")
+    parser.add_argument("--steps", type=int, required=True, help="how many steps to compare")
+    parser.add_argument("--record", help="the log directory of the uninterrupted run; by default it is looked for")
+
+
+def main(arguments: argparse.Namespace) -> int:
     """Continue and compare; the exit code: 0 where nothing differs, 1 where something does."""
+    if arguments.steps < 1:
+        raise ValueError(f"--steps={arguments.steps}: must be 1 or more")
     step = Path(arguments.checkpoint)
     verify_files(step)
     begin = int(read_json_file(step, INFO_FILE)["step"])
@@ -148,19 +157,3 @@ def _continue(step: Path, last: int, scratch: Path) -> Path:
         said = "\n".join(ended.stderr.strip().splitlines()[-_NUM_LINES_SHOWN:])
         raise ValueError(f"--checkpoint={str(step)!r}: could not be continued (exit code {ended.returncode}): {said}")
     return scratch / "exp_001"
-
-
-def parse_arguments(
-    doc: str | None, argv: Sequence[str] | None = None, program: str | None = None
-) -> argparse.Namespace:
-    """The command line of tools/verify_resume.py."""
-    parser = argparse.ArgumentParser(
-        prog=program, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", required=True, help="the step to go on from: step_N")
-    parser.add_argument("--steps", type=int, required=True, help="how many steps to compare")
-    parser.add_argument("--record", help="the log directory of the uninterrupted run; by default it is looked for")
-    arguments = parser.parse_args(argv)
-    if arguments.steps < 1:
-        parser.error(f"--steps={arguments.steps}: must be 1 or more")
-    return arguments

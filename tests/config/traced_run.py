@@ -7,6 +7,7 @@ comes of them are recorded as well, apart from its own checks.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
@@ -108,11 +109,11 @@ def traced_run(
         reads.watch(config)
         return config
 
-    arguments = drivers.DriverArguments(config=file, overrides=tuple(overrides), plan=plan)
+    arguments = argparse.Namespace(driver=algorithm, config=file, overrides=overrides, plan=plan)
     with pytest.MonkeyPatch.context() as patch, reads.recording():
         patch.setattr(drivers, "load_config", load_and_watch)
         patch.setattr("nemo_rl_lora.run.console.setup_logging", lambda *_: None)  # pytest has its own handlers
-        return drivers.train_main(algorithm, arguments)
+        return drivers.main(arguments)
 
 
 def _sections(section: BaseModel, prefix: str) -> Iterator[tuple[str, BaseModel]]:

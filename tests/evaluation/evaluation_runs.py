@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import logging
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +9,12 @@ import peft
 import torch  # the driver starts its process again where torch is not yet imported
 from transformers import AutoModelForCausalLM
 
-from nemo_rl_lora.evaluation import command
-from nemo_rl_lora.run.control import main_guard
-from nemo_rl_lora.run.drivers import driver_arguments
-from tests.driver import Ended
+from tests.driver import Ended, run_command
 
 
 def run_eval(*arguments: str) -> Ended:
     """The evaluation driver in this process, from its arguments to its exit code."""
-    out, err = io.StringIO(), io.StringIO()
-    root = logging.getLogger()
-    before = list(root.handlers), root.level
-    try:
-        with redirect_stdout(out), redirect_stderr(err):
-            parsed = driver_arguments("eval", None, list(arguments))
-            code = main_guard(lambda: command.eval_main(parsed))
-    finally:
-        root.handlers[:], root.level = before
-    return Ended(code=code, out=out.getvalue(), err=err.getvalue())
+    return run_command("eval", *arguments)
 
 
 def save_peft_adapter(base: Path, directory: Path, seed: int, scale: float = 0.3, **config: Any) -> Path:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import logging
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +10,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from nemo_rl_lora.export.command import export_main, parse_arguments
-from nemo_rl_lora.run.control import main_guard
-from tests.driver import Ended
+from tests.driver import Ended, run_command
 
 
 def convert(adapter: Path, output: Path, *flags: str) -> Ended:
     """tools/convert_lora_to_hf.py, from its arguments to its exit code."""
-    arguments = ["--adapter-ckpt", str(adapter), "--hf-ckpt-path", str(output), *flags]
-    out, err = io.StringIO(), io.StringIO()
-    root = logging.getLogger()
-    before = list(root.handlers), root.level
-    try:
-        with redirect_stdout(out), redirect_stderr(err):
-            code = main_guard(lambda: export_main(parse_arguments(None, arguments)))
-    finally:
-        root.handlers[:], root.level = before
-    return Ended(code=code, out=out.getvalue(), err=err.getvalue())
+    return run_command("export", "--adapter-ckpt", str(adapter), "--hf-ckpt-path", str(output), *flags)
 
 
 def converted(adapter: Path, output: Path, *flags: str) -> Path:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from nemo_rl_lora import tensors
 from nemo_rl_lora.export import convert as convert_module
 from nemo_rl_lora.lora.files import ADAPTER_FILE
-from nemo_rl_lora.models import identity
+from nemo_rl_lora.models import source
 from tests.driver import TinyRun
 from tests.export.exports import bytes_of, convert, converted, report_of, same_bits, tensors_of
 from tests.export.test_merged import exact_weights
@@ -29,7 +29,7 @@ def test_a_step_is_merged_into_the_base_that_it_names(trained_run, tiny_llama, t
     out = converted(step, tmp_path / "out")
     report = report_of(out)
     info = json.loads((step / "training_info.json").read_text())
-    assert report["settings"]["base_digest"] == info["base_digest"] == identity.base_digest(tiny_llama)
+    assert report["settings"]["base_digest"] == info["base_digest"] == source.base_digest(tiny_llama)
     assert report["warnings"] == []
     assert report["changed_fraction"] > 0.9
     base, merged = tensors_of(tiny_llama), tensors_of(out)
@@ -77,13 +77,13 @@ def test_adapter_only_opens_no_base(run, tiny_llama, tmp_path, monkeypatch):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "no/such-model"}))
     converted(run / "step_1", tmp_path / "one", "--adapter-only")
     opened = []
-    plain_open = identity.Path.open
+    plain_open = source.Path.open
 
     def spy(path, *args, **kwargs):
         opened.append(path)
         return plain_open(path, *args, **kwargs)
 
-    monkeypatch.setattr(identity.Path, "open", spy)
+    monkeypatch.setattr(source.Path, "open", spy)
     converted(run / "step_1", tmp_path / "two", "--adapter-only", "--hf-model-name", str(tiny_llama))
     assert opened
     assert not [path for path in opened if path.is_relative_to(tiny_llama)]

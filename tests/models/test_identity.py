@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nemo_rl_lora.models.identity import base_digest
+from nemo_rl_lora.models.source import base_digest
 from nemo_rl_lora.tensors import digested_spans, stored_tensors
 from tests.driver import TinyRun
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from nemo_rl_lora.run.console import KeyMetric, RunSummary, TrainingConsole, format_seconds, format_value, trend
+from nemo_rl_lora.run.console import KeyMetric, TrainingConsole, format_seconds, format_value, trend
 from nemo_rl_lora.run.metrics import RolloutSample
 
 METRICS = (
@@ -80,12 +80,10 @@ def test_the_summary_says_first_last_best_where_and_how_to_go_on(out, clock):
         view.validation(3, {"accuracy": 0.25})
         clock.seconds = 65.0
     view.summary(
-        RunSummary(
-            outcome="stopped by SIGINT",
-            log_directory=Path("logs/exp_001"),
-            checkpoint=Path("results/step_3"),
-            continue_command="uv run examples/run_grpo.py",
-        )
+        "stopped by SIGINT",
+        log_directory=Path("logs/exp_001"),
+        checkpoint=Path("results/step_3"),
+        continue_command="uv run examples/run_grpo.py",
     )
     text = out.getvalue()
     assert "GRPO stopped by SIGINT: step 3 of 10, 1 min 05 s." in text
@@ -101,7 +99,7 @@ def test_the_summary_says_first_last_best_where_and_how_to_go_on(out, clock):
 def test_a_finished_run_has_nothing_to_continue(out, clock):
     with console(out, clock) as view:
         pass
-    view.summary(RunSummary(outcome="completed", log_directory=Path("logs")))
+    view.summary("completed", log_directory=Path("logs"))
     assert "Continue" not in out.getvalue()
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from nemo_rl_lora.checkpoints.durable_files import CHECKSUMS_FILE, write_checksums
 from nemo_rl_lora.checkpoints.step_digests import DIGESTS_FILE
-from nemo_rl_lora.run.verify_resume import Record, first_difference, parse_arguments, verify_resume
+from nemo_rl_lora.run import cli
+from nemo_rl_lora.run.verify_resume import Record, first_difference, main
 from tests.driver import TinyRun
 
 ROOT = Path(__file__).parents[2]
@@ -107,9 +108,9 @@ def test_without_digests_the_saved_steps_are_compared(tiny_sft, capsys):
     ended = tiny_sft(*mixture(tiny_sft), *EVERY, "logger.record_digests=false")
     assert ended.code == 0, ended.err
     assert not list(tiny_sft.logs.rglob(DIGESTS_FILE))
-    arguments = parse_arguments(None, ["--checkpoint", str(tiny_sft.checkpoints / "step_3"), "--steps", "3"])
+    arguments = cli.parse("verify-resume", ["--checkpoint", str(tiny_sft.checkpoints / "step_3"), "--steps", "3"], "")
 
-    assert verify_resume(arguments) == 0
+    assert main(arguments) == 0
 
     assert "84 tensors, no token ids.\nlogger.record_digests=true in the run itself" in capsys.readouterr().out
 
@@ -117,10 +118,10 @@ def test_without_digests_the_saved_steps_are_compared(tiny_sft, capsys):
 def test_a_run_that_did_not_pass_the_step_is_no_record(tiny_sft):
     ended = tiny_sft(*EVERY, "sft.max_num_steps=3")
     assert ended.code == 0, ended.err
-    arguments = parse_arguments(None, ["--checkpoint", str(tiny_sft.checkpoints / "step_3"), "--steps", "1"])
+    arguments = cli.parse("verify-resume", ["--checkpoint", str(tiny_sft.checkpoints / "step_3"), "--steps", "1"], "")
 
     with pytest.raises(ValueError, match="did steps 3 to 4 without an interruption"):
-        verify_resume(arguments)
+        main(arguments)
 
 
 RECORD = Record(
