@@ -160,7 +160,8 @@ def config_differences(
     if schema is not None:
         # where it has a key or a value that this version refuses, that is the difference to show
         with contextlib.suppress(ValidationError):
-            values = schema.model_validate({key: value for key, value in old.items() if key != SET_BY})
+            known, _, _ = take_out(schema, {key: value for key, value in old.items() if key != SET_BY})
+            values = schema.model_validate(known)
             old |= values.model_dump(mode="json", by_alias=True)
     written_now = layers_from_record(new.get(SET_BY, []), "the configuration")
     found = differences(effective_values(old, written_now), effective_values(new, written_now))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from nemo_rl_lora.config.base import Fixed, Section
+from nemo_rl_lora.config.base import Section
 from nemo_rl_lora.data.catalog import DATASETS
 
 _KEYS_OF_SOME = frozenset(key for dataset in DATASETS.values() for key in dataset.keys)
@@ -101,9 +101,6 @@ class DatasetConfig(DatasetDefaults):
     task_config: dict[str, Any] = {}
     """reasoning_gym: the task's own settings, for example `{max_terms: 3}`."""
 
-    repeat: Annotated[int, Fixed(1, remedy="Use the algorithm's max_num_epochs for more passes.")] = 1
-    """How often the rows are repeated within an epoch."""
-
     @field_validator("dataset_name")
     @classmethod
     def _name_is_known(cls, name: str) -> str:
@@ -169,16 +166,6 @@ class DataConfig(Section):
 
     shuffle: bool = True
     """Draw a new order of the training rows for each epoch, from the seed and the epoch."""
-
-    num_workers: Annotated[
-        int, Fixed(0, 1, remedy="Rows are tokenised in the driver's process; there are no loader processes.")
-    ] = 1
-    """Processes that load data."""
-
-    use_multiple_dataloader: Annotated[
-        bool, Fixed(False, remedy="In SFT and DPO, give data.train a list of datasets, each with a rate.")
-    ] = False
-    """Draw each batch from several datasets."""
 
     add_bos: bool | None = None
     """SFT: true puts the tokenizer's beginning-of-sequence token first unless it is there; otherwise the chat template

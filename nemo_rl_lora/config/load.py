@@ -23,7 +23,7 @@ from nemo_rl_lora.config.gives_way import without_replaced
 from nemo_rl_lora.config.layers import SET_BY, Layers, Tracked, layers_from_record, overlaid
 from nemo_rl_lora.config.master import MASTERS, Driver, EvalMaster, MasterConfig
 from nemo_rl_lora.config.overrides import overridden
-from nemo_rl_lora.config.refused_keys import refused_keys, take_out
+from nemo_rl_lora.config.refused_keys import take_out
 from nemo_rl_lora.config.tree import flatten, lookup, plain
 from nemo_rl_lora.shipped_files import SHIPPED_ROOT, existing
 
@@ -86,8 +86,8 @@ def _accepted(root: type[BaseModel], tree: dict[str, Any]) -> tuple[dict[str, An
         raise ConfigError("\n".join(not_mappings(root, tree)) or str(error)) from error
     kept, refused, unknown = take_out(root, resolved)
     problems = [
-        f"{key}={show(value)}: {refused_keys(root)[key].rule}"
-        for key, value in refused.items()
+        f"{key}={show(value)}: {rule}"
+        for key, (value, rule) in refused.items()
         if "${" not in str(lookup(tree, key.split(".")))  # the key that it refers to is refused
     ]
     return kept, problems + [unknown_key(root, key.split("."), show(value)) for key, value in unknown.items()]

@@ -19,7 +19,7 @@ from nemo_rl_lora.config.master import GrpoMaster, MasterConfig
 from nemo_rl_lora.config.megatron import MegatronSchedulerConfig
 from nemo_rl_lora.config.optimizer import lr_factor
 from nemo_rl_lora.config.policy import PolicyConfig
-from nemo_rl_lora.config.refused_keys import refused_keys
+from nemo_rl_lora.config.refused_keys import take_out
 from nemo_rl_lora.config.tree import flatten
 
 _KWARGS = "policy.optimizer.kwargs"
@@ -162,7 +162,8 @@ def effective_values(tree: Mapping[str, Any], written_now: Layers) -> dict[str, 
     """
     record = tree.get(SET_BY)
     layers = written_now if record is None else layers_from_record(record, "config.yaml")
-    flat = flatten({key: value for key, value in tree.items() if key != SET_BY})
+    read, _, _ = take_out(GrpoMaster, {key: value for key, value in tree.items() if key != SET_BY})
+    flat = flatten(read)
     backend = flat.get("policy.backend")
     on_megatron = backend == "megatron" if backend else bool(flat.get(f"{_MEGATRON}.enabled"))
 
@@ -187,5 +188,4 @@ def effective_values(tree: Mapping[str, Any], written_now: Layers) -> dict[str, 
         unused |= set(MEGATRON_SCHEDULE)
     else:
         unused |= {key for key in flat if key == SCHEDULE or key.startswith(f"{SCHEDULE}.")}
-    unused |= {key for key in flat for known in refused_keys(GrpoMaster) if f"{key}.".startswith(f"{known}.")}
     return {key: value for key, value in (flat | changed).items() if key not in unused}

@@ -2,13 +2,13 @@
 
 Contract: such a key is known and may stand in a file at one of these values, which carry no information: NeMo RL's base
 files and recipes load. They are taken out of the tree before the schema sees it, so that its classes have only what
-works. Any other value is refused by name.
+works. Any other value is refused by name. Where sections stand in a list, the table's key is meant for each of them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from nemo_rl_lora.config.schema import field_map, section_at
 from nemo_rl_lora.config.tree import flatten, lookup, without
 
 _TABLE = Path(__file__).with_name("refused_keys.tsv")
-_OF_EVALUATION = ("policy.tokenizer.", "env.")  # the rest of the table belongs to training
+_OF_EVALUATION = ("policy.tokenizer.", "data.", "env.")  # the rest of the table belongs to training
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def refused_keys(root: type[BaseModel]) -> Mapping[str, RefusedKey]:
 
 def names_below(root: type[BaseModel], path: Sequence[str]) -> set[str]:
     """The names of the table's keys, and of its sections, directly under a path."""
-    prefix = "".join(f"{part}." for part in path)
+    prefix = "".join(f"{part}." for part in path if not part.isdigit())
     return {key.removeprefix(prefix).split(".")[0] for key in refused_keys(root) if key.startswith(prefix)}
 
 
@@ -63,16 +63,15 @@ def is_refused_key(root: type[BaseModel], path: Sequence[str]) -> bool:
 
 
 def take_out(root: type[BaseModel], tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The tree without the table's keys; of these, those at a value that is not accepted; keys of the table's own
-    sections that nobody knows."""
+    """The tree without the table's keys; of these, those at a value that is not accepted, and that value; keys of the
+    table's own sections that nobody knows."""
     found, refused = tree, {}
-    for key, row in refused_keys(root).items():
-        path = key.split(".")
+    for path, row in ((path, row) for key, row in refused_keys(root).items() for path in _places(tree, key.split("."))):
         value = lookup(tree, path)
         if value is not None:
             found = without(found, path)
             if value[0] not in row.values:
-                refused[key] = value[0]
+                refused[".".join(path)] = (value[0], row.rule)
     unknown: dict[str, Any] = {}
     for path in _own_sections(root):
         rest = lookup(found, path)
@@ -80,6 +79,16 @@ def take_out(root: type[BaseModel], tree: dict[str, Any]) -> tuple[dict[str, Any
             unknown |= flatten(rest[0], ".".join(path)) if rest[0] != {} else {}
             found = without(found, path)
     return found, refused, unknown
+
+
+def _places(tree: Any, path: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Where a key of the table may stand: at its path, or in each element of a list on the way."""
+    for end in range(1, len(path)):
+        (node,) = lookup(tree, path[:end]) or (None,)
+        if isinstance(node, list):
+            yield from ((*path[:end], str(number), *path[end:]) for number in range(len(node)))
+            return
+    yield path
 
 
 @cache

@@ -76,6 +76,11 @@ def megatron_init(A_init: str) -> str:
     return "normal(0.2)" if A_init == "normal" else A_init
 
 
+def gaussian_init(rank: Any) -> str:
+    """A drawn with standard deviation 1 / rank. A rank that is none is left to LoraSpec to refuse, by its name."""
+    return f"normal({1 / rank!r})" if isinstance(rank, int) and rank > 0 else "xavier"
+
+
 def parse_dtype(value: Any) -> Any:
     """A dtype's name without `torch.`; YAML's `None`, a string, is null. Unknown names pass, for LoraSpec to refuse."""
     if value is None or value in ("None", "none", "null", ""):
@@ -176,7 +181,7 @@ def _peft_init(block: Mapping[str, Any], key_prefix: str) -> str:
     if value is True:
         return "uniform"
     if value == "gaussian" and not block["rank_pattern"]:
-        return f"normal({1 / block['r']!r})"
+        return gaussian_init(block["r"])
     raise ValueError(
         f"{key_prefix}.init_lora_weights={value!r}: must be true, or 'gaussian' without a rank_pattern. "
         f"Other inits start from a non-zero update or change the base."

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from nemo_rl_lora.lora.dialects import filled, megatron_init, peft_names, spec_from_keys, spec_from_peft_config
+from nemo_rl_lora.lora.dialects import (
+    filled,
+    gaussian_init,
+    megatron_init,
+    peft_names,
+    spec_from_keys,
+    spec_from_peft_config,
+)
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import ALL_LINEAR
 
@@ -113,10 +120,10 @@ def spec_from_theseus(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
     """
     settings, keys = filled(_THESEUS_FIELDS, block)
     _refuse_unknown(block, tuple(settings), key_prefix)
-    names, rank = settings["target_modules"], settings["rank"]
+    names = settings["target_modules"]
     every = isinstance(names, list | tuple) and "kernel" in names
     targets = ALL_LINEAR if every else substring_globs(names, f"{key_prefix}.target_modules")
-    A_init = f"normal({1 / rank!r})" if isinstance(rank, int) and rank > 0 else "xavier"
+    A_init = gaussian_init(settings["rank"])
     return spec_from_keys(settings, keys, key_prefix, targets=targets, dropout_position="pre", A_init=A_init)
 
 

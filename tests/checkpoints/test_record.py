@@ -41,6 +41,13 @@ def test_a_step_from_before_a_key_existed_continues_where_the_key_has_its_defaul
     assert resume(tmp_path, config, older).step == 1
 
 
+def test_a_step_with_a_key_that_has_no_effect_any_more_continues(tmp_path, config):
+    older = without(config.model_dump(mode="json", by_alias=True), "grpo.keep_surplus_groups")
+    older["data"]["num_workers"] = older["data"]["train"]["repeat"] = 1
+    assert resume(tmp_path, config, older).step == 1
+    assert not config_differences({"data": {"train": [{"rate": 2, "repeat": 1}]}}, {"data": {"train": [{"rate": 2}]}})
+
+
 def test_a_key_that_is_newer_than_the_step_and_has_another_value_is_named(tmp_path):
     changed = load_config(None, ["grpo.use_dynamic_sampling=true", "grpo.keep_surplus_groups=true"], "grpo")
     older = without(changed.model_dump(mode="json", by_alias=True), "grpo.keep_surplus_groups")

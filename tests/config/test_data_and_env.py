@@ -106,7 +106,6 @@ def test_wrong_list_is_named_by_its_element(override, message):
         ({"dataset_name": "generated_sums", "low": 5, "high": 4}, "low=5: is above high=4"),
         ({"dataset_name": "jsonl"}, "data_path=None"),
         ({"dataset_name": "reasoning_gym"}, "task=None"),
-        ({"dataset_name": "gsm8k", "repeat": 2}, "only 1 is supported"),
         ({"dataset_name": "gsm8k", "splt": "train"}, "Extra inputs are not permitted"),
         ({"dataset_name": "gsm8k", "chosen_key": "better"}, "chosen_key='better': has no meaning"),
         ({"dataset_name": "squad", "chat_key": "chat"}, "chat_key='chat': has no meaning"),
@@ -119,14 +118,6 @@ def test_dataset_that_cannot_be_meant_is_refused(train, message):
     with pytest.raises(ValueError) as error:
         data(train=train)
     assert message in str(error.value)
-
-
-def test_settings_of_loader_processes_are_accepted_at_their_inert_values_only():
-    assert data(num_workers=1, use_multiple_dataloader=False).shuffle
-    with pytest.raises(ValueError, match="only 0 or 1 is supported"):
-        data(num_workers=4)
-    with pytest.raises(ValueError, match="only False is supported"):
-        data(use_multiple_dataloader=True)
 
 
 def test_built_in_environments_are_always_there_and_own_ones_are_added():

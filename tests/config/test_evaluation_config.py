@@ -65,9 +65,7 @@ def test_sampling_keys_of_training_lead_to_those_of_evaluation() -> None:
 def test_a_key_of_data_is_read_or_refused(key: str) -> None:
     if key in ("validation", "default", "max_input_seq_length", "on_long_prompt"):
         return
-    value = {"train": "{dataset_name: generated_sums}", "num_workers": "0"}.get(key, "false")
-    if key == "use_multiple_dataloader":
-        value = "true"
+    value = {"train": "{dataset_name: generated_sums}"}.get(key, "false")
     assert refused(f"data.{key}={value}").startswith(f"data.{key}=")
 
 

@@ -62,11 +62,23 @@ def test_every_key_is_refused_by_name_at_another_value():
         ("policy.generation.colocated.resources.num_nodes=2", "only None is supported"),
         ("policy.generation.vllm_cfg.kv_cache_dtype=fp8", "only 'auto' is supported"),
         ("env.math.math_verify_impl=other", "only 'hf_math_verify' is supported"),
+        ("data.train.repeat=2", r"^data.train.repeat=2: only 1 is supported. Use the algorithm's max_num_epochs"),
+        ("data.num_workers=4", r"^data.num_workers=4: only 0 or 1 is supported"),
+        ("data.use_multiple_dataloader=true", "only False is supported"),
     ],
 )
 def test_what_is_refused_says_why(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(None, [override], "grpo")
+
+
+def test_a_key_of_the_table_is_meant_for_each_section_of_a_list():
+    listed = "data.train=[{dataset_name: gsm8k, repeat: 1}, {dataset_name: gsm8k, repeat: %s}]"
+    config = load_config(None, [listed.replace("%s", "1")], "sft")
+    assert [section.dataset_name for section in config.data.train] == ["gsm8k", "gsm8k"]
+    for override in ([listed.replace("%s", "2")], [listed.replace("%s", "1"), "data.train.1.repeat=2"]):
+        with pytest.raises(ConfigError, match=r"^data.train.1.repeat=2: only 1 is supported. [^\n]*$"):
+            load_config(None, override, "sft")
 
 
 @pytest.mark.parametrize("file", ["sft", "dpo", "grpo_math_1B"])
@@ -97,6 +109,7 @@ def test_mistakes_beside_the_table_are_explained(override, error):
 
 def test_a_driver_has_the_keys_of_its_own_sections():
     assert not any(key.startswith(("grpo.", "loss_fn.", "env.")) for key in refused_keys(SftMaster))
-    assert set(refused_keys(EvalMaster)) == {"policy.tokenizer.use_fastokens", "env.math.math_verify_impl"}
+    of_evaluation = {key for key in refused_keys(EvalMaster) if not key.startswith("data.")}
+    assert of_evaluation == {"policy.tokenizer.use_fastokens", "env.math.math_verify_impl"}
     with pytest.raises(ConfigError, match=r"^policy.generation.port_range_low=3000: unknown key"):
         load_config(None, ["policy.generation.port_range_low=3000"], "eval")

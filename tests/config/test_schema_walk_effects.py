@@ -23,7 +23,6 @@ import yaml
 from nemo_rl_lora.algorithms.advantages import advantages_from_config, shaped_rewards
 from nemo_rl_lora.algorithms.losses.policy import count_denominators, make_policy_loss
 from nemo_rl_lora.config import load as loader
-from nemo_rl_lora.config.base import Fixed
 from nemo_rl_lora.config.load import CONFIG_DIR, ConfigError, load_config, resolved_tree
 from nemo_rl_lora.config.lora import lora_spec_from_policy
 from nemo_rl_lora.config.master import GrpoMaster
@@ -42,15 +41,9 @@ from tests.config.traced_run import Reads, make_tiny_model, traced_run
 # Keys whose accepted values mean the same here, and why that is no silence.
 SAME_MEANING = {
     "policy.dtensor_cfg._v2": "NeMo RL's choice between two workers; there is one, and false is refused with LoRA",
-    "data.num_workers": "0 and 1 both mean that the driver's process tokenises",
     "grpo.skip_reference_policy_logprobs_calculation": "asserts what the KL coefficient decides; refused against it",
 }
 LORA = "policy.dtensor_cfg.lora_cfg.enabled=true"
-
-
-def _num_fixed_values(field) -> int:
-    """How many values a key that is fixed accepts; 0 where it is not fixed."""
-    return max((len(mark.values) for mark in field.metadata if isinstance(mark, Fixed)), default=0)
 
 
 # Evidence from runs
@@ -287,11 +280,10 @@ def _is_under_null(config, key) -> bool:
 
 
 def test_every_accepted_key_is_read_or_refused(reads, adapter_evidence) -> None:
-    keys = {".".join(path): _num_fixed_values(field) for path, field in leaves(GrpoMaster)}
-    fixed = {key for key, num_values in keys.items() if num_values == 1}  # every other value is refused
+    keys = {".".join(path) for path, _ in leaves(GrpoMaster)}
     compared = {key for _, changes in LOSS_CHANGES + ADVANTAGE_CHANGES for key in changes}  # by the tests below
     merged_by_loading = set(_keys_under("data.default."))  # see the test of data.default
-    left = keys.keys() - reads.keys - adapter_evidence - fixed - compared - merged_by_loading
+    left = keys - reads.keys - adapter_evidence - compared - merged_by_loading
     silent = sorted(left - _refused(_loaded((LORA,)), left) - SAME_MEANING.keys())
     assert not silent, f"nothing reads, computes with or refuses {', '.join(silent)}"
 
@@ -507,9 +499,9 @@ def test_bound_of_the_importance_weight_changes_the_loss() -> None:
 
 
 def test_every_open_loss_key_is_compared() -> None:
-    fields = {".".join(path): field for path, field in leaves(GrpoMaster) if path[0] == "loss_fn"}
-    open_keys = {key for key, field in fields.items() if _num_fixed_values(field) != 1}
-    assert open_keys == {key for _, changes in LOSS_CHANGES for key in changes}
+    assert {".".join(path) for path, _ in leaves(GrpoMaster) if path[0] == "loss_fn"} == {
+        key for _, changes in LOSS_CHANGES for key in changes
+    }
 
 
 @pytest.mark.parametrize("change", ADVANTAGE_CHANGES, ids=_name_of_change)

@@ -14,7 +14,6 @@ from tests.config.schema_walk import flippable_leaves
 from tests.config.traced_run import Reads, make_tiny_model, traced_run
 
 SAME_MEANING = {
-    "data.num_workers": "0 and 1 both mean that the driver's process tokenises",
     "data.validation.seed": "seeds held-out and generated rows, and a validation set of SFT has neither",
 }
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}]}

@@ -371,6 +371,7 @@ def test_the_inits_carried_over_are_what_peft_draws():
         ({"peft_type": "IA3"}, "peft_type"),
         ({"task_type": "SEQ_CLS"}, "task_type"),
         ({"r": 0}, "r"),
+        ({"r": 0, "init_lora_weights": "gaussian"}, "r"),
         ({"feature_of_tomorrow": 3}, "feature_of_tomorrow"),
     ],
 )
