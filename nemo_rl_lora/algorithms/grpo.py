@@ -17,6 +17,7 @@ from nemo_rl_lora.algorithms.batch import collate_rollouts, optimizer_slices, re
 from nemo_rl_lora.algorithms.losses.policy import make_policy_loss
 from nemo_rl_lora.algorithms.rollout import (
     RolloutSource,
+    SynchronousSource,
     refuse_disparity,
     samples_of,
     validation_params,
@@ -104,7 +105,7 @@ class Grpo(Algorithm[GrpoMaster]):
         super().attach(run)
         assert run.generation is not None, "GRPO samples"
         self._generation = run.generation
-        self.source = RolloutSource(self.config, run, run.generation, self.environments, self._train)
+        self.source = SynchronousSource(self.config, run, run.generation, self.environments, self._train)
 
     def train(self, step: int, watch: Stopwatch) -> StepDone:
         """Sample groups, score them, and take the optimizer steps of their batch."""

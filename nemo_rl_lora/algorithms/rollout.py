@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -68,7 +69,22 @@ def training_params(config: GrpoMaster) -> RolloutParams:
     )
 
 
-class RolloutSource:
+class RolloutSource(Protocol):
+    def next(self, step: int, version: int, watch: Stopwatch) -> Rollout:
+        """The groups of the step after `step` complete ones, while the engine serves this version of the weights.
+        Raises StopIteration where the prompts have ended."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write the groups that wait for a later step; all else that is drawn follows from the seed and the step."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote."""
+        ...
+
+
+class SynchronousSource:
     """Samples when it is asked, from the weights of that step.
 
     Dynamic sampling (DAPO) drops groups whose rewards are all equal and rolls out more. What it then has too much is
@@ -90,11 +106,7 @@ class RolloutSource:
         self._surplus: list[SurplusGroup] = []  # for the next step, oldest first
 
     def next(self, step: int, version: int, watch: Stopwatch) -> Rollout:
-        """The groups of the step after `step` complete ones, while the engine serves this version of the weights.
-
-        Surplus groups first, then fresh ones. StopIteration where the prompts have ended; RuntimeError for a completion
-        of any other version.
-        """
+        """Surplus groups first, then fresh ones. RuntimeError for a completion of any other version."""
         config = self._config.grpo
         num_groups = config.num_prompts_per_step
         reused, waiting = self._surplus[:num_groups], self._surplus[num_groups:]
@@ -116,12 +128,10 @@ class RolloutSource:
         return Rollout(groups=groups, sampled=sampled, metrics=metrics)
 
     def save(self, directory: Path) -> None:
-        """Write the groups that wait for a later step; all else that is drawn follows from the seed and the step."""
         if self._config.grpo.keep_surplus_groups:
             save_surplus(directory / SURPLUS_FILE, self._surplus)
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote."""
         self._surplus = load_surplus(directory / SURPLUS_FILE, self._prompts)
 
     def _sample(
