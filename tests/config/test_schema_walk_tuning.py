@@ -11,7 +11,8 @@ import pytest
 from nemo_rl_lora.config.load import load_config
 from nemo_rl_lora.config.schema import leaves
 from tests.config.schema_walk import flippable_leaves
-from tests.config.traced_run import Reads, make_tiny_model, traced_run
+from tests.config.traced_run import Reads, traced_run
+from tests.tiny_models import make_character_llama
 
 SAME_MEANING = {
     "data.validation.seed": "seeds held-out and generated rows, and a validation set of SFT has neither",
@@ -34,7 +35,7 @@ ROWS = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
-    make_tiny_model(path)
+    make_character_llama(path)
     return path
 
 

@@ -23,38 +23,7 @@ from nemo_rl_lora.config.master import Algorithm
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.run import drivers
 
-CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
-)
-
-
-def make_tiny_model(path: Path) -> None:
-    """A random Llama of two layers and a tokenizer of one token a character."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    vocabulary = {token: i for i, token in enumerate(["<e>", *CHARACTERS])}
-    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<e>"))
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    characters.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="<e>", unk_token="<e>", pad_token="<e>")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(vocabulary),
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        eos_token_id=0,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+assert torch.__version__
 
 
 class Reads:

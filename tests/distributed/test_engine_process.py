@@ -17,7 +17,7 @@ from nemo_rl_lora.distributed.engine_process import EngineProcess
 from nemo_rl_lora.distributed.ray_runtime import running_ray
 from nemo_rl_lora.generation.protocol import GenerationFailed, generate
 from nemo_rl_lora.generation.vllm.generation import EngineLost, VllmGeneration
-from tests.generation.tiny_models import request
+from tests.generation.engine_inputs import request
 from tests.generation.vllm.vllm_models import make_policy, settings_of
 
 PROMPT = tuple(range(3, 40))

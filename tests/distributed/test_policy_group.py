@@ -14,7 +14,6 @@ from nemo_rl_lora.config.loss_fn import LossFnConfig
 from nemo_rl_lora.distributed.policy_group import PolicyGroup
 from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
 from nemo_rl_lora.tensors import tensors_digest
-from tests.policy.conftest import groups_batch  # noqa: F401 (fixture)
 from tests.policy.dtensor.test_policy import make_policy, relative, spec
 from tests.policy.megatron.twins import distance, random_adapter, set_masters
 
@@ -41,7 +40,7 @@ def twins(tiny_model, tmp_path_factory):
     assert not ray.is_initialized()
 
 
-def test_logprobs_are_those_of_one_process(twins, groups_batch):  # noqa: F811
+def test_logprobs_are_those_of_one_process(twins, groups_batch):
     one, group = twins
     assert relative(group.logprobs(groups_batch), one.logprobs(groups_batch)) <= 1e-5
     assert relative(group.reference_logprobs(groups_batch), one.reference_logprobs(groups_batch)) <= 1e-5
@@ -62,7 +61,7 @@ def test_what_is_published_lies_in_a_file_until_the_next(twins, mode):
     assert not ref.path.exists()
 
 
-def test_a_step_and_a_checkpoint_are_those_of_one_process(twins, groups_batch, tmp_path):  # noqa: F811
+def test_a_step_and_a_checkpoint_are_those_of_one_process(twins, groups_batch, tmp_path):
     one, group = twins
     for _ in range(2):
         expected, output = one.train_step(groups_batch, GRPO), group.train_step(groups_batch, GRPO)
@@ -77,7 +76,7 @@ def test_a_step_and_a_checkpoint_are_those_of_one_process(twins, groups_batch, t
     assert resumed._optimizer.num_steps == 2
 
 
-def test_numbers_that_are_not_finite_stop_every_process_and_end_none(twins, groups_batch):  # noqa: F811
+def test_numbers_that_are_not_finite_stop_every_process_and_end_none(twins, groups_batch):
     _, group = twins
     broken = replace(groups_batch, advantages=torch.full((7,), float("nan")))
     before = group.publish(0, "adapter").digest
@@ -92,7 +91,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_as_by_one_process(twins, tmp_
         group.load(tmp_path)
 
 
-def test_a_process_that_ends_is_named(twins, groups_batch):  # noqa: F811, last: it ends the group
+def test_a_process_that_ends_is_named(twins, groups_batch):  # last: it ends the group
     _, group = twins
     ray.kill(group._ranks[1])
     with pytest.raises(RuntimeError, match="training process 1 of 2 ended"):

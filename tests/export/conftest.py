@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.driver import TinyRun
 from tests.evaluation.evaluation_runs import save_peft_adapter
-
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+from tests.tiny_models import ALL_LINEAR
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +33,7 @@ def peft_adapter(bf16_llama, tmp_path_factory) -> Path:
         seed=1,
         r=4,
         lora_alpha=6,
-        target_modules=ALL,
+        target_modules=list(ALL_LINEAR),
         rank_pattern={"model.layers.1.mlp.up_proj": 2},
         alpha_pattern={"model.layers.0.self_attn.q_proj": 3},
         use_rslora=True,

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemo_rl_lora import tensors as tensors_module
 from nemo_rl_lora.lora.merge import merged_weight
 from tests.evaluation.evaluation_runs import save_peft_adapter
-from tests.export.conftest import ALL
 from tests.export.exports import bytes_of, convert, converted, report_of, same_bits, tensors_of, write_tensors
+from tests.tiny_models import ALL_LINEAR
 
 
 def exact_weights(base, adapter):
@@ -155,7 +155,7 @@ def test_a_tied_head_follows_its_embeddings(peft_adapter, tmp_path):
 
 
 def test_a_merge_that_changes_nothing_warns(bf16_llama, tmp_path):
-    adapter = save_peft_adapter(bf16_llama, tmp_path / "adapter", 2, scale=0.0, r=4, target_modules=ALL)
+    adapter = save_peft_adapter(bf16_llama, tmp_path / "adapter", 2, scale=0.0, r=4, target_modules=list(ALL_LINEAR))
     ended = convert(adapter, tmp_path / "out")
     assert ended.code == 0
     assert "the merge changes nothing" in ended.out

@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM
 from nemo_rl_lora.export.parity import certify, layer_shares
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.models.source import load_tokenizer, resolve_model
-from tests.driver import TinyRun, make_tiny_llama
-from tests.generation.tiny_models import adapted_modules, adapter_tensors
+from tests.generation.engine_inputs import adapted_modules, adapter_tensors
 
 
 def one_module(update: float) -> tuple[dict, dict, list[AdaptedModule]]:
@@ -36,9 +35,8 @@ def test_share_of_an_update_is_what_rounding_leaves_of_it(update, share, changed
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    path = make_tiny_llama(tmp_path_factory.mktemp("tiny"))
-    return path, load_tokenizer(resolve_model(str(path)), None, None)
+def tiny(tiny_llama):
+    return tiny_llama, load_tokenizer(resolve_model(str(tiny_llama)), None, None)
 
 
 @pytest.mark.parametrize(("size", "verdict"), [(1.0, "merge"), (1e-4, "adapter")])
@@ -60,13 +58,11 @@ def test_an_update_that_rounding_loses_is_not_to_be_merged(tiny, size, verdict):
     ("limit", "code"),
     [("max_gen_kl_error=1e-9", 1), ("max_token_mult_prob_error=1.00001", 1), ("max_gen_kl_error=1", 0)],
 )
-def test_a_run_stops_where_the_engine_is_too_far_from_the_trainer(tmp_path, limit, code):
-    run = TinyRun(root=tmp_path, model=make_tiny_llama(tmp_path / "model"))
-
-    ended = run("policy.precision=bfloat16", f"policy.generation.parity.{limit}", "grpo.max_num_steps=1")
+def test_a_run_stops_where_the_engine_is_too_far_from_the_trainer(tiny_run, limit, code):
+    ended = tiny_run("policy.precision=bfloat16", f"policy.generation.parity.{limit}", "grpo.max_num_steps=1")
 
     assert ended.code == code, ended.err
-    assert len(run.metrics()) == 1 - code
+    assert len(tiny_run.metrics()) == 1 - code
     if code:
         assert f"policy.generation.parity.{limit.partition('=')[0]}=" in ended.err
         assert "so the engine did not sample what the trainer computes" in ended.err

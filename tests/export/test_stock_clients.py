@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from nemo_rl_lora.lora.spec import LoraSpec
 from tests.export.exports import converted, tensors_of
-from tests.policy.conftest import groups_batch  # noqa: F401  (a fixture)
 from tests.policy.dtensor.test_policy import make_policy, plain_logprobs, randomise_b
+from tests.tiny_models import save_random_model
 
 SPECS = {
     "all linear": LoraSpec(dim=4, alpha=8),
@@ -39,7 +39,7 @@ def step(request, base, tmp_path):
     return policy, tmp_path / "step"
 
 
-def test_transformers_loads_the_merged_model_with_the_policys_logprobs(base, step, groups_batch, tmp_path):  # noqa: F811
+def test_transformers_loads_the_merged_model_with_the_policys_logprobs(base, step, groups_batch, tmp_path):
     policy, path = step
     out = converted(path, tmp_path / "out", "--hf-model-name", str(base))
     expected, bare = policy.logprobs(groups_batch), policy.reference_logprobs(groups_batch)
@@ -48,7 +48,7 @@ def test_transformers_loads_the_merged_model_with_the_policys_logprobs(base, ste
     assert (expected - bare).abs().mean() > 1e-2
 
 
-def test_peft_loads_the_exported_adapter_with_the_policys_logprobs(base, step, groups_batch, tmp_path):  # noqa: F811
+def test_peft_loads_the_exported_adapter_with_the_policys_logprobs(base, step, groups_batch, tmp_path):
     policy, path = step
     out = converted(path, tmp_path / "out", "--adapter-only")
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out).eval()
@@ -128,8 +128,6 @@ def vllm_logprobs(model, adapter=""):
 @pytest.mark.parametrize("kind", ["merged", pytest.param("adapter", marks=pytest.mark.slow)])
 def test_vllm_serves_the_export_with_the_policys_logprobs(kind, tmp_path):
     from transformers import LlamaConfig
-
-    from tests.policy.conftest import save_random_model
 
     sizes = {"hidden_size": 128, "intermediate_size": 160, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=256, max_position_embeddings=128)

@@ -15,15 +15,14 @@ from nemo_rl_lora.policy.megatron.convert import fuse
 from nemo_rl_lora.policy.megatron.families import read_family
 from nemo_rl_lora.run import cli
 from tests.evaluation.evaluation_runs import save_peft_adapter
-from tests.policy.conftest import CONFIGS, save_random_model
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tiny_model):
     """A Llama with grouped queries, so that the order of linear_qkv's rows matters."""
-    return save_random_model(CONFIGS["llama"], tmp_path_factory.mktemp("base"))
+    return tiny_model("llama")
 
 
 @pytest.fixture(scope="module")

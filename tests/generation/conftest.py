@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from nemo_rl_lora.lora.spec import LoraSpec
-from tests.generation.tiny_models import LetterTokenizer, adapted_modules, parameters_of, ref
+from tests.generation.engine_inputs import LetterTokenizer, adapted_modules, parameters_of, ref
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from nemo_rl_lora.generation.protocol import generate
 from nemo_rl_lora.generation.replay import ReplayGeneration, write_replay
 from nemo_rl_lora.types import Completion, CompletionGroup, GroupRequest
-from tests.generation.tiny_models import LetterTokenizer, ref, request
+from tests.generation.engine_inputs import LetterTokenizer, ref, request
 
 
 def group(asked: GroupRequest, first_token: int, text: str = "as recorded") -> CompletionGroup:

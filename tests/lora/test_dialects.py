@@ -22,7 +22,8 @@ from nemo_rl_lora.config.lora import (
 from nemo_rl_lora.config.schema import field_map
 from nemo_rl_lora.lora.dialects import spec_from_peft_config, spec_to_peft_config
 from nemo_rl_lora.lora.spec import LoraSpec
-from tests.lora.tiny_llama import resolved, tiny_llama
+from tests.lora.resolved import resolved
+from tests.tiny_models import small_llama
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "lora.md"
 
@@ -294,7 +295,7 @@ PEFT_SPECS = [
 
 @pytest.mark.parametrize("spec", PEFT_SPECS)
 def test_stock_peft_loads_our_config_to_the_same_modules_ranks_and_scales(spec, tmp_path):
-    model = tiny_llama()
+    model = small_llama()
     adapted = resolved(model, spec)
     config = spec_to_peft_config(spec, "tiny", adapted)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -317,7 +318,7 @@ def test_stock_peft_loads_our_config_to_the_same_modules_ranks_and_scales(spec, 
 
 @pytest.mark.parametrize("spec", PEFT_SPECS)
 def test_our_peft_config_reads_back_to_the_same_modules_ranks_and_scales(spec):
-    model = tiny_llama()
+    model = small_llama()
     adapted = resolved(model, spec)
     read = spec_from_peft_config(spec_to_peft_config(spec, "tiny", adapted))
     assert resolved(model, read) == adapted
@@ -325,7 +326,7 @@ def test_our_peft_config_reads_back_to_the_same_modules_ranks_and_scales(spec):
 
 
 def test_names_are_short_only_where_they_reach_exactly_the_adapted_modules():
-    model = tiny_llama()
+    model = small_llama()
 
     def targets(**fields):
         spec = LoraSpec(dim=4, alpha=16, **fields)

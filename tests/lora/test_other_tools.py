@@ -8,7 +8,8 @@ import pytest
 
 from nemo_rl_lora.lora.other_tools import translate
 from nemo_rl_lora.lora.spec import LoraSpec
-from tests.lora.tiny_llama import resolved, tiny_llama
+from tests.lora.resolved import resolved
+from tests.tiny_models import small_llama
 
 
 def _message(document):
@@ -27,11 +28,11 @@ def test_a_config_made_by_peft_translates_to_what_peft_builds(tmp_path):
         alpha_pattern={"up_proj": 5},
         task_type="CAUSAL_LM",
     )
-    wrapped = peft.get_peft_model(tiny_llama(), made)
+    wrapped = peft.get_peft_model(small_llama(), made)
     wrapped.save_pretrained(tmp_path)
     layers = {n: m for n, m in wrapped.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     spec = translate(json.loads((tmp_path / "adapter_config.json").read_text())).spec
-    assert {m.name: (m.dim, m.scale) for m in resolved(tiny_llama(), spec)} == {
+    assert {m.name: (m.dim, m.scale) for m in resolved(small_llama(), spec)} == {
         n: (m.r["default"], m.scaling["default"]) for n, m in layers.items()
     }
     assert (spec.dropout, spec.dropout_position, spec.A_init) == (0.1, "pre", "uniform")
@@ -62,7 +63,7 @@ def test_verl_on_megatron_shares_a_or_not_by_its_type():
     canonical = translate({"actor_rollout_ref": {"model": {"lora": {"rank": 16, "type": "canonical_lora"}}}}).spec
     assert canonical.fused == "canonical"
     assert translate({"model": {"lora": {"rank": 16, "adapter_path": "x"}}}).init_from == "x"
-    assert {m.name for m in resolved(tiny_llama(), canonical)} == {m.name for m in resolved(tiny_llama(), shared)}
+    assert {m.name for m in resolved(small_llama(), canonical)} == {m.name for m in resolved(small_llama(), shared)}
     assert "type='dora'" in _message({"model": {"lora": {"rank": 16, "type": "dora"}}})
 
 

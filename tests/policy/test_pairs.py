@@ -14,8 +14,8 @@ from nemo_rl_lora.config.dpo import DpoConfig
 from nemo_rl_lora.policy.dtensor.policy import DTensorPolicy
 from nemo_rl_lora.policy.microbatches import MicrobatchPlan, plan_microbatches
 from nemo_rl_lora.types import Batch, LossFn, StepOutput
-from tests.policy.conftest import VOCABULARY
 from tests.policy.dtensor.test_policy import make_policy, randomise_b, relative, spec
+from tests.tiny_models import VOCABULARY
 
 PROMPTS = [9, 14, 5, 20]
 ANSWERS = [(11, 7), (6, 25), (17, 3), (16, 22)]  # tokens of the chosen and the rejected one

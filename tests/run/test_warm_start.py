@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from nemo_rl_lora.config.load import ConfigError, load_config
 from nemo_rl_lora.config.translate import translate_file
-from tests.driver import TinyRun, adapter, make_tiny_llama, same, without_seconds
+from tests.driver import TinyRun, adapter, same, without_seconds
 from tests.evaluation.evaluation_runs import save_peft_adapter
+from tests.tiny_models import make_tiny_llama
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = "policy.dtensor_cfg.lora_cfg.enabled=true"

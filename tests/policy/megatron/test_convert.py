@@ -30,7 +30,7 @@ from nemo_rl_lora.policy.megatron.convert import (
 )
 from nemo_rl_lora.policy.megatron.families import read_family
 from nemo_rl_lora.policy.microbatches import Microbatch, Segment
-from tests.policy.conftest import LLAMA3
+from tests.tiny_models import LLAMA3, save_random_model
 
 SIZES = {
     "hidden_size": 32,
@@ -70,13 +70,8 @@ def saved(tmp_path_factory):
 
     def save(name, tied):
         if (name, tied) not in made:
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(CONFIGS[name](tie_word_embeddings=tied), dtype=torch.float32)
-            with torch.no_grad():  # biases and norms start at 0 and 1, which would hide a forgotten one
-                for parameter in model.parameters():
-                    parameter.add_(0.2 * torch.randn_like(parameter))
-            made[name, tied] = tmp_path_factory.mktemp(f"{name}_{tied}")
-            model.save_pretrained(made[name, tied])
+            directory = tmp_path_factory.mktemp(f"{name}_{tied}")
+            made[name, tied] = save_random_model(CONFIGS[name](tie_word_embeddings=tied), directory, moved=0.2)
         return made[name, tied]
 
     return save

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from nemo_rl_lora.algorithms.losses.policy import make_policy_loss
 from nemo_rl_lora.config.loss_fn import LossFnConfig
 from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
-from tests.policy.conftest import VOCABULARY, save_random_model
 from tests.policy.dtensor.test_policy import make_policy, plain_logprobs, relative, spec
 from tests.policy.megatron.twins import distance, gradients, make_twins, masters
+from tests.tiny_models import VOCABULARY, save_random_model
 
 GRPO = make_policy_loss(LossFnConfig(reference_policy_kl_penalty=0.0))
 

@@ -18,7 +18,7 @@ from transformers import (
 from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.policy.megatron.families import layer_ranges, parallel_problems, read_family, refuse_expert_targets
-from tests.policy.conftest import LLAMA3
+from tests.tiny_models import LLAMA3
 
 SIZES = {
     "hidden_size": 32,

@@ -7,16 +7,16 @@ import copy
 import pytest
 import torch
 
-from tests.policy.conftest import CONFIGS, save_random_model
 from tests.policy.megatron.adapted_ranks import CASES, run_case, run_cases
 from tests.policy.megatron.twins import distance
 from tests.rank_processes import run_ranks
+from tests.tiny_models import FAMILIES, save_random_model
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     """A tiny Llama whose vocabulary two ranks can share."""
-    config = copy.deepcopy(CONFIGS["llama"])
+    config = copy.deepcopy(FAMILIES["llama"])
     config.vocab_size = 212
     return save_random_model(config, tmp_path_factory.mktemp("even"))
 

@@ -18,12 +18,13 @@ from nemo_rl_lora.algorithms.losses.preference import row_logprobs
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
 from nemo_rl_lora.types import Batch
-from tests.policy.conftest import LLAMA3, make_groups_batch, save_random_model
+from tests.policy.batches import make_groups_batch
 from tests.policy.dtensor.test_policy import make_policy, plain_logprobs, relative, spec
 from tests.policy.megatron.parallel_ranks import Case, run_case, run_cases
 from tests.policy.megatron.twins import distance, random_adapter, set_masters
 from tests.policy.test_pairs import make_chats, make_pairs
 from tests.rank_processes import run_ranks
+from tests.tiny_models import LLAMA3, save_random_model
 
 SIZES = {
     "hidden_size": 48,

@@ -1,7 +1,4 @@
-"""Tiny random models of each architecture, a stand-in tokenizer, and weights to sync.
-
-References in these tests come from transformers (`generate`, forward passes) and PEFT.
-"""
+"""What a test gives an engine: a stand-in tokenizer, weights to sync, and requests."""
 
 from __future__ import annotations
 
@@ -10,23 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedModel
 
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.types import GroupRequest, Prompt, SamplingParams, SyncMode, TensorInfo, WeightsRef
-
-VOCABULARY = 97
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from tests.tiny_models import ALL_LINEAR
 
 
 class LetterTokenizer:
@@ -38,46 +23,13 @@ class LetterTokenizer:
         return "".join(chr(ord("!") + i) for i in token_ids if not (skip_special_tokens and i >= 90))
 
 
-def tiny(architecture: str, **overrides: Any) -> PreTrainedModel:
-    """A model with weights large enough that its choices are clear."""
-    torch.manual_seed(7)
-    settings: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.3,
-        "tie_word_embeddings": True,
-    }
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "mistral": (MistralConfig, MistralForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }[architecture]
-    special: dict[str, dict[str, Any]] = {
-        "mistral": {"sliding_window": None, "tie_word_embeddings": False},
-        "qwen3": {"head_dim": 16, "tie_word_embeddings": False},
-    }
-    model = model_class(config_class(**{**settings, **special.get(architecture, {}), **overrides})).eval()
-    with torch.no_grad():  # biases and norms start at 0 and 1, which would hide a forgotten one
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    model.generation_config.eos_token_id = None
-    return model
-
-
 def adapted_modules(model: PreTrainedModel, dim: int = 4) -> list[AdaptedModule]:
     return [
         AdaptedModule(
             name=name, in_features=m.in_features, out_features=m.out_features, dim=dim, alpha=6.0, scale=6.0 / dim
         )
         for name, m in model.named_modules()
-        if isinstance(m, torch.nn.Linear) and name.rpartition(".")[2] in TARGETS
+        if isinstance(m, torch.nn.Linear) and name.rpartition(".")[2] in ALL_LINEAR
     ]
 
 
