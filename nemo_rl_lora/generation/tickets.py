@@ -16,6 +16,7 @@ from nemo_rl_lora.types import Completion, CompletionGroup, GroupRequest, Sampli
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FinishReason = Literal["stop", "length"]
 NONFINITE_LOGITS = (
     "generation: the model's logits hold NaN or infinity, so no token can be drawn. "
     "Lower policy.optimizer.kwargs.lr or policy.max_grad_norm, or train in float32."
@@ -75,7 +76,7 @@ class Ticketed(ABC):
         sampling: SamplingParams,
         token_ids: Sequence[int],
         logprobs: Sequence[float],
-        finish_reason: Literal["stop", "length"],
+        finish_reason: FinishReason,
     ) -> Completion:
         """All of it from the version that is served now."""
         assert self._version is not None, "checked by collect"

@@ -5,9 +5,8 @@ Hugging Face's own classes are always used (`force_hf`), so module and tensor na
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from nemo_rl_lora.lora.targets import LinearModule
-from nemo_rl_lora.patches.without_cuda import TorchWithoutCuda
+from nemo_rl_lora.patches.nemo_automodel import loads_without_cuda
 from nemo_rl_lora.tensors import MAX_SHARD_BYTES, entry_of, plan_shards, write_index, write_tensors
 
 
 def load_model(path: Path, *, dtype: torch.dtype, config_overrides: dict[str, Any]) -> PreTrainedModel:
     """The model of a Hugging Face directory, in evaluation mode, every weight in `dtype`."""
-    import nemo_automodel._transformers.auto_model as auto_model
+    from nemo_automodel import NeMoAutoModelForCausalLM
 
     transformers_logging.disable_progress_bar()
-    with _without_cuda(auto_model):
-        model = auto_model.NeMoAutoModelForCausalLM.from_pretrained(
+    with loads_without_cuda():
+        model = NeMoAutoModelForCausalLM.from_pretrained(
             str(path),
             dtype=dtype,
             attn_implementation="sdpa",
@@ -112,17 +111,3 @@ def share_structure(model: PreTrainedModel) -> PreTrainedModel:
     """A second module tree over the same parameters and buffers, with its own config."""
     memo = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, memo)
-
-
-@contextlib.contextmanager
-def _without_cuda(auto_model: Any) -> Iterator[None]:
-    """nemo-automodel 0.7 asks for the current CUDA device while it loads: answer with the CPU where there is none."""
-    if torch.cuda.is_available():
-        yield
-        return
-    original = auto_model.torch
-    auto_model.torch = TorchWithoutCuda()
-    try:
-        yield
-    finally:
-        auto_model.torch = original

@@ -27,6 +27,7 @@ from nemo_rl_lora.models.families import families_for, rope_types_for, shortenin
 
 PREFILL_TOKENS = 4096  # padded tokens in one prefill pass: bounds its activations
 FIRST_COMPLETION_CAPACITY = 64  # slots grow by doubling from here, so short completions cost little memory
+FIRST_ROPE_POSITIONS = 256  # the table of cosines and sines grows by doubling from here
 
 
 class Decoder(Protocol):
@@ -386,7 +387,9 @@ class CausalDecoder:
     def _rope(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [N, 1, D]; the first half of the sines is negated, which turns rotate-half into a roll."""
         if self.cos.shape[0] < length:
-            table = torch.arange(max(length, 2 * self.cos.shape[0], 256), device=positions.device)[None]
+            table = torch.arange(max(length, 2 * self.cos.shape[0], FIRST_ROPE_POSITIONS), device=positions.device)[
+                None
+            ]
             cos, sin = self.rotary(self.embedding, table)
             sign = torch.ones_like(sin[0, 0])
             sign[: self.head_dim // 2] = -1

@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from nemo_rl_lora.generation.in_process.decoder import CausalDecoder, Decoder, u
 from nemo_rl_lora.generation.in_process.fallback import PlainDecoder
 from nemo_rl_lora.generation.in_process.sampling import sample, uniforms
 from nemo_rl_lora.generation.protocol import Ticket
-from nemo_rl_lora.generation.tickets import Ticketed
+from nemo_rl_lora.generation.tickets import FinishReason, Ticketed
 from nemo_rl_lora.lora.adapter_tensors import AdapterTensors, canonical_shapes
 from nemo_rl_lora.tensors import torch_dtype
 from nemo_rl_lora.types import CompletionGroup, GroupRequest, SyncReceipt, WeightsRef
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from nemo_rl_lora.lora.targets import AdaptedModule
 
 logger = logging.getLogger(__name__)
-
-FinishReason = Literal["stop", "length"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -192,7 +190,8 @@ class InProcessGeneration(Ticketed):
         stop_strings = row.request.sampling.stop_strings
         if not stop_strings:
             return False
-        # A token gives at least one byte, so a stop string that the last token completes lies in this many tokens.
+        # A token gives at least one byte, so a stop string that the last token completes lies in this many tokens; four
+        # more, the longest character in UTF-8, since the first of them may begin within one.
         reach = max(len(stop.encode()) for stop in stop_strings) + 4
         for token_ids in (row.token_ids[-reach:], row.token_ids):  # the whole only where the end has one
             text = self._decode(token_ids)

@@ -1,6 +1,6 @@
 """The slow decoder: any causal language model of transformers, through its own forward pass and cache.
 
-Contract: the verbs of `decode.Decoder`. It is used, and the log says so, where `decode.CausalDecoder` cannot serve a
+Contract: the verbs of `decoder.Decoder`. It is used, and the log says so, where `decoder.CausalDecoder` cannot serve a
 model (sliding windows, other architectures). Prompts are prefilled once and their cache repeated for the group.
 Rows are opened only when none are open. The given model's parameters are shared and never written.
 """

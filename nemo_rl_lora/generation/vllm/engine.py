@@ -6,7 +6,6 @@ whether the engine is right: it reports what it received and what it shows. The 
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl_lora.generation.vllm.worker import ADAPTER_ID
+from nemo_rl_lora.patches.vllm import compile_nothing, shut_down
 from nemo_rl_lora.types import SamplingParams, TensorInfo
 
 CPU_BLOCK_TOKENS = 32  # the least that vLLM's CPU kernels take: prompts of a group share whole blocks
@@ -138,14 +138,7 @@ class VllmEngine:
         return self._call("probe_adapter", names, ranks)
 
     def close(self) -> None:
-        # Not the core's own shutdown, now or when it is collected: that destroys every process group of this process,
-        # the trainer's among them.
-        client: Any = self._llm.llm_engine.engine_core
-        client._finalizer.detach()
-        core = client.engine_core
-        core.model_executor.shutdown()
-        core.scheduler.shutdown()
-        gc.unfreeze()  # what was made while the engine started
+        shut_down(self._llm)
 
     def _call(self, method: str, *arguments: Any) -> Any:
         (answer,) = self._llm.collective_rpc(method, args=arguments)  # one worker
@@ -204,6 +197,4 @@ def _prepare_environment(settings: EngineSettings) -> None:
     for name, value in usual.items():
         os.environ.setdefault(name, value)
     if not torch.cuda.is_available() and settings.enforce_eager:
-        from torch import _dynamo
-
-        _dynamo.config.disable = True  # else parts are compiled all the same, for half a minute
+        compile_nothing()

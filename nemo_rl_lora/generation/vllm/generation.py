@@ -5,7 +5,8 @@ time; `adapter` sends A and B, which vLLM's LoRA kernels add. A push is read, na
 is touched, so a refused one leaves the old version served. After a push the engine's digests and probes are compared
 with what was sent (proof.py), again after each rollout, and the base once after each start. Prompts of a group share
 whole blocks of the prefix cache, which is emptied by every sync.
-Not here: how vLLM is called (engine.py), what runs in its worker (worker.py), restarts (vllm_process.py).
+Not here: how vLLM is called (engine.py), what runs in its worker (worker.py), an engine in its own
+process (distributed/engine_process.py).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from nemo_rl_lora.distributed.shared_memory import shared_memory
 from nemo_rl_lora.generation.protocol import GenerationFailed
 from nemo_rl_lora.generation.tickets import NONFINITE_LOGITS, Ticketed
-from nemo_rl_lora.generation.vllm.engine import EngineSettings, Job, Sampled, VllmEngine
+from nemo_rl_lora.generation.vllm.engine import CPU_BLOCK_TOKENS, EngineSettings, Job, Sampled, VllmEngine
 from nemo_rl_lora.generation.vllm.proof import (
     Push,
     SyncMismatch,
@@ -72,6 +73,9 @@ OWN_ARGUMENTS = {
     *("enable_lora", "max_loras", "max_lora_rank", "lora_dtype", "quantization"),
     *("tensor_parallel_size", "pipeline_parallel_size"),
 }
+_SPARE_TOKENS = 4 * CPU_BLOCK_TOKENS  # a sequence's last block is part-filled, and vLLM keeps one for itself
+_LEAST_CACHE_BYTES = 16 * 2**20  # for tiny models, and where the machine is full
+_CANARY_STRIDE = 7919  # a prime: tokens far apart in the vocabulary, in an order that no text has
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -80,7 +84,7 @@ class EngineLost(RuntimeError):  # noqa: N818
 
 
 class Engine(Protocol):
-    """What is asked of an engine, in this process (vllm_engine.VllmEngine) or another."""
+    """What is asked of an engine, in this process (engine.VllmEngine) or another."""
 
     @property
     def block_tokens(self) -> int: ...
@@ -192,8 +196,8 @@ def _cache_bytes(config: Settings, hf: Any, max_model_len: int) -> int:
     head_size = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     value_bytes = 4 if config.vllm_cfg.precision == "float32" else 2
     token_bytes = 2 * hf.num_hidden_layers * hf.num_key_value_heads * head_size * value_bytes
-    wanted = token_bytes * (max_model_len + 128) * config.max_concurrent_sequences
-    return max(min(wanted, psutil.virtual_memory().available // 2), 1 << 24)
+    wanted = token_bytes * (max_model_len + _SPARE_TOKENS) * config.max_concurrent_sequences
+    return max(min(wanted, psutil.virtual_memory().available // 2), _LEAST_CACHE_BYTES)
 
 
 class VllmGeneration(Ticketed):
@@ -378,7 +382,7 @@ class VllmGeneration(Ticketed):
         long = min(self._engine.block_tokens + 2, self._settings.max_model_len - 1)
         return [
             Job(
-                token_ids=tuple((7919 * i + length) % self._vocabulary for i in range(length)),
+                token_ids=tuple((_CANARY_STRIDE * i + length) % self._vocabulary for i in range(length)),
                 seed=0,
                 sampling=once,
                 stop_token_ids=(),

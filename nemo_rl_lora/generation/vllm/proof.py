@@ -24,6 +24,8 @@ from nemo_rl_lora.types import SyncMode, WeightsRef
 
 PROBE_COLUMNS = 8
 NAMED_AT_MOST = 5
+_EXPLAINED = 0.5  # a multiple of the update is named where it leaves less than this share of what is shown
+_OTHER_FACTOR = 0.05  # away from 1: nearer than that, rounding to bfloat16 may be all that differs
 _EXACT = 1e-6  # relative: one-hot products round nothing, so this only forgives the sign of zero
 
 Columns = Mapping[str, Tensor]  # tensor name -> [rows, at most PROBE_COLUMNS], as the engine holds them
@@ -175,8 +177,10 @@ class Witness:
         if _same(served, base):
             return "as the base has it"
         update, shown = sent - base, served - base
-        factor = float((shown * update).sum() / update.square().sum().clamp(min=1e-300))
-        if float((shown - factor * update).norm()) < 0.5 * float(shown.norm()) and abs(factor - 1) > 0.05:
+        size = update.square().sum()
+        factor = float((shown * update).sum() / size) if size > 0 else 0.0  # least squares: shown is factor x update
+        unexplained = float((shown - factor * update).norm())
+        if unexplained < _EXPLAINED * float(shown.norm()) and abs(factor - 1) > _OTHER_FACTOR:
             return f"with an update {factor:.2f} times the one sent"
         return "unlike any version"
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from nemo_rl_lora.generation.vllm.proof import NAMED_AT_MOST, PROBE_COLUMNS, digests_of, probed_span
 from nemo_rl_lora.lora.files import ADAPTER_FILE, module_of
 from nemo_rl_lora.models.families import has_tied_head
+from nemo_rl_lora.patches.vllm import multiply_once_for_all_rows
 from nemo_rl_lora.tensors import StoredTensor, stored_tensors
 from nemo_rl_lora.types import TensorInfo
 
@@ -77,7 +77,7 @@ class WorkerExtension:
     def receive_adapter(self, directory: str) -> dict[str, str]:
         """The digests of an adapter's file, as this process reads it; vLLM's LoRA request loads it."""
         if self.device.type == "cpu":
-            _multiply_once_for_all_rows()
+            multiply_once_for_all_rows()
         return digests_of(load_file(Path(directory) / ADAPTER_FILE), "adapter")
 
     def probe_base(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -146,8 +146,8 @@ class WorkerExtension:
 
     def _tied_head(self) -> nn.Module | None:
         model: Any = self._model()
-        tied = has_tied_head(self.vllm_config.model_config.hf_text_config)
         head = getattr(model, "lm_head", None)
+        tied = has_tied_head(self.vllm_config.model_config.hf_text_config)
         return getattr(head, "base_layer", head) if tied else None
 
     # Loading
@@ -238,28 +238,6 @@ class WorkerExtension:
 def _stored_once(model: str) -> Mapping[str, StoredTensor]:
     """Where the model's own tensors are: its files stay as they are while it is served."""
     return stored_tensors(Path(model))
-
-
-def _multiply_once_for_all_rows() -> None:
-    """On a CPU vLLM copies A and B once for each row of a batch. There is one adapter here, and every row has it, so a
-    plain product does (two to three times the tokens a second, measured); `self.no_lora` says that none is loaded."""
-    from vllm.lora.punica_wrapper import punica_cpu
-
-    wrapper: Any = punica_cpu.PunicaWrapperCPU
-
-    def shrink(self: Any, y: Tensor, x: Tensor, stacked: Tensor, scale: float) -> None:
-        if not self.no_lora:
-            y.copy_(F.linear(x.to(stacked.dtype), stacked[0, 0]) * scale)
-
-    def expand(
-        self: Any, y: Tensor, x: Tensor, stacked: Tensor, offset: int, size: int, add_inputs: bool = True
-    ) -> None:
-        if self.no_lora:
-            return
-        product, rows = F.linear(x.to(stacked.dtype), stacked[0, 0]), y[:, offset : offset + size]
-        rows.copy_(rows + product if add_inputs else product)
-
-    wrapper._apply_shrink, wrapper._apply_expand = shrink, expand
 
 
 def _one_hot(span: slice, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,16 +9,16 @@ seed and the module's name (adapter_state.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
-from nemo_automodel.components._peft.lora import LinearLoRA, apply_memory_efficient_lora, patch_linear_module
+from nemo_automodel.components._peft.lora import LinearLoRA, apply_memory_efficient_lora
 from torch import Tensor, nn
 
 from nemo_rl_lora.lora.adapter_tensors import AdapterTensors
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
+from nemo_rl_lora.patches.nemo_automodel import adapt
 from nemo_rl_lora.policy.adapter_state import AdapterSwitch, draw_a, keep_mask
 from nemo_rl_lora.tensors import torch_dtype
 
@@ -80,17 +80,13 @@ def install_adapters(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in modules:
-        patched = patch_linear_module(
+        linear = adapt(
             model.get_submodule(module.name),
+            AdapterLinear,
             dim=module.dim,
-            alpha=module.dim,  # the scale is set below: it need not be alpha / dim
             dropout=spec.dropout,
             dropout_position=spec.dropout_position,
-            lora_dtype=torch.float32,
-            use_triton=False,
         )
-        patched.__class__ = AdapterLinear
-        linear = cast(AdapterLinear, patched)
         linear.adapter_name = module.name
         linear.adapter_dtype = None if spec.dtype is None else torch_dtype(spec.dtype)
         linear.scale = module.scale

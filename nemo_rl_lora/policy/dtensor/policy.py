@@ -23,6 +23,8 @@ from nemo_rl_lora.distributed.ranks import Ranks
 from nemo_rl_lora.lora.adapter_tensors import canonical_tensors
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.models.load import load_model, share_structure
+from nemo_rl_lora.patches.nemo_automodel import save_pretrained
+from nemo_rl_lora.patches.transformers import checkpoint_activations
 from nemo_rl_lora.policy.adapter_state import AdapterSwitch, dropout_of
 from nemo_rl_lora.policy.attention import layout_problems, supports_segments
 from nemo_rl_lora.policy.dtensor.linear import AdapterLinear, install_adapters
@@ -62,7 +64,7 @@ class DTensorPolicy(TrainedPolicy):
         )
         self._forward.verify()
         if config.dtensor_cfg.activation_checkpointing:
-            self._checkpoint_activations()
+            checkpoint_activations(self._model)
 
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] fp32, dropout off; 0.0 outside the loss mask."""
@@ -97,8 +99,7 @@ class DTensorPolicy(TrainedPolicy):
         return self._model.get_parameter(name)
 
     def _write_weights(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
-        # transformers' own: nemo-automodel's override works only with its checkpointer
-        PreTrainedModel.save_pretrained(self._model, directory, state_dict=dict(tensors))
+        save_pretrained(self._model, directory, tensors)
 
     def _read_weights(self, directory: Path) -> Mapping[str, Tensor]:
         return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
@@ -114,12 +115,6 @@ class DTensorPolicy(TrainedPolicy):
         use_kernels = spec.kernels and why_off is None
         switch = install_adapters(self._model, adapted, spec, seed=setup.seed, use_kernels=use_kernels)
         return ModuleParameters(self._model, adapted, switch)
-
-    def _checkpoint_activations(self) -> None:
-        self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in self._model.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.training = True  # this layer alone: its children keep dropout off
 
 
 class ModuleParameters(Trained):

@@ -1,0 +1,55 @@
+"""What vLLM 0.32 needs changed: LoRA on a CPU at a usable speed, an end that leaves the trainer's process groups alone,
+and a CPU engine that compiles nothing where it is told so.
+
+tests/patches/test_vllm.py shows that the first two are still needed. Each is called from where vLLM runs: the first in
+its worker, the others beside the engine (generation/vllm/).
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def multiply_once_for_all_rows() -> None:
+    """On a CPU vLLM copies A and B once for each row of a batch. There is one adapter here, and every row has it, so a
+    plain product does (two to three times the tokens a second, measured); `self.no_lora` says that none is loaded."""
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    wrapper: Any = punica_cpu.PunicaWrapperCPU
+
+    def shrink(self: Any, y: Tensor, x: Tensor, stacked: Tensor, scale: float) -> None:
+        if not self.no_lora:
+            y.copy_(F.linear(x.to(stacked.dtype), stacked[0, 0]) * scale)
+
+    def expand(
+        self: Any, y: Tensor, x: Tensor, stacked: Tensor, offset: int, size: int, add_inputs: bool = True
+    ) -> None:
+        if self.no_lora:
+            return
+        product, rows = F.linear(x.to(stacked.dtype), stacked[0, 0]), y[:, offset : offset + size]
+        rows.copy_(rows + product if add_inputs else product)
+
+    wrapper._apply_shrink, wrapper._apply_expand = shrink, expand
+
+
+def compile_nothing() -> None:
+    """`enforce_eager` leaves parts that are compiled all the same, for half a minute. Turns torch.compile off in this
+    process, which is the trainer's where the engine is colocated; nothing else here compiles."""
+    from torch import _dynamo
+
+    _dynamo.config.disable = True
+
+
+def shut_down(llm: Any) -> None:
+    """End an engine of this process. Not by the core's own shutdown, now or when it is collected: that destroys every
+    process group of this process, the trainer's among them."""
+    client = llm.llm_engine.engine_core
+    client._finalizer.detach()
+    core = client.engine_core
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()  # what was made while the engine started
