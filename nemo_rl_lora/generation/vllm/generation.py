@@ -5,7 +5,8 @@ time; `adapter` sends A and B, which vLLM's LoRA kernels add. A push is read, na
 is touched, so a refused one leaves the old version served. After a push the engine's digests and probes are compared
 with what was sent (proof.py), again after each rollout, and the base once after each start. Prompts of a group share
 whole blocks of the prefix cache, which is emptied by every sync.
-Not here: how vLLM is called (engine.py), what runs in its worker (worker.py), restarts (vllm_process.py).
+Not here: how vLLM is called (engine.py), what runs in its worker (worker.py), a process of its own that dies
+(distributed/engine_process.py).
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class EngineLost(RuntimeError):  # noqa: N818
 
 
 class Engine(Protocol):
-    """What is asked of an engine, in this process (vllm_engine.VllmEngine) or another."""
+    """What is asked of an engine, in this process (engine.VllmEngine) or another."""
 
     @property
     def block_tokens(self) -> int: ...
