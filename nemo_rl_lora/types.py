@@ -198,7 +198,8 @@ class WeightsRef:
 class SyncReceipt:
     """What a generation engine says of a sync it finished.
 
-    `digest` is the ref's, given once the engine's digest of every tensor that it received is the one that was sent.
+    `digest` is the ref's. vLLM gives it once its digest of every tensor that it received is the one that was sent; the
+    engine in the trainer's process only repeats it.
     `verdict`: whether the engine's kernels show this version; `undecided` where it shows the same numbers as the one
     before it or the base, so that the bytes alone decide; None where no engine was probed.
     """

@@ -111,7 +111,7 @@ class PolicyGroup:
         return self._call("logprobs", batch)
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
-        """The same with the adapter switched off; in full fine-tuning, with the base weights in place."""
+        """The same of the reference, the base or the initial adapter."""
         return self._call("reference_logprobs", batch)
 
     def train_step(self, batch: Batch, loss_fn: LossFn) -> StepOutput:

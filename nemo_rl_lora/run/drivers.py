@@ -49,7 +49,7 @@ def main(arguments: argparse.Namespace) -> int:
 def train(config: MasterConfig, command: str | None = None) -> RunResult:
     """Train as the configuration says, or continue its run. `command` is shown as the way to continue.
 
-    ValueError where the run cannot start, before a weight is loaded; run_control.RunFailedError where it fails later.
+    ValueError where the run cannot start, before a weight is loaded; control.RunFailedError where it fails later.
     """
     from nemo_rl_lora.algorithms.loop import RunResult
     from nemo_rl_lora.run.console import setup_logging

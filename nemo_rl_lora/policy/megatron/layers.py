@@ -1,7 +1,7 @@
 """megatron-core's GPTModel over layers of our own: it takes the flat layout and gives hidden states.
 
 Contract: `build_model` makes one pipeline stage with uninitialised weights; the caller loads them. Attention is
-segment_attention.py's, so packed sequences and shared prompts are computed as on the DTensor backend, and norms,
+policy/attention.py's, so packed sequences and shared prompts are computed as on the DTensor backend, and norms,
 rotary positions and activation have the arithmetic of transformers. The model stays in evaluation mode: no layer here
 draws a random number, and dropout is the adapters'. Logits are not computed here (forward.py).
 """
