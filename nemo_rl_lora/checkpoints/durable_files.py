@@ -127,6 +127,16 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def put_in_place(temporary: Path, final: Path, old_prefix: str) -> None:
+    """Give a written directory its name. What had the name is called `<old_prefix><name>` meanwhile, and then goes."""
+    old = final.with_name(f"{old_prefix}{final.name}")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def remove_whole(path: Path) -> None:
     """Remove a step so that no half of it is ever found under its name."""
     doomed = path.with_name(f"{TMP_PREFIX}removed_{path.name}")
