@@ -90,6 +90,14 @@ def verify_files(directory: Path, names: Iterable[str] | None = None) -> None:
             raise DamagedError(directory, name, "has other contents than when it was saved (sha256 differs)")
 
 
+def refuse_damaged(directory: Path, paths: Iterable[Path], remedy: str) -> None:
+    """ValueError with this remedy where one of these files of a step is not what was saved."""
+    try:
+        verify_files(directory, [path.relative_to(directory).as_posix() for path in paths])
+    except DamagedError as error:
+        raise ValueError(f"{error.path} {error.what}: it is damaged. {remedy}") from error
+
+
 def read_json_file(directory: Path, name: str) -> dict[str, Any]:
     """A JSON object among the files of a step. DamagedError where it is missing or damaged."""
     try:
