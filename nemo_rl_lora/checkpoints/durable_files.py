@@ -90,6 +90,14 @@ def verify_files(directory: Path, names: Iterable[str] | None = None) -> None:
             raise DamagedError(directory, name, "has other contents than when it was saved (sha256 differs)")
 
 
+def refuse_damaged(directory: Path, paths: Iterable[Path], remedy: str) -> None:
+    """ValueError with this remedy where one of these files of a step is not what was saved."""
+    try:
+        verify_files(directory, [path.relative_to(directory).as_posix() for path in paths])
+    except DamagedError as error:
+        raise ValueError(f"{error.path} {error.what}: it is damaged. {remedy}") from error
+
+
 def read_json_file(directory: Path, name: str) -> dict[str, Any]:
     """A JSON object among the files of a step. DamagedError where it is missing or damaged."""
     try:
@@ -125,6 +133,16 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def put_in_place(temporary: Path, final: Path, old_prefix: str) -> None:
+    """Give a written directory its name. What had the name is called `<old_prefix><name>` meanwhile, and then goes."""
+    old = final.with_name(f"{old_prefix}{final.name}")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_whole(path: Path) -> None:

@@ -30,6 +30,7 @@ from nemo_rl_lora.checkpoints.durable_files import (
     flush_tree,
     is_full,
     probe_directory,
+    put_in_place,
     verify_files,
     write_checksums,
 )
@@ -216,7 +217,7 @@ class Checkpointer:
             write_records(temporary, info, self._resolved, has_optimizer=self._config.save_optimizer)
             write_checksums(temporary)
             flush_tree(temporary)
-            _replace(temporary, final)
+            put_in_place(temporary, final, _REPLACED_PREFIX)
             flush(self._directory)
         except BaseException as error:
             full = is_full(error, self._directory)
@@ -317,12 +318,3 @@ def _newest_first(directory: Path) -> list[Path]:
 def _step_of(path: Path) -> int | None:
     number = path.name.removeprefix(STEP_PREFIX)
     return int(number) if path.name.startswith(STEP_PREFIX) and number.isdecimal() else None
-
-
-def _replace(temporary: Path, final: Path) -> None:
-    """Give a written directory its name; what had the name (the same step, saved before) goes."""
-    old = final.with_name(f"{_REPLACED_PREFIX}{final.name}")
-    if final.exists():
-        final.rename(old)
-    temporary.rename(final)
-    shutil.rmtree(old, ignore_errors=True)

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from nemo_rl_lora.checkpoints.durable_files import flush, flush_tree, probe_directory
+from nemo_rl_lora.checkpoints.durable_files import flush, flush_tree, probe_directory, put_in_place
 from nemo_rl_lora.checkpoints.steps import STEP_PREFIX, step_directories
 from nemo_rl_lora.export.inputs import ADAPTER_FLAG, AdapterInput, Base, find_adapter, fit_to_base, open_base
 from nemo_rl_lora.export.logits import compare_logits
@@ -346,12 +346,5 @@ def _publish(export: Export, report: dict[str, Any]) -> None:
     text = json.dumps(export.report, indent=2, allow_nan=False)
     (export.temporary / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
     flush_tree(export.temporary)
-    if export.output.exists():
-        doomed = export.output.with_name(f"{TMP_PREFIX}old_{export.output.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        export.output.rename(doomed)
-        export.temporary.rename(export.output)
-        shutil.rmtree(doomed)
-    else:
-        export.temporary.rename(export.output)
+    put_in_place(export.temporary, export.output, f"{TMP_PREFIX}old_")
     flush(export.output.parent)

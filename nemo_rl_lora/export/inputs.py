@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from nemo_rl_lora.checkpoints.durable_files import CHECKSUMS_FILE, DamagedError, read_json_file, verify_files
-from nemo_rl_lora.checkpoints.record import CONFIG_FILE, INFO_FILE, step_of_adapter
+from nemo_rl_lora.checkpoints.durable_files import CHECKSUMS_FILE, read_json_file, refuse_damaged
+from nemo_rl_lora.checkpoints.record import CONFIG_FILE, INFO_FILE, read_config, step_of_adapter
 from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, PICKLED_FILE, module_of, read_adapter
-from nemo_rl_lora.lora.fit import adapter_directory, fit_adapter
+from nemo_rl_lora.lora.fit import adapter_directory, fit_adapter, refuse_not_finite
 from nemo_rl_lora.lora.names import OUTPUT_HEAD_NAMES, last_component
 from nemo_rl_lora.lora.targets import AdaptedModule, LinearModule
 from nemo_rl_lora.models.families import has_tied_head
@@ -86,15 +85,14 @@ def find_adapter(path: Path) -> AdapterInput:
         several = " --all converts every one." if "whole run" in str(error) else ""
         raise ValueError(f"{flag}: {error}{several}") from None
     step = step_of_adapter(directory)
-    if step is not None:
-        _refuse_damaged(step, directory, flag)
     try:
+        if step is not None and (step / CHECKSUMS_FILE).is_file():
+            files = [directory / ADAPTER_CONFIG_FILE, directory / ADAPTER_FILE]
+            refuse_damaged(step, files, "Use another step.")
         tensors, peft_config = read_adapter(directory)
+        refuse_not_finite(tensors, "Use an earlier step.")
     except ValueError as error:
         raise ValueError(f"{flag}: {error}") from error
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{flag}: {name} holds values that are not finite. Use an earlier step.")
     info = {} if step is None else read_json_file(step, INFO_FILE)
     weights_file = ADAPTER_FILE if (directory / ADAPTER_FILE).is_file() else PICKLED_FILE
     return AdapterInput(
@@ -215,23 +213,9 @@ def _refuse_stacked_experts(modules: set[str], base: Base, flag: str) -> None:
             )
 
 
-def _refuse_damaged(step: Path, directory: Path, flag: str) -> None:
-    """ValueError where the adapter's files are not those of the step's checksums."""
-    if not (step / CHECKSUMS_FILE).is_file():
-        return
-    place = directory.relative_to(step).as_posix()
-    try:
-        verify_files(step, [f"{place}/{name}" for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE)])
-    except DamagedError as error:
-        raise ValueError(f"{flag}: {error.path} {error.what}: it is damaged. Use another step.") from error
-
-
 def _config_overrides(step: Path) -> Mapping[str, Any]:
-    path = step / CONFIG_FILE
-    if not path.is_file():
-        return {}
-    policy = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("policy") or {}
-    return policy.get("hf_config_overrides") or {}
+    config = read_config(step) if (step / CONFIG_FILE).is_file() else None
+    return ((config or {}).get("policy") or {}).get("hf_config_overrides") or {}
 
 
 def _read_config(path: Path, flag: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,9 +65,6 @@ class Certificate:
     logprob_errors: Mapping[str, tuple[float, ...]]  # of each token
     verdict: str  # "merge" or "adapter"
     reason: str
-
-    def document(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @torch.no_grad()

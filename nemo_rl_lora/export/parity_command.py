@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
     certificate = certify(model, load_tokenizer(source, None, None), tensors, adapted)
     output = arguments.output or arguments.checkpoint / "parity"
     output.mkdir(parents=True, exist_ok=True)
-    (output / "certificate.json").write_text(json.dumps(certificate.document(), indent=1) + "\n")
+    (output / "certificate.json").write_text(json.dumps(asdict(certificate), indent=1) + "\n")
     draw(certificate, output / "certificate.png")
     (output / "certificate.md").write_text(page(certificate, arguments.checkpoint, name))
     sys.stdout.write(f"{certificate.verdict}: {certificate.reason}\n{output / 'certificate.md'}\n")

@@ -62,6 +62,13 @@ def fit_adapter(
     return spec, adapted
 
 
+def refuse_not_finite(tensors: Mapping[str, Tensor], remedy: str) -> None:
+    """ValueError for the first tensor that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite. {remedy}")
+
+
 def _mismatch(tensors: Mapping[str, Tensor], adapted: Sequence[AdaptedModule]) -> str | None:
     """The first thing by which the tensors are not those of the adapted modules, or None."""
     found = {module_of(name) for name in tensors}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -30,11 +30,6 @@ def render_plan(plan: Plan) -> RenderableType:
     parts += _lines("Not checked", plan.unchecked)
     parts += _lines("Stops this run", plan.problems)
     return Group(*parts)
-
-
-def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """Write the plan to a console, stdout's where none is given."""
-    (console or Console()).print(render_plan(plan))
 
 
 def human_bytes(num_bytes: int | None) -> str:

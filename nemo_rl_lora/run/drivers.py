@@ -117,11 +117,13 @@ def draw_curves_of(log_directory: Path) -> None:
 
 def show_plan(config: MasterConfig) -> int:
     """Print what the run would do, without loading a weight; 2 where something stops it."""
-    from nemo_rl_lora.plan import print_plan
+    from rich.console import Console
+
+    from nemo_rl_lora.plan.show import render_plan
     from nemo_rl_lora.run.preflight import plan_run
 
     plan = plan_run(config)
-    print_plan(plan)
+    Console().print(render_plan(plan))
     return EXIT_CONFIG if plan.problems else EXIT_OK
 
 

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from nemo_rl_lora.checkpoints.step_digests import DIGESTS_FILE
 from nemo_rl_lora.config.logger import LoggerConfig
 from nemo_rl_lora.run.gpus import GpuMonitor, sample_gpus
@@ -264,7 +266,7 @@ def _tensorboard(config: LoggerConfig, directory: Path, resolved_yaml: str) -> S
 
 
 def _wandb(config: LoggerConfig, directory: Path, resolved_yaml: str) -> Sink:
-    section, settings = config.wandb, _config_of(resolved_yaml)
+    section, settings = config.wandb, yaml.safe_load(resolved_yaml)
     run = importlib.import_module("wandb").init(
         project=section.project, name=section.name, entity=section.entity, dir=str(directory), config=settings
     )
@@ -284,12 +286,6 @@ def _mlflow(config: LoggerConfig, directory: Path, resolved_yaml: str) -> Sink:
 
 def _swanlab(config: LoggerConfig, directory: Path, resolved_yaml: str) -> Sink:
     swanlab, section = importlib.import_module("swanlab"), config.swanlab
-    logdir, settings = str(directory / "swanlab"), _config_of(resolved_yaml)
+    logdir, settings = str(directory / "swanlab"), yaml.safe_load(resolved_yaml)
     swanlab.init(project=section.project, experiment_name=section.name, logdir=logdir, config=settings)
     return Sink(log=lambda step, metrics: swanlab.log(metrics, step=step), close=swanlab.finish)
-
-
-def _config_of(resolved_yaml: str) -> dict[str, Any]:
-    import yaml
-
-    return yaml.safe_load(resolved_yaml) or {}

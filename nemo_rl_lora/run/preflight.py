@@ -20,14 +20,16 @@ from nemo_rl_lora.checkpoints.durable_files import probe_directory
 from nemo_rl_lora.checkpoints.steps import Checkpointer, ResumePoint, is_finished
 from nemo_rl_lora.config.load import resolved_tree
 from nemo_rl_lora.config.lora import lora_spec_from_policy
-from nemo_rl_lora.config.master import DpoMaster, GrpoMaster, MasterConfig, SftMaster
+from nemo_rl_lora.config.master import MasterConfig
 from nemo_rl_lora.config.policy import ModelConfig
 from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.models.source import ModelSource, base_digest, load_tokenizer, resolve_model
-from nemo_rl_lora.plan import Plan, make_plan
+from nemo_rl_lora.plan.plan import Plan, make_plan
 from nemo_rl_lora.run.metrics import check_sinks
 from nemo_rl_lora.run.warm_start import InitialAdapter, check_initial_adapter
+
+ALGORITHMS: dict[str, type[Algorithm[Any]]] = {"sft": Sft, "dpo": Dpo, "grpo": Grpo}
 
 
 class Start:
@@ -37,7 +39,7 @@ class Start:
         """`plan` is that of a run which starts now; None: it is only planned, so that nothing is taken and the base's
         weights need not be there."""
         self.config, self.plan = config, plan
-        self.algorithm = make_algorithm(config)
+        self.algorithm = ALGORITHMS[config.algorithm](config)
 
     @property
     def spec(self) -> LoraSpec | None:
@@ -160,16 +162,6 @@ def check_start(config: MasterConfig) -> Start:
             check(start)
         failed.pop_all()
     return start
-
-
-def make_algorithm(config: MasterConfig) -> Algorithm[Any]:
-    """The algorithm of the configuration."""
-    if isinstance(config, GrpoMaster):
-        return Grpo(config)
-    if isinstance(config, DpoMaster):
-        return Dpo(config)
-    assert isinstance(config, SftMaster), type(config)
-    return Sft(config)
 
 
 def tokenizer_of(config: ModelConfig, source: ModelSource) -> Any:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_rl_lora.checkpoints.durable_files import DamagedError, read_json_file, verify_files
+from nemo_rl_lora.checkpoints.durable_files import read_json_file, refuse_damaged
 from nemo_rl_lora.checkpoints.record import INFO_FILE, step_of_adapter
 from nemo_rl_lora.config.lora import lora_block_key
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, adapter_tensor_name, read_adapter
-from nemo_rl_lora.lora.fit import adapter_directory, fit_adapter
+from nemo_rl_lora.lora.fit import adapter_directory, fit_adapter, refuse_not_finite
 from nemo_rl_lora.lora.names import last_component, megatron_name
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets
@@ -71,7 +71,8 @@ def _checked(
     directory = adapter_directory(path)
     step = step_of_adapter(directory)
     if step is not None:
-        _refuse_damaged(step, directory)
+        files = [step / INFO_FILE, directory / ADAPTER_CONFIG_FILE, directory / ADAPTER_FILE]
+        refuse_damaged(step, files, "Start from another step.")
     tensors, peft_config = read_adapter(directory)
     shapes = read_model_shapes(source.path, dict(policy.hf_config_overrides))
     fits = {"tied_head": shapes.has_tied_head, "model_name": policy.model_name}
@@ -83,23 +84,12 @@ def _checked(
         spec, shapes.linears, tied_head=shapes.has_tied_head, model_label=policy.model_name, config_key=key
     )
     _refuse_other_modules(adapted, wanted, directory, key)
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds values that are not finite. Start from an earlier step.")
+    refuse_not_finite(tensors, "Start from an earlier step.")
     if spec.fused == "shared":
         _refuse_several_a(tensors, wanted, key)
     zero = [m for m in adapted if not tensors[adapter_tensor_name(m.name, "B")].any()]
     digest = tensors_digest(tensors, whole=True)
     return InitialAdapter(directory=directory, digest=digest, num_modules=len(adapted), num_zero=len(zero))
-
-
-def _refuse_damaged(step: Path, directory: Path) -> None:
-    """ValueError where the adapter in a step of ours is not what was saved."""
-    files = [(directory / name).relative_to(step).as_posix() for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE)]
-    try:
-        verify_files(step, [INFO_FILE, *files])
-    except DamagedError as error:
-        raise ValueError(f"{error.path} {error.what}: it is damaged. Start from another step.") from error
 
 
 def _refuse_other_base(

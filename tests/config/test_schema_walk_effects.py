@@ -33,7 +33,7 @@ from nemo_rl_lora.config.support import check_runnable
 from nemo_rl_lora.config.tree import flatten
 from nemo_rl_lora.policy.microbatches import plan_from_config
 from nemo_rl_lora.run.metrics import read_metrics
-from nemo_rl_lora.run.preflight import make_algorithm
+from nemo_rl_lora.run.preflight import ALGORITHMS
 from nemo_rl_lora.types import LossInputs
 from tests.config.schema_walk import flippable_leaves
 from tests.config.traced_run import Reads, traced_run
@@ -568,7 +568,7 @@ def test_batching_key_changes_how_microbatches_are_cut(change) -> None:
     kind = change[2]
     plans = []
     for config in _before_and_after(change):
-        algorithm = make_algorithm(config)
+        algorithm = ALGORITHMS[config.algorithm](config)
         max_rows = config.policy.train_micro_batch_size if kind == "train" else algorithm.logprob_rows
         plans.append(plan_from_config(config.policy, kind, max_rows=max_rows, flat=True))
     assert plans[0] != plans[1]

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, Qwen3Co
 
 from nemo_rl_lora.config.load import CONFIG_DIR, load_config
 from nemo_rl_lora.lora.files import adapter_tensor_name, write_adapter, write_moments
-from nemo_rl_lora.plan import make_plan, print_plan
-from nemo_rl_lora.plan.show import human_bytes
+from nemo_rl_lora.plan.plan import make_plan
+from nemo_rl_lora.plan.show import human_bytes, render_plan
 
 TINY = {
     "hidden_size": 32,
@@ -41,7 +41,7 @@ def _plan(path: Path, *overrides: str, checks=()):
 def _text(plan) -> str:
     """The plan on a terminal of 80 columns."""
     out = io.StringIO()
-    print_plan(plan, Console(file=out, width=80))
+    Console(file=out, width=80).print(render_plan(plan))
     return " ".join(out.getvalue().split())
 
 
