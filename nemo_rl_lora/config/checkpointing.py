@@ -3,25 +3,28 @@ here."""
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from nemo_rl_lora.config.base import Section
+from nemo_rl_lora.config.base import NOT_BLANK, Section, matching
 
-_WALL_CLOCK = re.compile(r"(\d+):([01]?\d|2[0-3]):([0-5]?\d):([0-5]?\d)")
+_WALL_CLOCK = r"(\d+):([01]?\d|2[0-3]):([0-5]?\d):([0-5]?\d)"
+_WALL_CLOCK_RULE = "must be dd:hh:mm:ss. Write '00:03:45:00' for 3 hours and 45 minutes."
+_METRIC_RULE = "must start with 'train:' or 'val:'. Write 'val:accuracy' or 'train:reward', for example."
 
 
 class CheckpointingConfig(Section):
     enabled: bool = True
     """Save checkpoints. Without them a run cannot continue, and leaves no adapter behind."""
 
-    checkpoint_dir: str = "results"
+    checkpoint_dir: Annotated[
+        str, matching(NOT_BLANK, "is empty. Name a directory, or set checkpointing.enabled=false.")
+    ] = "results"
     """The directory of the run's checkpoints, `step_N` each. A run with another configuration needs another
     one."""
 
-    metric_name: str | None = None
+    metric_name: Annotated[str, matching("(train|val):.+", _METRIC_RULE)] | None = None
     """What `keep_top_k` ranks by: `train:<metric>` or `val:<metric>`, such as `val:accuracy` or
     `train:reward`. null ranks by step."""
 
@@ -38,48 +41,20 @@ class CheckpointingConfig(Section):
     save_epochs: bool | Annotated[int, Field(ge=1)] = False
     """Save at the end of every epoch (true), or of every this many epochs."""
 
-    checkpoint_must_save_by: str | None = None
+    checkpoint_must_save_by: Annotated[str, matching(_WALL_CLOCK, _WALL_CLOCK_RULE)] | None = None
     """`dd:hh:mm:ss` of wall clock since the start: save and stop before it has passed, counting one more step
     and the save itself. For queues that end a job without warning."""
 
     save_optimizer: bool = True
     """Save the optimizer state. A checkpoint without it cannot be continued, only used."""
 
-    load_path: str = "auto"
+    load_path: Annotated[str, matching(NOT_BLANK, "is empty. Write auto, none, or a directory.")] = "auto"
     """Where to continue from: `auto` (the newest complete step of `checkpoint_dir`, or the start), `none`
     (the start; steps of an earlier run are set aside), or the directory of a step or of a run."""
 
     on_damage: Literal["stop", "previous"] = "stop"
     """When a file of the step to continue from is damaged: `stop`, or continue from the `previous` undamaged step. No
     NeMo RL key."""
-
-    @field_validator("metric_name")
-    @classmethod
-    def _metric_has_split(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"(train|val):.+", value):
-            raise ValueError("must start with 'train:' or 'val:'. Write 'val:accuracy' or 'train:reward', for example.")
-        return value
-
-    @field_validator("checkpoint_must_save_by")
-    @classmethod
-    def _is_wall_clock(cls, value: str | None) -> str | None:
-        if value is not None and not _WALL_CLOCK.fullmatch(value):
-            raise ValueError("must be dd:hh:mm:ss. Write '00:03:45:00' for 3 hours and 45 minutes.")
-        return value
-
-    @field_validator("load_path")
-    @classmethod
-    def _load_path_is_named(cls, value: str) -> str:
-        if not value.strip():
-            raise ValueError("is empty. Write auto, none, or a directory.")
-        return value
-
-    @field_validator("checkpoint_dir")
-    @classmethod
-    def _directory_is_named(cls, value: str) -> str:
-        if not value.strip():
-            raise ValueError("is empty. Name a directory, or set checkpointing.enabled=false.")
-        return value
 
     @model_validator(mode="after")
     def _deadline_needs_checkpoints(self) -> CheckpointingConfig:

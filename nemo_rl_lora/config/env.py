@@ -6,12 +6,12 @@ own. A dataset selects one by `env_name`.
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, model_validator
 
 from nemo_rl_lora.config.base import Section
+from nemo_rl_lora.config.errors import did_you_mean
 
 
 class MathEnvConfig(Section):
@@ -62,11 +62,10 @@ class EnvConfig(Section):
         for name, block in values.items():
             own = isinstance(block, RewardFunctionConfig) or (isinstance(block, dict) and "reward_function" in block)
             if name not in cls.model_fields and not own:
-                close = get_close_matches(str(name), list(cls.model_fields), n=1)
-                hint = f"Did you mean {close[0]!r}? " if close else ""
                 raise ValueError(
-                    f"env.{name}: is not built in and has no reward_function. {hint}Built in: "
-                    f"{', '.join(cls.model_fields)}. For your own set env.{name}.reward_function=FILE.py:FUNCTION."
+                    f"env.{name}: is not built in and has no reward_function. "
+                    f"{did_you_mean(str(name), cls.model_fields)}Built in: {', '.join(cls.model_fields)}. "
+                    f"For your own set env.{name}.reward_function=FILE.py:FUNCTION."
                 )
         return {name: ({} if block is None and name in cls.model_fields else block) for name, block in values.items()}
 

@@ -58,10 +58,10 @@ def show(value: Any) -> str:
     return text if len(text) <= _MAX_VALUE_CHARS else text[: _MAX_VALUE_CHARS - 3] + "..."
 
 
-def suggestion(key: str, names: Iterable[str]) -> str | None:
-    """The name most like the key, or None where none is."""
-    matches = difflib.get_close_matches(key, list(names), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+def did_you_mean(key: str, names: Iterable[str]) -> str:
+    """The question after the name most like the key, and a blank; empty where none is like it."""
+    matches = difflib.get_close_matches(key, list(names), n=1)
+    return f"Did you mean {matches[0]!r}? " if matches else ""
 
 
 def unknown_key(root: type[BaseModel], path: Sequence[str], value: str) -> str:
@@ -72,11 +72,8 @@ def unknown_key(root: type[BaseModel], path: Sequence[str], value: str) -> str:
         return f"{'.'.join(path)}={value}: must be a mapping. Its keys: {', '.join(sorted(below))}."
     section = section_at(root, parent)
     names = sorted(names_below(root, parent) | (field_map(section).keys() if section is not None else set()))
-    similar = suggestion(key, names)
-    if similar is None:
-        elsewhere = [".".join(leaf) for leaf, _ in leaves(root) if leaf[-1] == key]
-        similar = elsewhere[0] if elsewhere else None
-    question = f"Did you mean {similar!r}? " if similar else ""
+    elsewhere = [".".join(leaf) for leaf, _ in leaves(root) if leaf[-1] == key]
+    question = did_you_mean(key, names) or (f"Did you mean {elsewhere[0]!r}? " if elsewhere else "")
     place = ".".join(parent) or "the top level"
     return f"{'.'.join(path)}={value}: unknown key. {question}Keys of {place}: {', '.join(names) or 'none'}."
 
@@ -162,9 +159,8 @@ def _rule(detail: ErrorDetails) -> str:
 
 def _remedy(root: type[BaseModel], path: tuple[str, ...], detail: ErrorDetails) -> str:
     expected = re.findall(r"'([^']*)'", str(detail.get("ctx", {}).get("expected", "")))
-    similar = suggestion(detail["input"], expected) if isinstance(detail["input"], str) else None
-    if similar:
-        return f"Did you mean {similar!r}?"
+    if isinstance(detail["input"], str) and (question := did_you_mean(detail["input"], expected)):
+        return question.rstrip()
     field = field_at(root, path)
     default = PydanticUndefined if field is None else field.default
     if default is PydanticUndefined or isinstance(default, BaseModel):

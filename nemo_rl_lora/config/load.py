@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -26,8 +26,6 @@ from nemo_rl_lora.config.overrides import overridden
 from nemo_rl_lora.config.refused_keys import take_out
 from nemo_rl_lora.config.tree import flatten, lookup, plain
 from nemo_rl_lora.shipped_files import SHIPPED_ROOT, existing
-
-M = TypeVar("M", bound=MasterConfig | EvalMaster)
 
 CONFIG_DIR = SHIPPED_ROOT / "examples" / "configs"
 
@@ -53,19 +51,15 @@ def register_resolvers() -> None:
         OmegaConf.register_new_resolver(name, resolver, replace=True)
 
 
-@overload
-def load_config(path: Path | None, overrides: Sequence[str], driver: type[M]) -> M: ...
-@overload
-def load_config(path: Path | None, overrides: Sequence[str], driver: Driver) -> Any: ...
+def load_config(path: Path | None, overrides: Sequence[str], driver: Driver) -> Any:
+    """The configuration of a driver's run, of its class in MASTERS; `path` None is its quick start.
 
-
-def load_config(path: Path | None, overrides: Sequence[str], driver: type[Any] | Driver) -> Any:
-    """The configuration of a run, of the driver's class or name; `path` None is its quick start. Raises ConfigError."""
-    name: Driver = next(name for name, kind in MASTERS.items() if driver in (name, kind))
-    root = MASTERS[name]
-    file = path if path is not None else CONFIG_DIR / "quickstart" / f"{name}.yaml"
+    Raises ConfigError.
+    """
+    root = MASTERS[driver]
+    file = path if path is not None else CONFIG_DIR / "quickstart" / f"{driver}.yaml"
     read = _read_tracked(file, ())
-    _check_driver(file, read.tree, name)
+    _check_driver(file, read.tree, driver)
     tracked = without_replaced(read, overridden(read, overrides, root))
     resolved, problems = _accepted(root, tracked.tree)
     try:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from nemo_rl_lora.config.base import Section
+from nemo_rl_lora.config.base import NOT_BLANK, Section, matching
 
 
 class WandbConfig(Section):
@@ -89,7 +89,7 @@ class RolloutSamplesConfig(Section):
 
 
 class LoggerConfig(Section):
-    log_dir: str = "logs"
+    log_dir: Annotated[str, matching(NOT_BLANK, "is empty. Name a directory.")] = "logs"
     """Runs log into `log_dir/exp_NNN`, the next free number."""
 
     tensorboard_enabled: bool = False
@@ -121,10 +121,3 @@ class LoggerConfig(Section):
     gpu_monitoring: GpuMonitoringConfig = GpuMonitoringConfig()
     plot: PlotConfig = PlotConfig()
     rollout_samples: RolloutSamplesConfig = RolloutSamplesConfig()
-
-    @field_validator("log_dir")
-    @classmethod
-    def _directory_is_named(cls, value: str) -> str:
-        if not value.strip():
-            raise ValueError("is empty. Name a directory.")
-        return value

@@ -13,7 +13,7 @@ from nemo_rl_lora.config.cluster import ClusterConfig
 from nemo_rl_lora.config.data import DataConfig, DatasetConfig
 from nemo_rl_lora.config.dpo import DpoConfig
 from nemo_rl_lora.config.env import EnvConfig
-from nemo_rl_lora.config.errors import suggestion
+from nemo_rl_lora.config.errors import did_you_mean
 from nemo_rl_lora.config.evaluation import EvalConfig, EvalPolicy, check_evaluation_data, check_evaluation_sampling
 from nemo_rl_lora.config.generation import GenerationConfig
 from nemo_rl_lora.config.grpo import GrpoConfig, check_rollout_against_loss
@@ -47,10 +47,6 @@ class _Loaded(Section):
     def is_set(self, key: str) -> bool:
         """Whether the user wrote the dotted key, in a file or on the command line."""
         return self._layers.is_set(key)
-
-    def layer_of(self, key: str) -> int:
-        """The number of the layer that wrote the dotted key last; 0: a base file, or nobody."""
-        return self._layers.layer_of(key)
 
 
 class MasterConfig(_Loaded):
@@ -190,10 +186,9 @@ def _check_environment(key: str, dataset: DatasetConfig, env: EnvConfig) -> None
     """The dataset at this key names an environment that exists."""
     if dataset.env_name in env.names:
         return
-    similar = suggestion(dataset.env_name or "", env.names)
-    question = f"Did you mean {similar!r}? " if similar else ""
     raise ValueError(
-        f"{key}.env_name={dataset.env_name!r}: no environment scores these completions. {question}"
+        f"{key}.env_name={dataset.env_name!r}: no environment scores these completions. "
+        f"{did_you_mean(dataset.env_name or '', env.names)}"
         f"Choose one of {', '.join(env.names)}, or add your own: env.NAME.reward_function=FILE.py:FUNCTION."
     )
 

@@ -204,18 +204,12 @@ SchedulerConfig = Annotated[
 ]
 """`{name: cosine, ...}`, one torch scheduler `{name, kwargs}`, or NeMo RL's list of them with its milestones."""
 
-AnyScheduler = (
-    ShortScheduler
-    | LinearLR
-    | ConstantLR
-    | CosineAnnealingLR
-    | tuple[LinearLR | ConstantLR | CosineAnnealingLR | Milestones, ...]
-)
+AnyScheduler = ShortScheduler | TorchScheduler | tuple[TorchScheduler | Milestones, ...]
 
 
 def split_sequence(
-    items: tuple[LinearLR | ConstantLR | CosineAnnealingLR | Milestones, ...],
-) -> tuple[tuple[LinearLR | ConstantLR | CosineAnnealingLR, ...], tuple[int, ...]]:
+    items: tuple[TorchScheduler | Milestones, ...],
+) -> tuple[tuple[TorchScheduler, ...], tuple[int, ...]]:
     """The schedulers and the milestones of the list form. ValueError where they do not fit together."""
     schedulers = tuple(item for item in items if not isinstance(item, Milestones))
     milestones = tuple(step for item in items if isinstance(item, Milestones) for step in item.milestones)

@@ -32,30 +32,25 @@ class TokenizerConfig(Section):
     """Further variables of the chat template."""
 
 
-class DynamicBatchingConfig(Section):
-    """Microbatches of rows of like length, filled by a token budget."""
+class TokenBudgetConfig(Section):
+    """A way to fill microbatches by tokens."""
 
     enabled: bool = False
     """Fill microbatches by tokens in place of `train_micro_batch_size` and `logprob_batch_size`."""
     train_mb_tokens: int | None = Field(default=None, ge=1)
-    """Padded tokens of a training microbatch; null is max_total_sequence_length x train_micro_batch_size."""
+    """Tokens of a training microbatch, with padding; null is max_total_sequence_length x train_micro_batch_size."""
     logprob_mb_tokens: int | None = Field(default=None, ge=1)
-    """Padded tokens of a logprob microbatch; null is max_total_sequence_length x logprob_batch_size."""
+    """Tokens of a logprob microbatch, with padding; null is max_total_sequence_length x logprob_batch_size."""
     sequence_length_round: int = Field(default=64, ge=1)
-    """Row lengths are rounded up to a multiple of this."""
+    """Lengths of rows, packed or not, are rounded up to a multiple of this."""
 
 
-class SequencePackingConfig(Section):
+class DynamicBatchingConfig(TokenBudgetConfig):
+    """Microbatches of rows of like length, filled by a token budget."""
+
+
+class SequencePackingConfig(TokenBudgetConfig):
     """Microbatches of several sequences in one row, without padding between them."""
-
-    enabled: bool = False
-    """Pack sequences."""
-    train_mb_tokens: int | None = Field(default=None, ge=1)
-    """Tokens of a packed training row; null is max_total_sequence_length x train_micro_batch_size."""
-    logprob_mb_tokens: int | None = Field(default=None, ge=1)
-    """Tokens of a packed logprob row; null is max_total_sequence_length x logprob_batch_size."""
-    sequence_length_round: int = Field(default=64, ge=1)
-    """Lengths of packed rows are rounded up to a multiple of this."""
 
 
 class SharedPrefixConfig(Section):
@@ -176,18 +171,14 @@ class PolicyConfig(ModelConfig):
                 "policy.sequence_packing.enabled=True: microbatches are either packed or filled by length, and "
                 "policy.dynamic_batching.enabled is true as well. Set one of the two to false."
             )
-        for name, section in (
-            ("dynamic_batching", self.dynamic_batching),
-            ("sequence_packing", self.sequence_packing),
-        ):
-            for key, tokens in (
-                ("train_mb_tokens", section.train_mb_tokens),
-                ("logprob_mb_tokens", section.logprob_mb_tokens),
-            ):
-                if section.enabled and tokens is not None and tokens < self.max_total_sequence_length:
-                    raise ValueError(
-                        f"policy.{name}.{key}={tokens}: the longest sequence has to fit into a microbatch, and "
-                        f"policy.max_total_sequence_length is {self.max_total_sequence_length}. "
-                        f"Raise it to {self.max_total_sequence_length} or more."
-                    )
+        name = "dynamic_batching" if self.dynamic_batching.enabled else "sequence_packing"
+        section: TokenBudgetConfig = getattr(self, name)
+        for key in ("train_mb_tokens", "logprob_mb_tokens"):
+            tokens = getattr(section, key)
+            if section.enabled and tokens is not None and tokens < self.max_total_sequence_length:
+                raise ValueError(
+                    f"policy.{name}.{key}={tokens}: the longest sequence has to fit into a microbatch, and "
+                    f"policy.max_total_sequence_length is {self.max_total_sequence_length}. "
+                    f"Raise it to {self.max_total_sequence_length} or more."
+                )
         return self

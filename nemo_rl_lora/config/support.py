@@ -21,15 +21,11 @@ _KEY = "policy.megatron_cfg"
 def check_runnable(config: MasterConfig) -> list[str]:
     """One paragraph for each setting that this version cannot run; empty where it can."""
     return [
-        *_backend_problems(config),
+        *(megatron_problems(config) if config.policy.active_backend == "megatron" else []),
         *_world_problems(config),
         *_engine_problems(config),
         *unused_key_problems(config),
     ]
-
-
-def _backend_problems(config: MasterConfig) -> list[str]:
-    return megatron_problems(config) if config.policy.active_backend == "megatron" else []
 
 
 def _engine_problems(config: MasterConfig) -> list[str]:

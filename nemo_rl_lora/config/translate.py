@@ -50,10 +50,7 @@ def _of_nemo_rl(file: Path) -> Translation:
     config = load_config(file, [], algorithm_of(file))
     if isinstance(config, EvalMaster):
         raise ConfigError(f"{file}: evaluates adapters and describes none. Give the adapter_config.json of one.")
-    try:
-        spec = lora_spec_from_policy(config.policy)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    spec = lora_spec_from_policy(config.policy)
     if spec is None:
         raise ConfigError(f"{file}: enables no adapter. Set enabled: true in its LoRA block.")
     start = config.policy.adapter.init_from

@@ -51,7 +51,7 @@ def test_layers_are_base_file_quick_start_files_and_command_line_in_this_order(t
     top = write(tmp_path / "top.yaml", f"defaults: {mine.name}\ngrpo: {{val_period: 3}}")
     config = load_config(top, ["grpo.val_batch_size=4"], "grpo")
     keys = ["loss_fn.ratio_clip_min", "grpo.max_num_epochs", "grpo.seed", "grpo.val_period", "grpo.val_batch_size"]
-    assert [config.layer_of(key) for key in keys] == [0, 1, 2, 3, 4]
+    assert [config.layers.layer_of(key) for key in keys] == [0, 1, 2, 3, 4]
     assert [config.is_set(key) for key in keys] == [False, False, True, True, True]
     assert [layer.name for layer in config.layers.layers] == [
         "quickstart/grpo.yaml",
