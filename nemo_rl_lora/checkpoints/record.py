@@ -69,11 +69,8 @@ FREE_KEYS = (
     | frozenset(f"policy.megatron_cfg.{key}" for key in _MEGATRON)
 )
 FREE_SECTIONS = ("logger", "cluster")
-_NOT_COMPARED = {
-    "kernels",
-    "a2a",
-    "fused",
-}  # ways to compute an adapter, which may differ; `fused` follows from targets
+# Of a LoraSpec: ways to compute an adapter, which may differ, and `fused`, which follows from the targets.
+_NOT_COMPARED = frozenset({"kernels", "a2a", "fused"})
 
 _PACKAGES = ("nemo-rl-lora", "torch", "transformers", "safetensors", "nemo-automodel", "megatron-core", "vllm")
 

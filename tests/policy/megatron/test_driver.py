@@ -155,25 +155,34 @@ NATIVE = {
     "dtensor": ["policy.dtensor_cfg.lora_cfg.dropout=0.2"],
     "megatron": [*FLAGS, "policy.megatron_cfg.peft.dropout=0.2"],
 }
-OTHER_LAYOUT = {
-    "dtensor": ["policy.dtensor_cfg.activation_checkpointing=true"],
-    "megatron": ["cluster.gpus_per_node=2", "policy.megatron_cfg.pipeline_model_parallel_size=2"],
-}
 
 
 @pytest.mark.parametrize("backends", [("dtensor", "megatron"), ("megatron", "dtensor")], ids=" then ".join)
-def test_a_run_goes_on_where_each_backend_has_its_own_block_and_another_layout(tiny_sft, tmp_path, backends):
+def test_a_run_goes_on_where_each_backend_has_its_own_block(tiny_sft, tmp_path, backends):
     first, second = backends
     whole = tiny_sft(*NATIVE[first], "sft.max_num_steps=4", f"checkpointing.checkpoint_dir={tmp_path}/whole")
     assert whole.code == 0, whole.err
     ended = tiny_sft(*NATIVE[first], "sft.max_num_steps=2")
     assert ended.code == 0, ended.err
-    ended = tiny_sft(*NATIVE[second], *OTHER_LAYOUT[second], "sft.max_num_steps=4")
+    recomputed = f"policy.{second}_cfg.activation_checkpointing=true"
+    ended = tiny_sft(*NATIVE[second], recomputed, "sft.max_num_steps=4")
     assert ended.code == 0, ended.err
     expected, actual = tiny_sft.metrics(experiment=1)[2:], tiny_sft.metrics(experiment=3)
     assert [line["step"] for line in actual] == [3, 4]
     for name in ("lr", "loss", "grad_norm"):
         assert [line[name] for line in actual] == pytest.approx([line[name] for line in expected], rel=1e-4)
+
+
+def test_a_run_goes_on_in_two_processes_that_share_the_model(tiny_sft, tmp_path):
+    whole = tiny_sft(*NATIVE["dtensor"], "sft.max_num_steps=4", f"checkpointing.checkpoint_dir={tmp_path}/whole")
+    assert whole.code == 0, whole.err
+    ended = tiny_sft(*NATIVE["dtensor"], "sft.max_num_steps=2")
+    assert ended.code == 0, ended.err
+    stages = ["cluster.gpus_per_node=2", "policy.megatron_cfg.pipeline_model_parallel_size=2"]
+    ended = tiny_sft(*NATIVE["megatron"], *stages, "sft.max_num_steps=4")
+    assert ended.code == 0, ended.err
+    expected, actual = tiny_sft.metrics(experiment=1)[2:], tiny_sft.metrics(experiment=3)
+    assert [line["loss"] for line in actual] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
 
 
 def test_a_plan_is_made_for_this_backend(tiny_run):
