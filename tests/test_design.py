@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaConfig, NemotronHConfig, PretrainedConfig, Qwen3Config
 
 from nemo_rl_lora.config.load import CONFIG_DIR, algorithm_of, load_config
-from nemo_rl_lora.plan import make_plan
+from nemo_rl_lora.plan.plan import make_plan
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nemo_rl_lora"

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +22,15 @@ Layer = TypeVar("Layer", bound=nn.Module)
 @contextlib.contextmanager
 def loads_without_cuda() -> Iterator[None]:
     """Its loader asks for the current CUDA device: within, and where there is none, it is told the CPU."""
-    import nemo_automodel._transformers.auto_model as auto_model
-
     if torch.cuda.is_available():
         yield
         return
-    original = auto_model.torch
-    vars(auto_model)["torch"] = TorchWithoutCuda()
+    auto_model: Any = import_module("nemo_automodel._transformers.auto_model")
+    original, auto_model.torch = auto_model.torch, TorchWithoutCuda()
     try:
         yield
     finally:
-        vars(auto_model)["torch"] = original
+        auto_model.torch = original
 
 
 def adapt(linear: nn.Module, layer: type[Layer], *, dim: int, dropout: float, dropout_position: str) -> Layer:
@@ -42,7 +41,7 @@ def adapt(linear: nn.Module, layer: type[Layer], *, dim: int, dropout: float, dr
     """
     from nemo_automodel.components._peft.lora import patch_linear_module
 
-    patched = patch_linear_module(
+    patched: Any = patch_linear_module(
         linear,
         dim=dim,
         alpha=dim,
@@ -52,7 +51,7 @@ def adapt(linear: nn.Module, layer: type[Layer], *, dim: int, dropout: float, dr
         use_triton=False,
     )
     patched.__class__ = layer
-    return cast(Layer, patched)
+    return patched
 
 
 def save_pretrained(model: PreTrainedModel, directory: Path, tensors: Mapping[str, Tensor]) -> None:
