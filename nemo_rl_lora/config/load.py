@@ -58,7 +58,7 @@ def load_config(path: Path | None, overrides: Sequence[str], driver: Driver) -> 
     """
     root = MASTERS[driver]
     file = path if path is not None else CONFIG_DIR / "quickstart" / f"{driver}.yaml"
-    read = _read_tracked(file, ())
+    read = _read_tracked(existing(file, str(file)), ())
     _check_driver(file, read.tree, driver)
     tracked = without_replaced(read, overridden(read, overrides, root))
     resolved, problems = _accepted(root, tracked.tree)
