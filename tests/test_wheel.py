@@ -94,6 +94,7 @@ def test_a_step_of_the_quick_start_trains(call, tiny_llama, tmp_path):
     assert [line["loss"] > 0 for line in lines if line["split"] == "train"] == [True]
 
 
+@pytest.mark.slow  # a file found by its path, and a quick start: above
 def test_the_quick_start_of_an_own_reward_finds_its_rows_and_its_function(call, tiny_llama):
     ended = call(
         "grpo",

@@ -311,7 +311,8 @@ def test_data_default_reaches_both_datasets() -> None:
 # Keys that are set to the value they have anyway
 
 
-@pytest.mark.parametrize("backend", ["dtensor", pytest.param("megatron", marks=pytest.mark.slow)])
+@pytest.mark.slow  # single keys: test_layers.py
+@pytest.mark.parametrize("backend", ["dtensor", "megatron"])
 def test_a_key_set_to_its_inherited_value_changes_nothing_or_is_honoured_or_refused(
     backend, common, tmp_path, monkeypatch
 ) -> None:

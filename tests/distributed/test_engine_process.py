@@ -50,6 +50,7 @@ def test_weights_travel_by_a_file_and_are_proven_there(served):
     assert os.getpid() != generation._engine.pid
 
 
+@pytest.mark.slow  # a second start of vLLM; that too many deaths end a run is tested below
 def test_an_engine_that_dies_in_a_rollout_is_started_again_and_the_rollout_repeated(served):
     policy, generation = served
     policy.draw(2)

