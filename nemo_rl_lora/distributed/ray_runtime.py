@@ -24,7 +24,10 @@ def running_ray() -> Iterator[None]:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
+    from ray._private import ray_constants
 
+    if os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0":
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False  # read when ray was imported, which may be long ago
     if ray.is_initialized():
         yield
         return
