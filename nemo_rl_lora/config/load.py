@@ -58,7 +58,7 @@ def load_config(path: Path | None, overrides: Sequence[str], driver: Driver) -> 
     """
     root = MASTERS[driver]
     file = path if path is not None else CONFIG_DIR / "quickstart" / f"{driver}.yaml"
-    read = _read_tracked(existing(file, str(file)), ())
+    read = _read(file)
     _check_driver(file, read.tree, driver)
     tracked = without_replaced(read, overridden(read, overrides, root))
     resolved, problems = _accepted(root, tracked.tree)
@@ -101,7 +101,7 @@ def algorithm_of(path: Path) -> Driver:
 
 def read_tree(path: Path) -> dict[str, Any]:
     """The file merged over what its `defaults:` name, with interpolations unresolved. Raises ConfigError."""
-    return _read_tracked(existing(path, str(path)), ()).tree
+    return _read(path).tree
 
 
 def resolved_tree(config: MasterConfig | EvalMaster) -> dict[str, Any]:
@@ -112,6 +112,11 @@ def resolved_tree(config: MasterConfig | EvalMaster) -> dict[str, Any]:
 def resolved_yaml(config: MasterConfig | EvalMaster) -> str:
     """The configuration as YAML that loads again to an equal configuration, and to the same decisions."""
     return OmegaConf.to_yaml(OmegaConf.create(plain(resolved_tree(config))))
+
+
+def _read(path: Path) -> Tracked:
+    """A file, or the shipped one of this path, with what it inherits."""
+    return _read_tracked(existing(path, str(path)), ())
 
 
 def _read_tracked(path: Path, chain: tuple[Path, ...]) -> Tracked:

@@ -58,6 +58,7 @@ def model_of_tensors(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> 
     Nothing is copied, and no weight of the directory is read.
     """
     model = empty_model(config)
+    # a tied head is missing and tied below; any other missing tensor is found by the assertion
     unexpected = model.load_state_dict(dict(tensors), strict=False, assign=True).unexpected_keys
     model.tie_weights()
     absent = [name for name, p in model.named_parameters() if p.is_meta]
