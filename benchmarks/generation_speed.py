@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from nemo_rl_lora.lora.merge import merged_weight
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.models.source import resolve_model
+from nemo_rl_lora.policy.offer import OfferedTensors
 from nemo_rl_lora.types import GroupRequest, Prompt, SamplingParams, SyncMode, TensorInfo, WeightsRef
 
 DIM, SCALE = 16, 2.0
@@ -64,7 +66,16 @@ def weights_ref(model: PreTrainedModel, adapted: list[AdaptedModule], mode: Sync
             tensors[f"base_model.model.{module.name}.lora_A.weight"] = a
             tensors[f"base_model.model.{module.name}.lora_B.weight"] = b
     manifest = tuple(TensorInfo(name=n, shape=tuple(t.shape), dtype=t.dtype) for n, t in tensors.items())
-    return WeightsRef(version=1, mode=mode, manifest=manifest, digest="benchmark", num_bytes=0, tensors=tensors)
+    offered = OfferedTensors({name: partial(tensors.__getitem__, name) for name in tensors}, mode)
+    return WeightsRef(
+        version=1,
+        mode=mode,
+        manifest=manifest,
+        digest="benchmark",
+        num_bytes=0,
+        tensors=offered,
+        handed=offered.handed,
+    )
 
 
 def sum_prompts(tokenizer: object, count: int) -> list[tuple[int, ...]]:
@@ -97,7 +108,7 @@ def vllm_engine(
             "vllm_cfg": {"precision": args.dtype, "enforce_eager": True, "max_model_len": 512},
         }
     )
-    settings = engine_settings(config, model, {})
+    settings = engine_settings(config, model, {}, mode)
     engine = VllmGeneration(model, settings, lambda: start_engine(settings))
     engine._eos_token_ids = frozenset()
     return engine

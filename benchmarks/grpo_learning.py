@@ -118,7 +118,7 @@ def _evaluate(run: Any, overrides: Sequence[str], when: str, num_completions: in
     from nemo_rl_lora.run.metrics import Stopwatch
 
     algorithm, generation = run.algorithm, run.run.generation
-    mode = algorithm.config.generation.lora_sync
+    mode = run.run.sync.mode
     generation.sync_weights(run.run.policy.publish(run.run.num_steps if when == "after" else 0, mode))
     params = replace(
         algorithm.validation_params,

@@ -137,7 +137,7 @@ _PLACES = {
     "generation: draw tokens": ("generation.in_process", "sample"),
     "generation: scheduling, stopping, text": ("generation.in_process", "InProcessGeneration.collect"),
     "training: layout, loss, bookkeeping": ("policy.dtensor", "DTensorPolicy.train_step"),
-    "training: body, forward": ("policy.forward", "ForwardPass.logprobs"),
+    "training: body, forward": ("policy.forward", "ForwardPass.forward"),
     "training: attention, forward": ("policy.segment_attention", "_Attend.forward"),
     "training: head, forward and its gradient": ("policy.forward", "target_logprobs"),
     "training: attention, backward": ("policy.segment_attention", "_Attend.backward"),

@@ -1,6 +1,6 @@
 """The seconds and the memory of a GRPO step of TRL + PEFT on the same work. One JSON line at the end.
 
-uv run --group bench benchmarks/grpo_step_trl.py --micro 4|8|16|64 [--work long] [--steps 5]
+uv run --group bench benchmarks/grpo_step_trl.py --micro 4|8|16|64 [--generation WAY] [--work long] [--steps 5]
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ def main() -> None:
     add_work_arguments(parser)
     add_choice_of_work(parser)
     parser.add_argument("--micro", type=int, default=16, help="completions of a training forward pass")
+    parser.add_argument(
+        "--generation",
+        choices=("generate", "continuous", "vllm"),
+        default="generate",
+        help="transformers' generate or its continuous batching, or vLLM in the trainer's process",
+    )
     arguments = parser.parse_args()
     restart_tuned(arguments.threads)
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -31,7 +37,8 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as temporary:
-        run = TrlRun(work, resolve_model(arguments.model).path, arguments.micro, Path(temporary))
+        model = resolve_model(arguments.model).path
+        run = TrlRun(work, model, arguments.micro, Path(temporary), arguments.generation)
         reset_peak()
         setup_mib = rss_mib(peak=False)
         records = run.train()
@@ -41,6 +48,7 @@ def main() -> None:
             "side": "trl",
             "work": work.name,
             "micro_batch": f"{arguments.micro} completions",
+            "generation": arguments.generation,
             **step_summary(records),
             "prompt_tokens": run.prompt_tokens,
             "peak_rss_mib": rss_mib(peak=True),

@@ -1,14 +1,14 @@
-"""The other side of a GRPO benchmark: TRL's GRPOTrainer with PEFT's LoRA and transformers' `generate`.
+"""The other side of a GRPO benchmark: TRL's GRPOTrainer with PEFT's LoRA, and each of its ways to generate.
 
 The same questions, lengths, adapter, optimizer and objective as ours_grpo.py, set by TRL's own options; TRL's trainer
 does the step. Times are taken around it: a step from its begin to its end (what TRL does between steps is not
-counted), generation around `generate` of the model that it samples from.
+counted), generation around the trainer's own verb for it, which moves the weights to vLLM too.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,12 @@ from work import (
 )
 
 NUM_ROWS = NUM_PROMPTS * NUM_COMPLETIONS
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "generate": {},
+    "continuous": {"use_transformers_continuous_batching": True},
+    "vllm": {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 512},
+}
+"""Of TRL to sample completions: its arguments."""
 
 
 @dataclass(slots=True)
@@ -74,7 +80,10 @@ class _CountingTrainer(GRPOTrainer):
 class TrlRun:
     """A trainer that is ready to train. `micro_batch` completions go through the model at once in training."""
 
-    def __init__(self, work: Work, model: Path, micro_batch: int, directory: Path) -> None:
+    def __init__(
+        self, work: Work, model: Path, micro_batch: int, directory: Path, generation: str = "generate"
+    ) -> None:
+        """`generation`: one of WAYS."""
         if NUM_ROWS % micro_batch:
             raise ValueError(f"--micro={micro_batch}: must divide the {NUM_ROWS} completions of a step.")
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -86,7 +95,7 @@ class TrlRun:
         self._clock = _Clock()
         self.trainer = _CountingTrainer(
             model=str(model),
-            args=_settings(work, micro_batch, directory),
+            args=_settings(work, micro_batch, directory, WAYS[generation]),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             reward_funcs=self._score,
@@ -127,8 +136,7 @@ class TrlRun:
         return [*scores]
 
     def _time_generation(self) -> None:
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        generate = model.generate
+        generate = self.trainer._generate_single_turn
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             begun = time.perf_counter()
@@ -136,11 +144,12 @@ class TrlRun:
             self._clock.step.generation_seconds += time.perf_counter() - begun
             return output
 
-        model.generate = timed
+        self.trainer._generate_single_turn = timed
 
 
-def _settings(work: Work, micro_batch: int, directory: Path) -> GRPOConfig:
+def _settings(work: Work, micro_batch: int, directory: Path, way: Mapping[str, Any]) -> GRPOConfig:
     return GRPOConfig(
+        **way,
         output_dir=str(directory),
         use_cpu=True,
         bf16=True,

@@ -129,22 +129,28 @@ def entry_of(name: str, shape: Sequence[int], dtype: torch.dtype) -> TensorEntry
 def tensors_digest(tensors: Mapping[str, Tensor | StoredTensor], *, whole: bool = False) -> str:
     """SHA-256 over sorted names, shapes, dtypes and bytes; of which bytes, the rule above says.
 
-    Empty for tensors of the meta device, whose bytes another process has.
+    Empty for tensors of the meta device, whose bytes another process has. Every tensor is read even then.
     """
-    digest = hashlib.sha256()
+    digest, elsewhere = hashlib.sha256(), False
     with TensorReader() as reader:
         for name in sorted(tensors):
             tensor = tensors[name]
             if isinstance(tensor, StoredTensor):
                 entry, read = tensor, _reading(reader, tensor)
             elif tensor.is_meta:
-                return ""
+                elsewhere = True
+                continue
             else:
                 entry, read = entry_of(name, tensor.shape, tensor.dtype), _slicing(tensor)
             digest.update(f"{name} {list(entry.shape)} {entry.dtype}\n".encode())
             for start, stop in digested_spans(entry.num_bytes, whole=whole):
                 digest.update(read(start, stop))
-    return digest.hexdigest()
+    return "" if elsewhere else digest.hexdigest()
+
+
+def combined_digest(digests: Mapping[str, str]) -> str:
+    """SHA-256 over the digests of tensors by their names."""
+    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
 def digested_spans(num_bytes: int, *, whole: bool) -> list[tuple[int, int]]:
@@ -199,20 +205,33 @@ def _weight_map(directory: Path) -> Mapping[str, str]:
         raise ValueError(f"{index}: cannot be read ({error}). {_WAY_OUT}") from error
 
 
-def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+def stored_tensors(directory: Path, *, partial: bool = False) -> dict[str, StoredTensor]:
     """Every tensor of the directory's model, in the order of the files and of their bytes; empty without safetensors.
 
-    ValueError where a file is missing or not whole.
+    ValueError where a file is missing (with `partial` it is passed over) or not whole, or where two hold one tensor.
     """
     files = weight_files(directory)
+    if partial:
+        files = [name for name in files if (directory / name).is_file()]
     found: dict[str, StoredTensor] = {}
     for name in files:
-        found |= file_tensors(directory / name)
+        tensors = file_tensors(directory / name)
+        if twice := sorted(found.keys() & tensors.keys()):
+            where = f"{found[twice[0]].path.name} and {name} both hold {twice[0]}"
+            raise ValueError(f"{directory / INDEX_FILE}: {where}. Keep one of them.")
+        found |= tensors
     weight_map = {} if files == [SINGLE_FILE] else _weight_map(directory)
-    if absent := sorted(set(weight_map) - set(found)):
+    if absent := sorted(name for name in set(weight_map) - set(found) if weight_map[name] in files):
         where = f"names {absent[0]}, which {weight_map[absent[0]]} does not hold"
         raise ValueError(f"{directory / INDEX_FILE}: {where}. {_WAY_OUT}")
     return found
+
+
+def absent_tensors(directory: Path) -> list[str]:
+    """The tensors that an index places in files that are not there."""
+    if (directory / SINGLE_FILE).is_file():
+        return []
+    return [name for name, file in _weight_map(directory).items() if not (directory / file).is_file()]
 
 
 def file_tensors(path: Path) -> dict[str, StoredTensor]:

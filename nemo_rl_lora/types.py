@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +28,12 @@ class Prompt:
     text: str  # what the user said, before the chat template
     row: Mapping[str, Any]  # the row as the environment scores it
     environment: str  # name of the environment that scores it
+    place: str = ""  # where the row stands, such as "line 3 of rows.jsonl"
+
+    @property
+    def named(self) -> str:
+        """The row as an error names it."""
+        return self.place or f"row {self.index}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +46,7 @@ class SamplingParams:
     top_k: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    skip_special_tokens: bool = True  # in a completion's text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +66,7 @@ class Completion:
     token_ids: tuple[int, ...]  # with the stop token, where one ended it
     logprobs: tuple[float, ...]
     versions: tuple[tuple[int, int], ...]  # run-length: (number of tokens, weights version)
-    text: str  # decoded without special tokens, cut before a stop string
+    text: str  # decoded, without special tokens where they are skipped, without stop token, cut before a stop string
     finish_reason: Literal["stop", "length"]
 
 
@@ -131,6 +138,11 @@ class Batch:
     generation_logprobs: Tensor | None = None  # [B, T] fp32
     advantages: Tensor | None = None  # [B] or [B, T] fp32
 
+    def of_rows(self, rows: Tensor | slice) -> Batch:
+        """These rows of every tensor, with the denominators as they are."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value[rows] for name, value in values.items() if hasattr(value, "index_select")})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs:
@@ -182,7 +194,9 @@ class TensorInfo:
 class WeightsRef:
     """Where the weights of one version are. `tensors` is a handle within this process, `path` a file for others.
 
-    Every value of `tensors` may be computed when it is asked for (a merge), so a reader asks for each once.
+    Every value of `tensors` may be computed when it is asked for (a merge), so a reader asks for each once. `digest`
+    names the version: it is that of the trained tensors. `handed` is what a receipt is compared with: the digest of
+    each tensor as it was handed to its reader, which the policy's side keeps.
     """
 
     version: int
@@ -192,23 +206,39 @@ class WeightsRef:
     num_bytes: int
     tensors: Mapping[str, Tensor] | None = None
     path: Path | None = None
+    handed: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineReceipt:
+    """What one of several engines says of a sync. Its fields mean what those of SyncReceipt do."""
+
+    index: int  # from 0
+    where: str  # its process, and its node where that is another one
+    num_ranks: int  # that share its weights; each of them confirmed
+    version: int
+    digest: str
+    verdict: Literal["confirmed", "undecided"]
+    seconds: float
+    proof_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReceipt:
     """What a generation engine says of a sync it finished.
 
-    `digest` is the ref's. vLLM gives it once its digest of every tensor that it received is the one that was sent; the
-    engine in the trainer's process only repeats it.
+    `digest` is combined (tensors.py) from those of the bytes that the engine received or holds, so it is that of the
+    ref's `handed` only where every tensor arrived; None where nothing is served, as in a replay.
     `verdict`: whether the engine's kernels show this version; `undecided` where it shows the same numbers as the one
     before it or the base, so that the bytes alone decide; None where no engine was probed.
     """
 
     version: int
     mode: SyncMode
-    digest: str
+    digest: str | None
     num_tensors: int
     num_bytes: int
     seconds: float
     verdict: Literal["confirmed", "undecided"] | None = None
     proof_seconds: float = 0.0  # of `seconds`, what comparing and probing took
+    engines: tuple[EngineReceipt, ...] = ()  # one for each that was probed; the verdict is that of all of them

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOADED = ["tests.policy.megatron.parallel_ranks", "tests.policy.megatron.adapted_ranks"]
+from tests.children import SERVER
 
 
 def run_ranks(number: int, meeting: Path, function: Callable[..., None], *arguments: Any) -> None:
@@ -19,10 +18,8 @@ def run_ranks(number: int, meeting: Path, function: Callable[..., None], *argume
 
     RuntimeError with what each process said that failed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     processes = [
-        context.Process(target=_one_rank, args=(rank, number, meeting, function, arguments)) for rank in range(number)
+        SERVER.Process(target=_one_rank, args=(rank, number, meeting, function, arguments)) for rank in range(number)
     ]
     for process in processes:
         process.start()

@@ -14,6 +14,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = ("compare.py", "grpo_learning.py", "grpo_profile.py", "grpo_step_ours.py", "grpo_step_trl.py")
+OTHERS = ("memory_growth.py", "merge.py", "processes.py", "tuning_ours.py", "tuning_trl.py")
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_every_file_compiles(path):
     compile(path.read_text(encoding="utf-8"), str(path), "exec")
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "memory_growth.py", "merge.py", "tuning_ours.py", "tuning_trl.py"])
+@pytest.mark.parametrize("script", [*SCRIPTS, *OTHERS])
 def test_a_script_shows_its_help_without_importing_torch(script):
     code = (
         "import runpy, sys\n"

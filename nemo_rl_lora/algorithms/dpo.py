@@ -49,7 +49,6 @@ class Dpo(Tuning[DpoMaster, PreferencePair]):
         super().__init__(config)
         self.loss = PreferenceLoss(config=config.dpo)
         self._reference = ReferenceCache()
-        self._validation_reference = ReferenceCache()  # held-out pairs have indices of their own
 
     @property
     def loop(self) -> DpoConfig:
@@ -57,7 +56,14 @@ class Dpo(Tuning[DpoMaster, PreferencePair]):
 
     def load_sets(self, tokenizer: Any) -> tuple[list[PreferenceSet], list[PreferenceSet]]:
         """Pairs, tokenised."""
-        return load_preference_sets(self.config, tokenizer)
+        return load_preference_sets(self.config, tokenizer, seed=self.loop.seed)
+
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        if not self.validation_sets:
+            return ()
+        intervals = ("accuracy_low", "accuracy_high") if self.loss.needs_reference else ()
+        return ("loss", "validation-default_loss", "num_valid_samples", *self.loss.metrics, *intervals)
 
     def train(self, step: int, watch: Stopwatch) -> StepDone:
         """One optimizer step on the next pairs."""
@@ -67,10 +73,10 @@ class Dpo(Tuning[DpoMaster, PreferencePair]):
             batch = collate_pairs(pairs)
         run.console.stage("reference")
         with watch.measure("policy_and_reference_logprobs"):
-            batch = self._with_reference(pairs, batch, self._reference)
+            batch = self._with_reference(pairs, batch)
         run.console.stage("training")
         with watch.measure("policy_training"):
-            output = run.policy.train_step(batch, self.loss)
+            output = self.optimizer_step(batch, self.loss)
         metrics = mean_outputs([output]) | {
             "num_valid_samples": float(len(pairs)),
             "global_valid_toks": float(batch.denominators.num_loss_tokens),
@@ -100,25 +106,23 @@ class Dpo(Tuning[DpoMaster, PreferencePair]):
         metrics |= {"num_valid_samples": float(num_pairs), "validation-default_loss": metrics["loss"]}
         return Validated(metrics=metrics | (accuracies(outcomes) if outcomes else {}))
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, step: int, *, urgent: bool) -> None:
         """The reference's logprobs."""
         self._reference.save(directory / REFERENCE_FILE)
-        self._validation_reference.save(directory / f"validation_{REFERENCE_FILE}")
 
     def load(self, directory: Path) -> None:
         """Read them back."""
         self._reference.load(directory / REFERENCE_FILE)
-        self._validation_reference.load(directory / f"validation_{REFERENCE_FILE}")
 
-    def _with_reference(self, pairs: Sequence[PreferencePair], batch: Batch, cache: ReferenceCache) -> Batch:
+    def _with_reference(self, pairs: Sequence[PreferencePair], batch: Batch) -> Batch:
         if not self.loss.needs_reference:
             return batch
-        return replace(batch, reference_logprobs=cache.of(pairs, batch, self.run.policy))
+        return replace(batch, reference_logprobs=self._reference.of(pairs, batch, self.run.policy))
 
     @torch.no_grad()
     def _measure(self, pairs: Sequence[PreferencePair]) -> tuple[dict[str, float], list[float]]:
         """Loss and metrics of these pairs, and whether each is told right; nothing of that without a reference."""
-        batch = self._with_reference(pairs, collate_pairs(pairs), self._validation_reference)
+        batch = self._with_reference(pairs, collate_pairs(pairs))
         logprobs = self.run.policy.logprobs(batch)
         loss, metrics = self.loss(loss_inputs(batch, logprobs))
         hits: list[float] = []

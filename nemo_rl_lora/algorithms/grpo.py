@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nemo_rl_lora.algorithms.ahead import SourceAhead
 from nemo_rl_lora.algorithms.algorithm import Algorithm, Run, StepDone, Validated, mean_outputs
 from nemo_rl_lora.algorithms.batch import collate_rollouts, optimizer_slices, rewards_of, rollout_advantages
 from nemo_rl_lora.algorithms.losses.policy import make_policy_loss
@@ -25,6 +26,7 @@ from nemo_rl_lora.algorithms.rollout import (
 from nemo_rl_lora.algorithms.surplus_groups import SurplusGroup, with_old_logprobs
 from nemo_rl_lora.config.grpo import GrpoConfig
 from nemo_rl_lora.config.master import GrpoMaster
+from nemo_rl_lora.data.checked_rows import data_digests
 from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.data.prompts import PromptSet, load_prompt_sets
 from nemo_rl_lora.environments.protocol import Environment
@@ -32,9 +34,11 @@ from nemo_rl_lora.environments.registry import check_prompts, make_environments
 from nemo_rl_lora.evaluation.ask import ask, group_requests, total_counts
 from nemo_rl_lora.evaluation.estimates import pass_at_k
 from nemo_rl_lora.generation.protocol import Generation
+from nemo_rl_lora.generation.sync_mode import SyncChoice
 from nemo_rl_lora.run.console import KeyMetric
 from nemo_rl_lora.run.metrics import Stopwatch
-from nemo_rl_lora.types import Batch, Prompt, RolloutGroup, StepOutput, SyncReceipt
+from nemo_rl_lora.tensors import combined_digest
+from nemo_rl_lora.types import Batch, EngineReceipt, Prompt, RolloutGroup, StepOutput, SyncReceipt, WeightsRef
 
 
 class Grpo(Algorithm[GrpoMaster]):
@@ -50,6 +54,7 @@ class Grpo(Algorithm[GrpoMaster]):
     )
     source: RolloutSource  # from `attach` on
     _generation: Generation
+    _sync_choice: SyncChoice
     _train: PromptSet  # from `load_data` on
     _validation: PromptSet | None
     environments: Mapping[str, Environment]
@@ -78,7 +83,7 @@ class Grpo(Algorithm[GrpoMaster]):
         With dynamic sampling a draw takes `batch_multiplier` times the prompts of a step.
         """
         config = self.config
-        self._train, self._validation = load_prompt_sets(config, tokenizer)
+        self._train, self._validation = load_prompt_sets(config, tokenizer, seed=config.grpo.seed)
         loader = RowLoader(
             [self._train],
             math.ceil(config.grpo.num_prompts_per_step * config.grpo.batch_multiplier),
@@ -94,6 +99,13 @@ class Grpo(Algorithm[GrpoMaster]):
             check_prompts(self.environments, prompts.unencoded())
         return loader
 
+    def data_digests(self) -> dict[str, str]:
+        return data_digests(self._train.sets, [] if self._validation is None else self._validation.sets)
+
+    def reward_digests(self) -> dict[str, str]:
+        digests = {f"env.{name}": environment.code_digest() for name, environment in self.environments.items()}
+        return {key: digest for key, digest in digests.items() if digest is not None}
+
     def describe_data(self) -> str:
         num_validation = 0 if self._validation is None else len(self._validation)
         return (
@@ -101,16 +113,28 @@ class Grpo(Algorithm[GrpoMaster]):
             f"{', '.join(self._train.environment_names)}"
         )
 
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        if self._validation is None:
+            return ()
+        return "accuracy", "avg_length", f"pass@{self.loop.val_num_generations_per_prompt}"
+
     def attach(self, run: Run) -> None:
         super().attach(run)
         assert run.generation is not None, "GRPO samples"
-        self._generation = run.generation
-        self.source = SynchronousSource(self.config, run, run.generation, self.environments, self._train)
+        assert run.sync is not None, "an engine is served in one form"
+        self._generation, self._sync_choice = run.generation, run.sync
+        source = SourceAhead if self.loop.num_steps_ahead else SynchronousSource
+        self.source = source(self.config, run, run.generation, self.environments, self._train)
+
+    def detach(self) -> None:
+        self.source.close()
 
     def train(self, step: int, watch: Stopwatch) -> StepDone:
         """Sample groups, score them, and take the optimizer steps of their batch."""
         receipt = self._sync(step, watch)
         rollout = self.source.next(step, receipt.version, watch)
+        self.has_moved = self.loop.keep_surplus_groups  # which are those of the next step now
         with watch.measure("advantage_calculation"):
             advantages = rollout_advantages(rollout.groups, self.loop)
         with watch.measure("data_processing"):
@@ -130,7 +154,7 @@ class Grpo(Algorithm[GrpoMaster]):
             "mean_prompt_length": float(batch.prompt_length.float().mean()),
             "global_valid_toks": float(batch.denominators.num_loss_tokens),
             "global_valid_seqs": float(batch.denominators.num_sequences),
-            "generation_tokens_per_second": rollout.num_tokens / max(watch.seconds("generation"), 1e-9),
+            "generation_tokens_per_second": rollout.num_tokens / max(rollout.generation_seconds, 1e-9),
         }
         counts = {"num_tokens": float(batch.sequence_length.sum()), "num_completions": float(len(batch.token_ids))}
         return StepDone(metrics=metrics, counts=counts, token_ids=rollout.token_ids)
@@ -141,6 +165,7 @@ class Grpo(Algorithm[GrpoMaster]):
         if prompts is None or 0 < step < config.val_start_at:
             return None
         self._sync(step, watch)
+        self.source.settle(watch, for_sync=False)
         num_prompts = min(len(prompts), config.max_val_samples or len(prompts))
         groups: list[RolloutGroup] = []
         counts: list[Mapping[str, float]] = []
@@ -160,11 +185,13 @@ class Grpo(Algorithm[GrpoMaster]):
         }
         return Validated(metrics=metrics, samples=samples_of(groups), reached=self._reached(metrics))
 
-    def save(self, directory: Path) -> None:
-        self.source.save(directory)
+    def save(self, directory: Path, step: int, *, urgent: bool) -> None:
+        self.source.save(directory, step, urgent=urgent)
+        self._sync_choice.save(directory)
 
     def load(self, directory: Path) -> None:
         self.source.load(directory)
+        self._sync_choice.load(directory)
 
     def close(self) -> None:
         """End the environments."""
@@ -176,18 +203,30 @@ class Grpo(Algorithm[GrpoMaster]):
         if self._receipt is not None and self._receipt.version == step:
             return self._receipt
         self.run.console.stage("syncing weights")
-        mode = self.config.generation.lora_sync
+        self.source.settle(watch, for_sync=True)
         with watch.measure("weight_sync"):
-            ref = self.run.policy.publish(step, mode)
+            ref = self._offered(step)
             receipt = self._generation.sync_weights(ref)
-        if (receipt.version, receipt.digest) != (ref.version, ref.digest):
-            raise RuntimeError(
-                f"policy.generation.lora_sync={mode!r}: the engine confirmed version {receipt.version} "
-                f"({receipt.digest[:12]}), but version {ref.version} ({ref.digest[:12]}) was sent. "
-                "No rollout was used."
-            )
+        handed = combined_digest({info.name: ref.handed.get(info.name, "not read") for info in ref.manifest})
+        for each in (receipt, *receipt.engines):
+            if each.version != ref.version or each.digest not in (handed, None):
+                which = f"engine {each.index}" if isinstance(each, EngineReceipt) else "the engine"
+                raise RuntimeError(
+                    f"policy.generation.lora_sync={ref.mode!r}: {which} confirmed version {each.version} "
+                    f"({(each.digest or '')[:12]}), but version {ref.version} ({handed[:12]}) was sent. "
+                    "No rollout was used."
+                )
         self._receipt = receipt
         return receipt
+
+    def _offered(self, step: int) -> WeightsRef:
+        """The weights of this step, in the form that is chosen for this run."""
+        policy, sync = self.run.policy, self._sync_choice
+        if sync.is_open:
+            adapter = policy.publish(step, "adapter").tensors
+            assert adapter is not None, "a policy offers tensors to this process"
+            sync.see(step, adapter)
+        return policy.publish(step, sync.mode)
 
     def _with_logprobs(self, batch: Batch, groups: Sequence[RolloutGroup], watch: Stopwatch) -> Batch:
         """The batch of these groups with the reference's and the old logprobs, where the loss needs them."""
@@ -205,7 +244,7 @@ class Grpo(Algorithm[GrpoMaster]):
         return optimizer_slices(batch, self.config.policy.train_global_batch_size)
 
     def _optimizer_step(self, part: Batch, step: int) -> StepOutput:
-        output = self.run.policy.train_step(part, self.loss)
+        output = self.optimizer_step(part, self.loss)
         refuse_disparity(output.metrics, self.config.generation.parity, step)
         return output
 
@@ -213,11 +252,6 @@ class Grpo(Algorithm[GrpoMaster]):
         name, threshold = self.loop.stop_at_validation_metric, self.loop.stop_at_validation_threshold
         if name is None or threshold is None:
             return None
-        if name not in metrics:
-            raise ValueError(
-                f"grpo.stop_at_validation_metric={name!r}: validation has no such metric. "
-                f"Choose one of {', '.join(sorted(metrics))}."
-            )
         return f"{name} reached its threshold" if metrics[name] >= threshold else None
 
 

@@ -6,19 +6,25 @@ follows from (seed, step), so a resumed run is the run that was interrupted.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nemo_rl_lora.algorithms.algorithm import Algorithm, Run, StepDone
 from nemo_rl_lora.checkpoints.record import SaveReason
 from nemo_rl_lora.checkpoints.step_digests import tensor_digests, token_digest
-from nemo_rl_lora.checkpoints.steps import ResumePoint, SaveDeadline
-from nemo_rl_lora.generation.protocol import GenerationFailed
+from nemo_rl_lora.checkpoints.steps import CheckpointWriteError, ResumePoint, SaveDeadline
+from nemo_rl_lora.distributed.lost import ProcessesLost
 from nemo_rl_lora.run.control import StopRequest
 from nemo_rl_lora.run.metrics import Stopwatch
+
+logger = logging.getLogger(__name__)
+
+_URGENT = ("signal", "deadline", "failure")  # reasons to save at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +42,8 @@ class RunResult:
 class TrainingLoop:
     """The loop's state: the step, the totals and the newest metrics."""
 
-    def __init__(self, run: Run, algorithm: Algorithm[Any]) -> None:
+    def __init__(self, run: Run, algorithm: Algorithm[Any], started: float | None = None) -> None:
+        """`started`: when the run started, by time.monotonic, where it was started again since; None: now."""
         self._run, self._algorithm = run, algorithm
         self._settings = algorithm.loop
         self._checkpointing = run.config.checkpointing
@@ -44,17 +51,30 @@ class TrainingLoop:
         self._counters: dict[str, float] = {}
         self._newest: dict[str, float | None] = {}
         self._watch = Stopwatch()
-        self._checkpoint: Path | None = None
-        self._deadline = SaveDeadline(self._checkpointing.must_save_by_seconds)
+        self._deadline = SaveDeadline(self._checkpointing.must_save_by_seconds, started=started)
         self._longest_seconds = 0.0  # of a step with the validation and the save that came with it
         self._validated_step = -1
         if run.resume is not None:
             self._continue_from(run.resume)
-        self._position = run.loader.state()  # after the last complete step
+        self._position, self._epoch = run.loader.state(), run.loader.epoch  # after the last complete step
         self._num_finished_epochs = self._count_finished_epochs()
 
+    @property
+    def step(self) -> int:
+        """Complete steps."""
+        return self._step
+
     def run(self, stop: StopRequest) -> RunResult:
-        """Run to the end of the data or of max_num_steps, or until asked to stop."""
+        """Run to the end of the data or of max_num_steps, or until asked to stop. An error leaves the last complete
+        step saved where it still can be, and says which."""
+        try:
+            return self._take_steps(stop)
+        except Exception as error:  # of whatever kind: it is raised again
+            if note := self._save_after(error):
+                error.add_note(note)
+            raise
+
+    def _take_steps(self, stop: StopRequest) -> RunResult:
         outcome = "completed"
         if self._step == 0 and self._settings.val_at_start and (reached := self._validate()):
             return self._result(f"completed: {reached}")
@@ -65,12 +85,9 @@ class TrainingLoop:
             except StopIteration:
                 outcome = f"completed: no rows are left after step {self._step}"
                 break
-            except GenerationFailed:
-                if self._checkpointing.enabled and self._step > 0 and not self._is_saved():
-                    self._save("failure")
-                raise
+            self._algorithm.has_moved = False
             self._step += 1
-            self._position = self._run.loader.state()
+            self._position, self._epoch = self._run.loader.state(), self._run.loader.epoch
             self._record(done)
             if self._run.config.logger.record_digests:
                 tensors = tensor_digests(self._run.policy.save, self._run.log.directory)
@@ -134,7 +151,7 @@ class TrainingLoop:
     def _validation_is_due(self) -> bool:
         if self._settings.val_at_end and self._step == self._run.num_steps:
             return True
-        return bool(self._settings.val_period) and self._step % self._settings.val_period == 0
+        return self._settings.val_period > 0 and self._step % self._settings.val_period == 0
 
     def _why_save(self, stop: StopRequest, reached: bool, step_seconds: float) -> SaveReason | None:
         """Whether to save after this step, and why. Counts the epochs that have ended."""
@@ -156,6 +173,12 @@ class TrainingLoop:
         loader = self._run.loader
         return loader.epoch + loader.is_at_end_of_epoch
 
+    @property
+    def _checkpoint(self) -> Path | None:
+        """The newest."""
+        run = self._run
+        return run.checkpointer.saved or (None if run.resume is None else run.resume.path)
+
     def _is_saved(self) -> bool:
         return self._checkpoint is not None and self._checkpoint.name == f"step_{self._step}"
 
@@ -165,32 +188,47 @@ class TrainingLoop:
         info = replace(
             run.origin,
             step=self._step,
-            epoch=run.loader.epoch,
+            epoch=self._epoch,
             data_position=self._position,
             counters=dict(self._counters),
             metrics=dict(self._newest),
             reason=reason,
         )
         started = time.perf_counter()
-        self._checkpoint = run.checkpointer.save(info, self._write)
+        path = run.checkpointer.save(info, partial(self._write, urgent=reason in _URGENT))
         seconds = time.perf_counter() - started
         self._watch.add("checkpointing", seconds)
-        num_bytes = sum(path.stat().st_size for path in self._checkpoint.rglob("*") if path.is_file())
+        num_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         run.log.log(self._step, "checkpoint", {"num_bytes": num_bytes, "timing/save": seconds})
 
-    def _write(self, directory: Path) -> None:
+    def _save_after(self, error: Exception) -> str | None:
+        """Save the last complete step after what ends the run, where it was not and is still whole; which one it is."""
+        said_elsewhere = isinstance(error, (CheckpointWriteError, ProcessesLost))
+        if not self._checkpointing.enabled or self._step == 0 or said_elsewhere:
+            return None
+        if not self._is_saved() and not self._algorithm.has_moved:
+            try:
+                self._save("failure")
+            except Exception as failed:  # the log's disk may be full, and that of the checkpoints not
+                if not self._is_saved():
+                    logger.warning(f"step {self._step} could not be saved: {failed}")
+        if self._is_saved():
+            return f"Step {self._step}, the last complete one, is saved: {self._checkpoint}."
+        newest = "none" if self._checkpoint is None else str(self._checkpoint)
+        return f"Step {self._step}, the last complete one, could not be saved. The newest checkpoint is {newest}."
+
+    def _write(self, directory: Path, *, urgent: bool) -> None:
         policy_directory = directory / "policy"
         policy_directory.mkdir()
         self._run.policy.save(policy_directory)
         self._run.tokenizer.save_pretrained(policy_directory / "tokenizer")
-        self._algorithm.save(directory)
+        self._algorithm.save(directory, self._step, urgent=urgent)
 
     def _continue_from(self, resume: ResumePoint) -> None:
         self._run.policy.load(resume.path / "policy")
         self._algorithm.load(resume.path)
         self._run.loader.from_state(resume.info.data_position)
         self._step = resume.step
-        self._checkpoint = resume.path
         self._counters |= resume.info.counters
         self._newest = dict(resume.info.metrics)
 

@@ -33,6 +33,7 @@ class Rollout:
     groups: Sequence[RolloutGroup]
     sampled: Sequence[RolloutGroup]  # for this step, whether they are trained on or not
     metrics: Mapping[str, float]
+    generation_seconds: float
 
     @property
     def num_tokens(self) -> int:
@@ -75,12 +76,21 @@ class RolloutSource(Protocol):
         Raises StopIteration where the prompts have ended."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """Write the groups that wait for a later step; all else that is drawn follows from the seed and the step."""
+    def settle(self, watch: Stopwatch, *, for_sync: bool) -> None:
+        """Wait until the engine is free: for new weights, or for someone else to ask it."""
+        ...
+
+    def save(self, directory: Path, step: int, *, urgent: bool) -> None:
+        """Write the groups that wait for a step after `step` complete ones; all else that is drawn follows from the
+        seed and the step. Urgent: wait for nothing."""
         ...
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote."""
+        ...
+
+    def close(self) -> None:
+        """Ask the engine for nothing more."""
         ...
 
 
@@ -119,15 +129,20 @@ class SynchronousSource:
             num_kept = len(kept) if config.keep_surplus_groups else num_fresh
             counts["num_discarded_groups"] = float(len(sampled) - num_kept)
         groups = [*reused, *kept[:num_fresh]]
-        metrics = {
-            **counts,
-            **_sampling_metrics(sampled),
-            "reward": float(rewards_of(sampled or groups).mean()),
-            "filtered_reward": float(rewards_of(groups).mean()),
-        }
-        return Rollout(groups=groups, sampled=sampled, metrics=metrics)
+        return Rollout(
+            groups=groups,
+            sampled=sampled,
+            metrics=rollout_metrics(sampled, groups, counts),
+            generation_seconds=watch.seconds("generation"),
+        )
 
-    def save(self, directory: Path) -> None:
+    def settle(self, watch: Stopwatch, *, for_sync: bool) -> None:
+        """It is free between two calls of `next`."""
+
+    def close(self) -> None:
+        """Nothing is asked between two calls of `next`."""
+
+    def save(self, directory: Path, step: int, *, urgent: bool) -> None:
         if self._config.grpo.keep_surplus_groups:
             save_surplus(directory / SURPLUS_FILE, self._surplus)
 
@@ -177,6 +192,18 @@ def _teaches(group: RolloutGroup) -> bool:
     """Whether its rewards differ; where they are all equal every advantage is 0."""
     rewards = rewards_of([group])
     return bool(keep_groups(rewards, torch.zeros(len(rewards), dtype=torch.int64)).any())
+
+
+def rollout_metrics(
+    sampled: Sequence[RolloutGroup], groups: Sequence[RolloutGroup], counts: Mapping[str, float]
+) -> dict[str, float]:
+    """Of what was sampled for a step, of the groups that it trains on, and what was counted on the way."""
+    return {
+        **counts,
+        **_sampling_metrics(sampled),
+        "reward": float(rewards_of(sampled or groups).mean()),
+        "filtered_reward": float(rewards_of(groups).mean()),
+    }
 
 
 def _sampling_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:

@@ -38,7 +38,15 @@ class Sft(Tuning[SftMaster, Example]):
 
     def load_sets(self, tokenizer: Any) -> tuple[list[ConversationSet], list[ConversationSet]]:
         """Conversations, tokenised, with their loss masks."""
-        return load_conversation_sets(self.config, tokenizer, only_unmask_final=self.loop.only_unmask_final)
+        return load_conversation_sets(
+            self.config, tokenizer, only_unmask_final=self.loop.only_unmask_final, seed=self.loop.seed
+        )
+
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        names = [rows.name for rows in self.validation_sets]
+        by_set = tuple(f"val_loss/{name}" for name in names) if len(names) > 1 else ()
+        return ("val_loss", "num_valid_tokens", *by_set) if names else ()
 
     def train(self, step: int, watch: Stopwatch) -> StepDone:
         """One optimizer step on the next rows."""
@@ -46,14 +54,9 @@ class Sft(Tuning[SftMaster, Example]):
         with watch.measure("data_processing"):
             examples = next(run.loader)
             batch = collate_examples(examples)
-        if batch.denominators.num_loss_tokens == 0:
-            raise ValueError(
-                f"policy.max_total_sequence_length: none of the {len(examples)} rows of step {step + 1} has a token to "
-                "learn within the limit. Raise it (or data.max_input_seq_length), or leave out the long rows."
-            )
         run.console.stage("training")
         with watch.measure("policy_training"):
-            output = run.policy.train_step(batch, SftLoss())
+            output = self.optimizer_step(batch, SftLoss())
         metrics = mean_outputs([output]) | {
             "global_valid_toks": float(batch.denominators.num_loss_tokens),
             "global_valid_seqs": float(batch.denominators.num_sequences),
@@ -76,7 +79,7 @@ class Sft(Tuning[SftMaster, Example]):
                 batch = collate_examples(rows[span])
                 losses[rows.name] -= float(self.run.policy.logprobs(batch).double().sum())
                 tokens[rows.name] += batch.denominators.num_loss_tokens
-        metrics = {"val_loss": sum(losses.values()) / max(tokens.total(), 1), "num_valid_tokens": float(tokens.total())}
+        metrics = {"val_loss": sum(losses.values()) / tokens.total(), "num_valid_tokens": float(tokens.total())}
         if len(self.validation_sets) > 1:
-            metrics |= {f"val_loss/{name}": losses[name] / max(tokens[name], 1) for name in tokens}
+            metrics |= {f"val_loss/{name}": losses[name] / tokens[name] for name in tokens}
         return Validated(metrics=metrics)

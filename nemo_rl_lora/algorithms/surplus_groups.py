@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from nemo_rl_lora.algorithms.batch import collate_rollouts
+from nemo_rl_lora.algorithms.group_records import group_from, group_record, prompt_of
 from nemo_rl_lora.policy.protocol import Policy
-from nemo_rl_lora.types import Batch, Completion, Prompt, RolloutGroup
+from nemo_rl_lora.types import Batch, Prompt, RolloutGroup
 
 SURPLUS_FILE = "held_groups.json"
 
@@ -37,15 +37,7 @@ def as_surplus(groups: Sequence[RolloutGroup], policy: Policy) -> list[SurplusGr
     logprobs = policy.logprobs(batch)
     spans = zip(batch.prompt_length.tolist(), batch.sequence_length.tolist(), strict=True)
     rows = iter([tuple(logprobs[row, begin:end].tolist()) for row, (begin, end) in enumerate(spans)])
-    return [
-        SurplusGroup(
-            prompt=group.prompt,
-            completions=group.completions,
-            rewards=group.rewards,
-            old_logprobs=tuple(next(rows) for _ in group.completions),
-        )
-        for group in groups
-    ]
+    return [_surplus(group, [next(rows) for _ in group.completions]) for group in groups]
 
 
 def with_old_logprobs(batch: Batch, logprobs: torch.Tensor, groups: Sequence[RolloutGroup]) -> Batch:
@@ -61,34 +53,23 @@ def with_old_logprobs(batch: Batch, logprobs: torch.Tensor, groups: Sequence[Rol
 
 
 def save_surplus(path: Path, groups: Sequence[SurplusGroup]) -> None:
-    """A JSON list; a prompt is named by its index in the dataset."""
-    rows = [
-        {
-            "prompt_index": group.prompt.index,
-            "completions": [asdict(completion) for completion in group.completions],
-            "rewards": group.rewards,
-            "old_logprobs": group.old_logprobs,
-        }
-        for group in groups
-    ]
+    """A JSON list."""
+    rows = [{**group_record(group), "old_logprobs": group.old_logprobs} for group in groups]
     path.write_text(json.dumps(rows) + "\n", encoding="utf-8")
 
 
 def load_surplus(path: Path, prompts: Sequence[Prompt]) -> list[SurplusGroup]:
-    """What `save_surplus` wrote; nothing where a run keeps no surplus."""
-    if not path.is_file():
-        return []
+    """What `save_surplus` wrote, without groups of prompts that are no longer there; nothing where a run keeps none."""
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    found = [(row, prompt_of(row, prompts)) for row in rows]
     return [
-        SurplusGroup(
-            prompt=prompts[row["prompt_index"]],
-            completions=tuple(_completion(**completion) for completion in row["completions"]),
-            rewards=tuple(row["rewards"]),
-            old_logprobs=tuple(tuple(logprobs) for logprobs in row["old_logprobs"]),
-        )
-        for row in json.loads(path.read_text(encoding="utf-8"))
+        _surplus(group_from(row, prompt), [tuple(logprobs) for logprobs in row["old_logprobs"]])
+        for row, prompt in found
+        if prompt is not None
     ]
 
 
-def _completion(**fields: Any) -> Completion:
-    lists = {name: tuple(fields[name]) for name in ("token_ids", "logprobs")}
-    return Completion(**{**fields, **lists, "versions": tuple((n, version) for n, version in fields["versions"])})
+def _surplus(group: RolloutGroup, old_logprobs: Sequence[tuple[float, ...]]) -> SurplusGroup:
+    return SurplusGroup(
+        prompt=group.prompt, completions=group.completions, rewards=group.rewards, old_logprobs=tuple(old_logprobs)
+    )

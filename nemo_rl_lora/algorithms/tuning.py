@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from nemo_rl_lora.algorithms.algorithm import Algorithm, M
 from nemo_rl_lora.config.loop import TuningConfig
+from nemo_rl_lora.data.checked_rows import data_digests
 from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.data.row_sets import RowSet
 
@@ -35,7 +36,8 @@ class Tuning(Algorithm[M], Generic[M, T]):
 
     def load_data(self, tokenizer: Any) -> RowLoader[T]:
         """Batches of `train_global_batch_size` rows out of all sets, by their rates."""
-        self.train_sets, self.validation_sets = self.load_sets(tokenizer)
+        self.train_sets, validation_sets = self.load_sets(tokenizer)
+        self.validation_sets = [rows for rows in validation_sets if len(rows)]
         return RowLoader(
             self.train_sets,
             self.config.policy.train_global_batch_size,
@@ -45,6 +47,9 @@ class Tuning(Algorithm[M], Generic[M, T]):
             num_epochs=self.loop.max_num_epochs,
             rates=[rows.rate for rows in self.train_sets],
         )
+
+    def data_digests(self) -> dict[str, str]:
+        return data_digests(self.train_sets, self.validation_sets)
 
     def describe_data(self) -> str:
         named = ", ".join(f"{len(rows)} of {rows.name}" for rows in self.train_sets)

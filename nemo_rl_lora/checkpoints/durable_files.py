@@ -2,15 +2,17 @@
 found.
 
 Contract: every error names the file, or the configuration key, and the way out. It knows nothing of what the
-files hold.
+files hold. A directory is removed only where a mark inside says that it is unfinished and this product's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 from nemo_rl_lora.tensors import file_digest
 
 CHECKSUMS_FILE = "checksums.json"
+MARK_FILE = ".nemo-rl-lora"
 TMP_PREFIX = "tmp_"
 LOW_SPACE_BYTES = 64 * 1024
 
@@ -41,19 +44,16 @@ def probe_directory(directory: Path, key: str, *, required_bytes: int = 0) -> No
 
     Directories that were made for a failed attempt are removed again.
     """
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    probe = directory / f"{TMP_PREFIX}probe_{os.getpid()}"
+    missing = list[Path]()
     try:
+        missing = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
-        with probe.open("wb") as file:
+        with tempfile.TemporaryFile(dir=directory) as file:  # has no name that could be taken
             file.write(b"\0" * LOW_SPACE_BYTES)
             file.flush()
             os.fsync(file.fileno())
-        probe.unlink()
         free = shutil.disk_usage(directory).free
     except OSError as error:
-        if probe.parent.is_dir():
-            probe.unlink(missing_ok=True)
         _remove_empty(missing)
         remedy = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Make it writable"
         raise ValueError(
@@ -112,7 +112,8 @@ def read_json_file(directory: Path, name: str) -> dict[str, Any]:
 
 
 def _file_names(directory: Path) -> list[str]:
-    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    files = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    return sorted(name for name in files if name != MARK_FILE)
 
 
 def _digest(path: Path) -> dict[str, Any]:
@@ -135,21 +136,82 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_unfinished(path: Path) -> Path:
+    """A new directory that is marked as unfinished; where its name is taken, under the next one that is free."""
+    path = _free(path)
+    path.mkdir(parents=True)
+    try:
+        _mark(path, path)
+    except OSError:  # a full disk
+        shutil.rmtree(path)
+        raise
+    return path
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a directory is what this product began and did not finish; a copy under another name is its maker's."""
+    try:
+        return not path.is_symlink() and (path / MARK_FILE).read_text(encoding="utf-8") == _mark_of(path)
+    except (OSError, ValueError):
+        return False
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove such a directory; nothing where it is none."""
+    if is_unfinished(path):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """The mark goes last: what a kill leaves can be removed the next time."""
+    for inside in path.iterdir():
+        if inside.is_dir() and not inside.is_symlink():
+            shutil.rmtree(inside)
+        elif inside.name != MARK_FILE:
+            inside.unlink()
+    shutil.rmtree(path)
+
+
 def put_in_place(temporary: Path, final: Path, old_prefix: str) -> None:
-    """Give a written directory its name. What had the name is called `<old_prefix><name>` meanwhile, and then goes."""
-    old = final.with_name(f"{old_prefix}{final.name}")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    temporary.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+    """Give an unfinished directory its name. What had the name, which has to be this product's, is called
+    `<old_prefix><name>` meanwhile, and then goes."""
+    old = _rename_unfinished(final, f"{old_prefix}{final.name}") if final.exists() else None
+    finish(temporary, final)
+    if old is not None:
+        _remove(old)
+
+
+def finish(unfinished: Path, final: Path) -> None:
+    """Give an unfinished directory its name, and take the mark away."""
+    unfinished.rename(final)
+    (final / MARK_FILE).unlink()
 
 
 def remove_whole(path: Path) -> None:
     """Remove a step so that no half of it is ever found under its name."""
-    doomed = path.with_name(f"{TMP_PREFIX}removed_{path.name}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    _remove(_rename_unfinished(path, f"{TMP_PREFIX}removed_{path.name}"))
+
+
+def _rename_unfinished(path: Path, name: str) -> Path:
+    renamed = _free(path.with_name(name))
+    with contextlib.suppress(OSError):  # on a disk without a block for it
+        _mark(path, renamed)
+    path.rename(renamed)
+    return renamed
+
+
+def _free(path: Path) -> Path:
+    """The path, or with a number behind it where others have the name."""
+    names = (path, *(path.with_name(f"{path.name}_{number}") for number in range(2, 10_000)))
+    return next(one for one in names if not os.path.lexists(one))
+
+
+def _mark(directory: Path, named: Path) -> None:
+    (directory / MARK_FILE).write_text(_mark_of(named), encoding="utf-8")
+
+
+def _mark_of(named: Path) -> str:
+    return f"{named.name}: unfinished, written by nemo-rl-lora, which removes it\n"
 
 
 def _remove_empty(directories: Iterable[Path]) -> None:

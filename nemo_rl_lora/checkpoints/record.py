@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -22,7 +23,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
 
-from nemo_rl_lora.checkpoints.durable_files import DamagedError, read_json_file
+from nemo_rl_lora.checkpoints.durable_files import CHECKSUMS_FILE, DamagedError, read_json_file
 from nemo_rl_lora.config.differences import ABSENT, differences
 from nemo_rl_lora.config.layers import SET_BY, layers_from_record
 from nemo_rl_lora.config.lora import (
@@ -47,10 +48,18 @@ SaveReason = Literal["period", "epoch", "end", "signal", "deadline", "threshold"
 
 _PERIODS = ("max_num_steps", "max_num_epochs", "val_period", "val_at_start", "val_at_end", "val_batches")
 _RETENTION = ("keep_top_k", "save_period", "save_epochs", "save_optimizer", "checkpoint_must_save_by")
+_DATA = ("on_bad_row", "on_change")
 _PLACES = ("enabled", "checkpoint_dir", "load_path", "on_damage")
 _POLICY = ("backend", "make_sequence_length_divisible_by")  # the base files compute the second from a size below
-_BOTH_BACKENDS = ("enabled", "context_parallel_size", "sequence_parallel", "activation_checkpointing")
-_DTENSOR = (*_BOTH_BACKENDS, "tensor_parallel_size", "dp_replicate_size")
+_BOTH_BACKENDS = ("enabled", "context_parallel_size", "sequence_parallel", "activation_checkpointing", "env_vars")
+_DTENSOR = (
+    *_BOTH_BACKENDS,
+    "tensor_parallel_size",
+    "dp_replicate_size",
+    "load",
+    "cpu_offload",
+    "custom_parallel_plan",
+)
 _MEGATRON = (
     *_BOTH_BACKENDS,
     "tensor_model_parallel_size",
@@ -60,11 +69,16 @@ _MEGATRON = (
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
 )
-# What may differ between a run and its continuation: exact dotted keys, and whole sections.
+_GENERATION = ("num_engines", "colocated.resources.num_nodes", "colocated.resources.gpus_per_node")
+_ENVIRONMENT = ("num_workers", "concurrency", "timeout_seconds", "on_failure")
+# What may differ between a run and its continuation: exact dotted keys, where NAME is any, and whole sections.
 FREE_KEYS = (
     frozenset(f"{driver}.{key}" for driver in ("sft", "dpo", "grpo") for key in _PERIODS)
     | frozenset(f"checkpointing.{key}" for key in (*_RETENTION, *_PLACES))
+    | frozenset(f"data.{key}" for key in _DATA)
+    | frozenset(f"env.NAME.{key}" for key in _ENVIRONMENT)
     | frozenset(f"policy.{key}" for key in _POLICY)
+    | frozenset(f"policy.generation.{key}" for key in _GENERATION)
     | frozenset(f"policy.dtensor_cfg.{key}" for key in _DTENSOR)
     | frozenset(f"policy.megatron_cfg.{key}" for key in _MEGATRON)
 )
@@ -100,6 +114,9 @@ class TrainingInfo:
     base_digest: str | None = None  # models/source.py; None where they are not in safetensors files
     spec: Mapping[str, Any] | None = None  # of the adapter; None where all weights are trained
     initial_adapter: Mapping[str, str] | None = None  # policy.adapter.init_from, as it was found
+    data_digests: Mapping[str, str] = field(default_factory=dict)  # of the rows as tokenised, by a dataset's key
+    reward_digests: Mapping[str, str] = field(default_factory=dict)  # of the user's files that score, by key
+    clock: str | None = None  # at which the chat template's clock stands; None where it reads none
     seeds: Mapping[str, int] = field(default_factory=dict)  # by dotted key; filled in when saved
     reason: SaveReason = "period"
     has_optimizer: bool = True
@@ -132,6 +149,18 @@ def read_info(directory: Path) -> TrainingInfo:
         return TrainingInfo(**record)
     except TypeError as error:
         raise DamagedError(directory, INFO_FILE, f"does not have the fields of a checkpoint ({error})") from error
+
+
+def records_step(directory: Path, number: int | None = None) -> bool:
+    """Whether this product wrote a directory as a step, as this one where a number is given. Either record says so,
+    since the other may be damaged."""
+    with contextlib.suppress(DamagedError):
+        record = read_json_file(directory, INFO_FILE)
+        if "format_version" in record:  # NeMo RL has a file of this name too
+            return number is None or record.get("step") == number
+    with contextlib.suppress(DamagedError):
+        return INFO_FILE in read_json_file(directory, CHECKSUMS_FILE)
+    return False
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -198,7 +227,7 @@ def _adapter_differences(before: PolicyConfig, now: PolicyConfig) -> dict[str, t
 
 def _is_free(key: str, value: Any) -> bool:
     """Whether a key may differ in this value; a section may where all of its keys may."""
-    if value is ABSENT or key in FREE_KEYS or key.split(".", 1)[0] in FREE_SECTIONS:
+    if value is ABSENT or re.sub(r"^env\.[^.]+", "env.NAME", key) in FREE_KEYS or key.split(".", 1)[0] in FREE_SECTIONS:
         return True
     return isinstance(value, dict) and all(_is_free(f"{key}.{name}", item) for name, item in value.items())
 

@@ -1,6 +1,7 @@
 """Which steps stay: ranked by a metric, pruned to `checkpointing.keep_top_k`, or set aside.
 
-Contract: steps are (number, directory), oldest first. The newest is never pruned, and what is set aside is kept.
+Contract: steps are (number, directory), oldest first, of this product alone. The newest is never pruned, and what is
+set aside is kept.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def prune(steps: Steps, config: CheckpointingConfig) -> None:
         return
     kept = [*best_first(steps, config)[:keep], steps[-1]]
     for step in steps:
-        if step not in kept:
+        if step not in kept and not step[1].is_symlink():
             remove_whole(step[1])
             logger.info(f"removed {step[1]} (checkpointing.keep_top_k={keep})")
 
@@ -65,12 +66,14 @@ def refuse_without_metric(info: TrainingInfo, config: CheckpointingConfig) -> No
 
 
 def set_aside(directory: Path, steps: Sequence[Path]) -> None:
-    """Move steps of a run's directory away, so that no later start mixes two runs."""
+    """Move what has the names of steps of a run away, so that no later start mixes two runs."""
     if not steps:
         return
-    taken = [int(path.name.removeprefix(SET_ASIDE_PREFIX)) for path in directory.glob(f"{SET_ASIDE_PREFIX}[0-9]*")]
+    numbers = [path.name.removeprefix(SET_ASIDE_PREFIX) for path in directory.glob(f"{SET_ASIDE_PREFIX}[0-9]*")]
+    taken = [int(number) for number in numbers if number.isdecimal()]
     place = directory / f"{SET_ASIDE_PREFIX}{max(taken, default=0) + 1:03d}"
     place.mkdir()
     for path in steps:
         path.rename(place / path.name)
-    logger.warning(f"{len(steps)} steps of an earlier run were moved to {place}")
+    names = ", ".join(path.name for path in steps[:8])
+    logger.warning(f"{len(steps)} that are no steps of this run were moved to {place}: {names}")

@@ -1,21 +1,22 @@
 """Step directories: written whole or not at all, found again, and refused where they do not fit.
 
 Contract: `checkpoint_dir/step_N` is written as `tmp_step_N`, flushed to disk and renamed, so a directory called step_N
-is complete. It holds the records (record.py), checksums.json (sha256 of every other file) and what the caller's `write`
-puts there (`policy/adapter`, `policy/optimizer`, `policy/tokenizer`). A run continues only with an equal configuration
-and from undamaged files.
+is complete. Whatever else lies in checkpoint_dir, under such names too, is left alone. A step holds the records
+(record.py), checksums.json (sha256 of every other file) and what the caller's `write` puts there (`policy/adapter`,
+`policy/optimizer`, `policy/tokenizer`). A run continues only with an equal configuration and from undamaged files.
 
 It does not know what a policy is, starts no thread, and prints nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,15 @@ from pydantic import BaseModel
 from nemo_rl_lora.checkpoints.durable_files import (
     TMP_PREFIX,
     DamagedError,
+    finish,
     flush,
     flush_tree,
     is_full,
+    is_unfinished,
+    make_unfinished,
     probe_directory,
     put_in_place,
+    remove_unfinished,
     verify_files,
     write_checksums,
 )
@@ -42,6 +47,7 @@ from nemo_rl_lora.checkpoints.record import (
     plain,
     read_config,
     read_info,
+    records_step,
     write_records,
 )
 from nemo_rl_lora.checkpoints.retention import best_first, prune, refuse_without_metric, set_aside
@@ -80,10 +86,13 @@ def is_finished(point: ResumePoint | None, max_steps: int) -> bool:
 class SaveDeadline:
     """`checkpoint_must_save_by`: says when the run must save and stop."""
 
-    def __init__(self, seconds: float | None, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, seconds: float | None, now: Callable[[], float] = time.monotonic, *, started: float | None = None
+    ) -> None:
+        """`started`: when the run started, by the clock `now`; None: now."""
         self._seconds = seconds
         self._now = now
-        self._started = now()
+        self._started = now() if started is None else started
 
     def is_near(self, step_and_save_seconds: float) -> bool:
         """Whether another step and its save, which take this long, would pass the deadline."""
@@ -110,6 +119,16 @@ class Checkpointer:
         self._lock: FileLock | None = None
         self._resume: ResumePoint | None = None
         self._set_aside_done = False
+        self.saved: Path | None = None  # the newest step that this run saved
+
+    def check(self, *, required_bytes: int = 0) -> None:
+        """ValueError where `prepare` would raise one; the directory is not taken."""
+        if not self._config.enabled:
+            return
+        probe_directory(self._directory, "checkpointing.checkpoint_dir", required_bytes=required_bytes)
+        if self._lock is None and (self._directory / LOCK_FILE).exists():
+            self._take_lock()
+            self.close()
 
     def prepare(self, *, required_bytes: int = 0) -> None:
         """Make sure that checkpoints can be written, by writing; take the directory; remove unfinished saves.
@@ -119,15 +138,18 @@ class Checkpointer:
         """
         if not self._config.enabled:
             return
-        probe_directory(self._directory, "checkpointing.checkpoint_dir", required_bytes=required_bytes)
+        self.check(required_bytes=required_bytes)
         self._take_lock()
-        for old in self._directory.glob(f"{_REPLACED_PREFIX}*"):
-            final = old.with_name(old.name.removeprefix(_REPLACED_PREFIX))
-            if not final.exists():  # the run ended after it took the name away, and before it gave it to the new one
-                old.rename(final)
-        for stale in self._directory.glob(f"{TMP_PREFIX}*"):
-            logger.warning(f"removing {stale}, left by a run that ended while it was saving")
-            shutil.rmtree(stale)
+        for stale in filter(is_unfinished, self._directory.glob(f"{TMP_PREFIX}*")):
+            final = stale.with_name(stale.name.removeprefix(_REPLACED_PREFIX))
+            if _step_of(final) is not None and not os.path.lexists(final):
+                finish(stale, final)  # the run ended after it took the name away, and before it gave it to the new one
+            else:
+                logger.warning(f"removing {stale}, left by a run that ended while it was saving")
+                remove_unfinished(stale)
+        for path in self._directory.glob(f"{STEP_PREFIX}*"):
+            if (number := _step_of(path)) is not None and not records_step(path, number):
+                logger.warning(f"{path} has the name of a checkpoint and is none: it is left alone")
 
     def close(self) -> None:
         """Let go of the directory."""
@@ -183,6 +205,40 @@ class Checkpointer:
                 "back to continue that run, or name another checkpointing.checkpoint_dir for a new one."
             )
 
+    def refuse_other_data(
+        self, point: ResumePoint, digests: Mapping[str, str], num_rows: Sequence[int], *, go_on: bool
+    ) -> None:
+        """ValueError where a step was trained on other rows than those that are there now; with `go_on`, a warning.
+        `num_rows` are those of the training sets, all that a step of an older version knows."""
+        before = point.info.data_digests
+        changed = {key: (old[:12], digests[key][:12]) for key, old in before.items() if digests.get(key, old) != old}
+        old_rows = point.info.data_position.get("num_rows", list(num_rows))
+        if not before and old_rows != list(num_rows):
+            changed = {"data.train": (f"of {old_rows} rows", f"of {list(num_rows)} rows")}
+        said = [
+            f"{key}: the rows, as tokenised, are not those of {point.path} (digest {old}, now {new}): the file, a "
+            "prompt file, the tokenizer or its chat template has changed."
+            for key, (old, new) in changed.items()
+        ]
+        if said and not go_on:
+            raise ValueError(
+                "\n".join(said)
+                + " Put it back to continue that run, set data.on_change=continue to go on with the rows "
+                "as they are now, or set checkpointing.load_path=none to start over."
+            )
+        for line in said:
+            logger.warning(f"{line} data.on_change=continue goes on with the rows as they are now")
+
+    def say_other_rewards(self, point: ResumePoint, digests: Mapping[str, str]) -> None:
+        """Warn where completions are scored by another file than before."""
+        before = point.info.reward_digests
+        for key in sorted(before.keys() & digests.keys()):
+            if before[key] != digests[key]:
+                logger.warning(
+                    f"{key}.reward_function: the file has changed since {point.path} was saved (digest "
+                    f"{before[key][:12]}, now {digests[key][:12]}), so rewards from here on may not compare"
+                )
+
     def best_step(self) -> Path | None:
         """The step that ranks first by `metric_name`; the newest where there is none."""
         ranked = best_first(step_directories(self._directory), self._config)
@@ -209,22 +265,25 @@ class Checkpointer:
         self._set_aside_other_steps()
         logger.info(f"saving {final}")
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            temporary.mkdir()
+            temporary = make_unfinished(temporary)
             write(temporary)
             if not self._config.save_optimizer:
                 shutil.rmtree(temporary / OPTIMIZER_DIRECTORY, ignore_errors=True)
             write_records(temporary, info, self._resolved, has_optimizer=self._config.save_optimizer)
             write_checksums(temporary)
             flush_tree(temporary)
+            if os.path.lexists(final) and not records_step(final, info.step):
+                set_aside(self._directory, [final])
             put_in_place(temporary, final, _REPLACED_PREFIX)
             flush(self._directory)
         except BaseException as error:
             full = is_full(error, self._directory)
-            shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove_unfinished(temporary)
             if full:
                 raise self._no_space(info.step) from error
             raise
+        self.saved = final
         logger.info(f"saved {final}")
         refuse_without_metric(info, self._config)
         prune(step_directories(self._directory), self._config)
@@ -239,15 +298,15 @@ class Checkpointer:
             return _newest_first(self._directory) if self._config.enabled else []
         named = Path(load_path)
         paths = _newest_first(named)
-        if (number := _step_of(named)) is not None and named.is_dir():
+        if (number := _step_of(named)) is not None and records_step(named, number):
             steps = step_directories(named.parent)
             paths = [named, *(path for step, path in reversed(steps) if step < number)]
-        elif (named / INFO_FILE).is_file():
+        elif records_step(named):
             paths = [named]
         if not paths:
             raise ValueError(
-                f"checkpointing.load_path={load_path!r}: is no checkpoint: there is neither {INFO_FILE} nor "
-                f"a {STEP_PREFIX}N directory. Name a step or a run, or write auto or none."
+                f"checkpointing.load_path={load_path!r}: is no checkpoint: there is neither an {INFO_FILE} of this "
+                f"product nor a {STEP_PREFIX}N directory with one. Name a step or a run, or write auto or none."
             )
         return paths
 
@@ -278,6 +337,11 @@ class Checkpointer:
         if self._lock is not None:
             return
         path = self._directory / LOCK_FILE
+        if os.path.lexists(path) and not _is_lock(path):
+            logger.warning(
+                f"{path} is no lock of this product's, and is left alone: do not start two runs here at once"
+            )
+            return
         lock = FileLock(path, blocking=False, thread_local=False, is_singleton=True, fallback_to_soft=False)
         try:
             lock.acquire()
@@ -307,8 +371,9 @@ class Checkpointer:
 
 
 def step_directories(directory: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the complete steps in a directory, oldest first."""
-    return sorted((number, path) for path in directory.glob("*/") if (number := _step_of(path)) is not None)
+    """(step, path) of the complete steps in a directory, oldest first; one that only has the name is none."""
+    named = ((number, path) for path in directory.glob("*/") if (number := _step_of(path)) is not None)
+    return sorted((number, path) for number, path in named if records_step(path, number))
 
 
 def _newest_first(directory: Path) -> list[Path]:
@@ -317,4 +382,14 @@ def _newest_first(directory: Path) -> list[Path]:
 
 def _step_of(path: Path) -> int | None:
     number = path.name.removeprefix(STEP_PREFIX)
-    return int(number) if path.name.startswith(STEP_PREFIX) and number.isdecimal() else None
+    return int(number) if number.isdecimal() and path.name == f"{STEP_PREFIX}{int(number)}" else None
+
+
+def _is_lock(path: Path) -> bool:
+    """Whether a file is what a run has left in the place of its lock: nothing, or a process's number."""
+    try:
+        return not path.is_symlink() and path.read_text(encoding="utf-8").strip().isdecimal() | (
+            not path.stat().st_size
+        )
+    except (OSError, ValueError):
+        return False

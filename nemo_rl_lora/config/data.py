@@ -13,6 +13,9 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from nemo_rl_lora.config.base import Section
 from nemo_rl_lora.data.catalog import DATASETS
 
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
+"""Of a file of rows."""
+
 _KEYS_OF_SOME = frozenset(key for dataset in DATASETS.values() for key in dataset.keys)
 
 
@@ -56,9 +59,16 @@ class DatasetConfig(DatasetDefaults):
     max_num_rows: Annotated[int, Field(ge=1)] | None = None
     """Use only the first rows."""
 
+    max_samples: Annotated[int, Field(ge=1)] | None = None
+    """NeMo RL's name of max_num_rows."""
+
+    repeat: Annotated[int, Field(ge=1)] = 1
+    """How often each row is in a pass. The copies of a GRPO prompt are sampled on their own; rows that are held out
+    for validation stand there once."""
+
     data_path: str | None = None
-    """A .jsonl or .parquet file, a directory with a file of the split's name, or the name of a hub dataset. Null: the
-    hub dataset that the name stands for."""
+    """A .jsonl, .json or .parquet file; a directory with the split's file or shards, or that `save_to_disk` wrote; or
+    the name of a hub dataset. Null: the hub dataset that the name stands for."""
 
     input_key: str = "input"
     """The row's key that holds the prompt."""
@@ -69,6 +79,10 @@ class DatasetConfig(DatasetDefaults):
 
     chat_key: str = "messages"
     """openai_format: the row's key that holds the messages."""
+
+    tool_key: str | None = "tools"
+    """openai_format, PreferenceDataset and BinaryPreferenceDataset: the row's key that holds the tools which the chat
+    template is given; a row may have none. Null: no key does."""
 
     prompt_key: str = "prompt"
     """BinaryPreferenceDataset: the row's key that holds the prompt, a text or messages."""
@@ -109,20 +123,37 @@ class DatasetConfig(DatasetDefaults):
             hint = f"Did you mean {close[0]!r}? " if close else ""
             raise ValueError(
                 f"there is no such dataset. {hint}Known: {', '.join(DATASETS)}. For rows of your own use 'jsonl', "
-                f"'openai_format', 'PreferenceDataset' or 'BinaryPreferenceDataset' with data_path."
+                f"'alpaca', 'openai_format', 'PreferenceDataset' or 'BinaryPreferenceDataset' with data_path."
             )
         return name
 
     @model_validator(mode="after")
     def _every_key_has_a_use(self) -> DatasetConfig:
         fields, own = type(self).model_fields, DATASETS[self.dataset_name].keys
-        for key in sorted(_KEYS_OF_SOME.difference(own)):
-            value = getattr(self, key)
-            if value != fields[key].get_default(call_default_factory=True):
-                raise ValueError(
-                    f"{key}={value!r}: has no meaning with dataset_name={self.dataset_name!r}, whose own keys are "
-                    f"{', '.join(sorted(own))}. Remove it."
-                )
+        values = {key: getattr(self, key) for key in sorted(_KEYS_OF_SOME.difference(own))}
+        set_ones = {k: v for k, v in values.items() if v != fields[k].get_default(call_default_factory=True)}
+        if set_ones:
+            (key, value), *others = set_ones.items()
+            also = f" (nor have {', '.join(f'{other}={found!r}' for other, found in others)})" if others else ""
+            raise ValueError(
+                f"{key}={value!r}: has no meaning with dataset_name={self.dataset_name!r}{also}, whose own keys are "
+                f"{', '.join(sorted(own))}. Remove it; what another file set goes with `_override_: true` in this "
+                f"block."
+            )
+        return self
+
+    @property
+    def row_limit(self) -> int | None:
+        """How many rows are used at most."""
+        return self.max_num_rows if self.max_samples is None else self.max_samples
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> DatasetConfig:
+        if self.max_samples is not None and self.max_num_rows not in (None, self.max_samples):
+            raise ValueError(
+                f"max_samples={self.max_samples}: is NeMo RL's name of max_num_rows, which is {self.max_num_rows}. "
+                f"Set one of the two."
+            )
         return self
 
     @model_validator(mode="after")
@@ -164,6 +195,21 @@ class DataConfig(Section):
     """GRPO: what to do with a longer prompt: refuse the dataset, or leave the row out and say how many. SFT always cuts
     the end of a longer row and DPO always leaves a longer pair out; both refuse `drop`."""
 
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    """What to do with a row that cannot be used (its form is wrong, the chat template refuses it, it holds half of a
+    character): refuse the dataset, or leave the row out and say how many."""
+
+    num_checked_rows: Annotated[int, Field(ge=1)] = 50_000
+    """How many rows of a dataset are tokenised and checked before a weight is loaded: those that are drawn first. The
+    others of a larger one are checked when they are drawn."""
+
+    on_change: Literal["refuse", "continue"] = "refuse"
+    """What to do where a run is to continue on rows that are not, token for token, those it was trained on."""
+
+    keep_nulls: bool = False
+    """Keep the nulls inside columns of Parquet files, saved datasets and the hub: of a message without tool calls, say,
+    where another has some. False leaves such keys out, since there every object has the keys of all."""
+
     shuffle: bool = True
     """Draw a new order of the training rows for each epoch, from the seed and the epoch."""
 
@@ -172,8 +218,8 @@ class DataConfig(Section):
     decides. DPO and GRPO always leave it to the template and refuse the key."""
 
     add_eos: bool | None = None
-    """SFT: true puts the tokenizer's end-of-sequence token last, and learns it, unless the last answer ends with it;
-    otherwise the chat template decides. DPO and GRPO refuse the key."""
+    """SFT: true puts the tokenizer's end-of-sequence token last unless the last answer ends with it, and learns it;
+    otherwise the chat template decides. DPO: the same of both answers. GRPO refuses the key."""
 
     add_generation_prompt: bool | None = None
     """Whether the header of an assistant's turn is part of the prompt. SFT: false learns it like the answer; true or
@@ -185,8 +231,8 @@ class DataConfig(Section):
     validation: Datasets | None = None
     """The rows to validate on, besides those held out by `split_validation_size`: a dataset or a list of them."""
 
-    default: DatasetDefaults = DatasetDefaults()
-    """Keys for every dataset."""
+    default: DatasetDefaults | None = DatasetDefaults()
+    """Keys for every dataset; null: none."""
 
     def sections(self, part: Literal["train", "validation"]) -> list[tuple[str, DatasetConfig]]:
         """The datasets of `train` or `validation`, each with the key at which it stands."""
@@ -204,8 +250,6 @@ class DataConfig(Section):
             return values
         default = values.get("default") or {}
         merged = dict(values)
-        if values.get("default", ...) is None:
-            del merged["default"]
         if not isinstance(default, dict):
             return merged
         for key in ("train", "validation"):

@@ -14,8 +14,8 @@ class DpoConfig(TuningConfig):
 
     max_num_steps: int = Field(default=150, ge=1)
     """Optimizer steps of the run."""
-    val_period: int = Field(default=25, ge=0)
-    """Validate every so many steps; 0: never on the way."""
+    val_period: int = Field(default=25, ge=-1)
+    """Validate every so many steps; 0 or -1: never on the way."""
     val_global_batch_size: int = Field(default=8, ge=1)
     """Pairs of a validation batch."""
     reference_policy_kl_penalty: float = Field(default=0.05, gt=0, allow_inf_nan=False)

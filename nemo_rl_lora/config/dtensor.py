@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from nemo_rl_lora.config.base import Section
@@ -25,6 +27,15 @@ class DTensorConfig(Section):
     """Ranks that share each sequence."""
     dp_replicate_size: int = Field(default=1, ge=1)
     """Replicas of the sharded model."""
+    env_vars: dict[str, str] | None = None
+    """Environment variables of the training processes, which stand before torch starts."""
+    load: Literal["all_ranks", "broadcast"] | None = None
+    """How several processes load the base: each reads its own part, or the first reads and sends. null: the former,
+    unless transformers makes the model's tensors of several of the files'. No NeMo RL key."""
+    cpu_offload: bool = False
+    """Keep weights and optimizer state in the host's memory, and bring a layer to the GPU while it computes."""
+    custom_parallel_plan: str | None = None
+    """Dotted path of a tensor-parallel plan (a dict, or a function that gives one); null: the architecture's own."""
     lora_cfg: LoraCfg = LoraCfg()
     """The adapter, in NeMo RL's DTensor dialect."""
 

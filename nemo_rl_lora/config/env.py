@@ -6,7 +6,7 @@ own. A dataset selects one by `env_name`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -33,10 +33,35 @@ class ReasoningGymEnvConfig(Section):
 
 
 class RewardFunctionConfig(Section):
-    """A reward function of one's own: `def reward(prompt: str, completion: str, row: dict) -> float`."""
+    """A reward function of one's own: `def reward(prompt: str, completion: str, row: dict) -> float`, or one as TRL or
+    verl calls it (docs/environments.md)."""
 
     reward_function: Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_][\w.]*$")]
     """`path/to/file.py:function` or `package.module:function`."""
+
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that run the function, where an exit, a crash or a hang of it ends one of them and not the run; 0: it
+    runs in the driver's process."""
+
+    concurrency: Annotated[int, Field(ge=1)] | None = None
+    """Calls that run at the same time; null: 16 of an async function, else one in each process. A plain function in the
+    driver's process runs in so many threads; in workers it runs one call a process."""
+
+    timeout_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Time for one call; null: no limit. A plain function needs `num_workers` for it."""
+
+    on_failure: Literal["error"] | Annotated[float, Field(allow_inf_nan=False)] = "error"
+    """What a completion is worth on which the function raises, exits, crashes or takes too long, counted in the metrics
+    `<name>_exceptions`, `<name>_exits`, `<name>_crashes` and `<name>_timeouts`. `error` ends the run."""
+
+    @model_validator(mode="after")
+    def _no_process_is_idle(self) -> RewardFunctionConfig:
+        if self.concurrency is not None and self.concurrency < self.num_workers:
+            raise ValueError(
+                f"concurrency={self.concurrency}: must be num_workers={self.num_workers} or more, which would not all "
+                f"be used. Change one of them, or leave concurrency out."
+            )
+        return self
 
 
 class EnvConfig(Section):

@@ -71,11 +71,12 @@ def unknown_key(root: type[BaseModel], path: Sequence[str], value: str) -> str:
     if below:
         return f"{'.'.join(path)}={value}: must be a mapping. Its keys: {', '.join(sorted(below))}."
     section = section_at(root, parent)
-    names = sorted(names_below(root, parent) | (field_map(section).keys() if section is not None else set()))
+    accepted = names_below(root, parent)  # of NeMo RL, with one value or none that changes anything
+    own = set(field_map(section)) if section is not None else accepted
     elsewhere = [".".join(leaf) for leaf, _ in leaves(root) if leaf[-1] == key]
-    question = did_you_mean(key, names) or (f"Did you mean {elsewhere[0]!r}? " if elsewhere else "")
+    question = did_you_mean(key, sorted(own | accepted)) or (f"Did you mean {elsewhere[0]!r}? " if elsewhere else "")
     place = ".".join(parent) or "the top level"
-    return f"{'.'.join(path)}={value}: unknown key. {question}Keys of {place}: {', '.join(names) or 'none'}."
+    return f"{'.'.join(path)}={value}: unknown key. {question}Keys of {place}: {', '.join(sorted(own)) or 'none'}."
 
 
 def validation_paragraphs(
@@ -88,22 +89,36 @@ def validation_paragraphs(
     by_key: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         by_key.setdefault(_dotted_path(detail, resolved), []).append(detail)
-    written = [path for path in by_key if "${" not in str(lookup(unresolved, path))]
+    written = [path for path in by_key if not is_reference(lookup(unresolved, path))]
     return [_paragraph(root, path, by_key[path]) for path in written or by_key]
 
 
 def not_mappings(root: type[BaseModel], tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[str]:
-    """One paragraph for each section of the schema in whose place the tree has something else."""
+    """One paragraph for each section of the schema in whose place the tree has something else, and no reference.
+
+    null is meant for what a section is where the schema says so, and for a section without keys of its own.
+    """
     found = []
     for key, value in tree.items():
         here = (*path, str(key))
-        section = section_at(root, here)
+        section, kinds = section_at(root, here), types_at(root, here)
         if isinstance(value, Mapping):
             found += not_mappings(root, value, here)
-        elif section is not None and all(isinstance(kind, type) for kind in types_at(root, here)):
+            continue
+        if section is None or is_reference((value,)):
+            continue
+        may_be_null = type(None) in kinds or not field_map(section)
+        may_be_list = not all(isinstance(kind, type) for kind in kinds)
+        if not (value is None and may_be_null) and not (isinstance(value, list) and may_be_list):
             names = ", ".join(sorted(field_map(section)))
-            found.append(f"{'.'.join(here)}={show(value)}: must be a mapping. Its keys: {names}.")
+            lost = " null would drop all that it inherits: remove the line to keep it." if value is None else ""
+            found.append(f"{'.'.join(here)}={show(value)}: must be a mapping.{lost} Its keys: {names}.")
     return found
+
+
+def is_reference(found: tuple[Any] | None) -> bool:
+    """Whether a value is one that another key decides. What only holds references, such as a section, is none."""
+    return found is not None and isinstance(found[0], str) and "${" in found[0]
 
 
 def _dotted_path(detail: ErrorDetails, tree: Mapping[str, Any]) -> tuple[str, ...]:
@@ -124,7 +139,7 @@ def _paragraph(root: type[BaseModel], path: tuple[str, ...], details: list[Error
     first = details[0]
     key, value = ".".join(path), show(first["input"])
     kind = first["type"]
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "invalid_key"):
         return unknown_key(root, path, value)
     if kind in ("missing", "union_tag_not_found"):
         remedy = (

@@ -16,7 +16,7 @@ from nemo_rl_lora.config.errors import show
 from nemo_rl_lora.config.generation import EngineConfig
 from nemo_rl_lora.config.policy import ModelConfig
 
-_DATA_KEYS_READ = ("validation", "default", "max_input_seq_length", "on_long_prompt")
+_DATA_KEYS_READ = ("validation", "default", "max_input_seq_length", "on_long_prompt", "on_bad_row", "num_checked_rows")
 
 
 class EvalPolicy(ModelConfig):

@@ -10,12 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_rl_lora.config.data import keys_without_use
+from nemo_rl_lora.config.data import FILE_SUFFIXES, keys_without_use
 from nemo_rl_lora.config.layers import Tracked
 from nemo_rl_lora.config.optimizer import ShortScheduler
-from nemo_rl_lora.config.tree import flatten, lookup, without
+from nemo_rl_lora.config.tree import flatten, lookup, merged, without
 
-_FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+_SIZES_OF_SEVERAL = {
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "sequence_parallel",
+}
 _SHORT_NAMES = ("constant", "linear", "cosine", "wsd")
 
 
@@ -30,6 +37,31 @@ def without_replaced(below: Tracked, tracked: Tracked) -> Tracked:
     return tracked
 
 
+def without_parallel_sizes(tracked: Tracked) -> Tracked:
+    """The tree without inherited sizes of Megatron's groups where one process trains: a base file has two
+    tensor-parallel ranks. For a whole configuration, since a file that inherits another may raise `cluster`.
+    """
+    cluster = _mapping(tracked, "cluster")
+    if cluster.get("num_nodes", 1) != 1 or cluster.get("gpus_per_node", 1) != 1:
+        return tracked
+    return _without_inherited(tracked, "policy.megatron_cfg", _SIZES_OF_SEVERAL)
+
+
+def with_importance_correction(tracked: Tracked) -> Tracked:
+    """The tree with the correction for an earlier policy's samples where rollouts run ahead of training, unless the
+    user set it. For a whole configuration: a file that inherits another may switch `grpo.async_grpo` off again."""
+    ahead, key = _mapping(tracked, "grpo.async_grpo"), "loss_fn.use_importance_sampling_correction"
+    runs_ahead = ahead.get("enabled") is True and ahead.get("max_trajectory_age_steps", 1) != 0
+    if not runs_ahead or tracked.layers.is_set(key) or "vespo" in _set_values(tracked, "loss_fn"):
+        return tracked
+    return Tracked(merged(tracked.tree, {"loss_fn": {"use_importance_sampling_correction": True}}), tracked.layers)
+
+
+def _set_values(tracked: Tracked, block: str) -> set[str]:
+    """The keys of a block that have a value, not null."""
+    return {key for key, value in _mapping(tracked, block).items() if value is not None}
+
+
 def _of_another_source(below: Tracked, tracked: Tracked, block: str) -> set[str]:
     """Keys of a dataset block that describe another dataset, or another kind of source, than the user chose."""
     section, is_set, meaningless = _mapping(tracked, block), tracked.layers.is_set, set[str]()
@@ -38,7 +70,7 @@ def _of_another_source(below: Tracked, tracked: Tracked, block: str) -> set[str]
         meaningless |= keys_without_use(name)
         if name != _mapping(below, block).get("dataset_name") and "data_path" in section:
             meaningless |= {"data_path", *(() if is_set(f"{block}.data_path") else ("split", "subset"))}
-    if is_set(f"{block}.data_path") and str(section.get("data_path")).endswith(_FILE_SUFFIXES):
+    if is_set(f"{block}.data_path") and str(section.get("data_path")).endswith(FILE_SUFFIXES):
         meaningless |= {"split", "subset"}
     return meaningless
 

@@ -71,6 +71,41 @@ class RewardScalingConfig(Section):
         return self
 
 
+class AsyncGrpoConfig(Section):
+    """Rollouts that run ahead of training, so that neither waits for the other (docs/async.md)."""
+
+    enabled: bool = False
+    """Sample the groups of later steps while a step trains."""
+    max_trajectory_age_steps: int = Field(default=1, ge=0)
+    """How many steps rollouts run ahead: a step trains on groups whose weights are so many steps old, or less. 0 is the
+    synchronous run."""
+    in_flight_weight_updates: bool = False
+    """Completions that are being sampled when new weights come go on under these: their tokens carry both versions.
+    false: they are finished first."""
+    recompute_kv_cache_after_weight_updates: bool = False
+    """What was computed of such a completion is computed again from the new weights; false: its keys and values stay
+    those of the old ones."""
+
+    @property
+    def num_steps_ahead(self) -> int:
+        """How far rollouts run ahead; 0: not at all."""
+        return self.max_trajectory_age_steps if self.enabled else 0
+
+    @model_validator(mode="after")
+    def _check_updates(self) -> AsyncGrpoConfig:
+        if self.in_flight_weight_updates and self.enabled and not self.num_steps_ahead:
+            raise ValueError(
+                "grpo.async_grpo.in_flight_weight_updates=True: nothing is sampled while weights change, since "
+                "grpo.async_grpo.max_trajectory_age_steps=0. Raise that, or set this to false."
+            )
+        if self.recompute_kv_cache_after_weight_updates and not self.in_flight_weight_updates:
+            raise ValueError(
+                "grpo.async_grpo.recompute_kv_cache_after_weight_updates=True: no completion outlives its weights "
+                "while grpo.async_grpo.in_flight_weight_updates=false. Set that to true, or this to false."
+            )
+        return self
+
+
 class GrpoConfig(LoopConfig):
     """A GRPO run."""
 
@@ -114,6 +149,8 @@ class GrpoConfig(LoopConfig):
     """What dynamic sampling kept beyond num_prompts_per_step is trained in the next step, oldest first, with the
     log-probabilities of the policy that sampled it in the loss's ratio; false: dropped, as NeMo RL does. No NeMo RL
     key."""
+    async_grpo: AsyncGrpoConfig | None = AsyncGrpoConfig()
+    """Rollouts that run ahead of training; null: none do."""
     reward_shaping: RewardShapingConfig = RewardShapingConfig()
     """Rewards by length."""
     adv_estimator: AdvEstimatorConfig = AdvEstimatorConfig()
@@ -123,6 +160,11 @@ class GrpoConfig(LoopConfig):
     skip_reference_policy_logprobs_calculation: bool | None = None
     """true asserts that no reference pass runs, which needs loss_fn.reference_policy_kl_penalty=0. At 0 the
     pass is left out in any case."""
+
+    @property
+    def num_steps_ahead(self) -> int:
+        """How many steps rollouts run ahead of training; 0: none."""
+        return 0 if self.async_grpo is None else self.async_grpo.num_steps_ahead
 
     @property
     def num_completions_per_step(self) -> int:
@@ -183,6 +225,18 @@ def check_rollout_against_loss(grpo: GrpoConfig, loss_fn: LossFnConfig, train_gl
         raise ValueError(
             f"grpo.keep_surplus_groups=True: an earlier policy has sampled those groups, and loss_fn.{key}=true leaves "
             f"out the ratio that accounts for it. Set grpo.keep_surplus_groups=false or loss_fn.{key}=false."
+        )
+    if grpo.num_steps_ahead and not loss_fn.use_importance_sampling_correction:
+        remedy = "Set it to true" if loss_fn.vespo is None else "Choose another objective than loss_fn.vespo"
+        raise ValueError(
+            f"loss_fn.use_importance_sampling_correction=False: with grpo.async_grpo.max_trajectory_age_steps="
+            f"{grpo.num_steps_ahead} an earlier policy has sampled what a step trains on, and the loss has to account "
+            f"for it. {remedy}, or set grpo.async_grpo.enabled=false."
+        )
+    if grpo.num_steps_ahead and grpo.use_dynamic_sampling:
+        raise ValueError(
+            "grpo.use_dynamic_sampling=True: how many rollouts a step takes is known only once they are scored, and "
+            "grpo.async_grpo.enabled=true asks for them ahead. Set one of them to false."
         )
     if grpo.skip_reference_policy_logprobs_calculation and loss_fn.reference_policy_kl_penalty != 0:
         raise ValueError(

@@ -34,6 +34,7 @@ class Layers:
     """The layers above the base files, the earliest first. A key that none of them has is of layer 0."""
 
     layers: tuple[Layer, ...] = field(default=(), compare=False)  # equal configurations are those of equal values
+    without_effect: tuple[str, ...] = field(default=(), compare=False)  # keys of the user that change nothing here
 
     def layer_of(self, key: str) -> int:
         """The number of the last layer that wrote the key or a part of it."""

@@ -7,9 +7,11 @@ besides these files, and nothing is judged that depends on a machine or a model 
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from nemo_rl_lora.config.errors import ConfigError, not_mappings, show, unknown_key, validation_paragraphs
-from nemo_rl_lora.config.gives_way import without_replaced
+from nemo_rl_lora.config.errors import ConfigError, is_reference, not_mappings, show, unknown_key, validation_paragraphs
+from nemo_rl_lora.config.gives_way import (
+    with_importance_correction,
+    without_parallel_sizes,
+    without_replaced,
+)
 from nemo_rl_lora.config.layers import SET_BY, Layers, Tracked, layers_from_record, overlaid
 from nemo_rl_lora.config.master import MASTERS, Driver, EvalMaster, MasterConfig
 from nemo_rl_lora.config.overrides import overridden
-from nemo_rl_lora.config.refused_keys import take_out
+from nemo_rl_lora.config.policy import PolicyConfig
+from nemo_rl_lora.config.refused_keys import keys_without_effect, take_out
 from nemo_rl_lora.config.tree import flatten, lookup, plain
+from nemo_rl_lora.scalars import as_number
 from nemo_rl_lora.shipped_files import SHIPPED_ROOT, existing
 
 CONFIG_DIR = SHIPPED_ROOT / "examples" / "configs"
@@ -48,7 +56,11 @@ def register_resolvers() -> None:
         "min": lambda *values: min(values),
     }
     for name, resolver in resolvers.items():
-        OmegaConf.register_new_resolver(name, resolver, replace=True)
+        OmegaConf.register_new_resolver(name, partial(_on_numbers, resolver), replace=True)
+
+
+def _on_numbers(resolver: Callable[..., Any], *values: Any) -> Any:
+    return resolver(*map(as_number, values))
 
 
 def load_config(path: Path | None, overrides: Sequence[str], driver: Driver) -> Any:
@@ -58,9 +70,19 @@ def load_config(path: Path | None, overrides: Sequence[str], driver: Driver) -> 
     """
     root = MASTERS[driver]
     file = path if path is not None else CONFIG_DIR / "quickstart" / f"{driver}.yaml"
-    read = _read(file)
-    _check_driver(file, read.tree, driver)
-    tracked = without_replaced(read, overridden(read, overrides, root))
+    _check_driver(file, _read(file).tree, driver)
+    read = _read(file, root)
+    tracked = without_parallel_sizes(without_replaced(read, overridden(read, overrides, root)))
+    return _validated(root, with_importance_correction(tracked))
+
+
+def load_policy(tree: dict[str, Any]) -> PolicyConfig:
+    """The policy of a tree that has no more than a part of one: SFT's base file has the rest. Raises ConfigError."""
+    return _validated(MASTERS["sft"], overlaid(_read(CONFIG_DIR / _BASE_FILES["sft"]), Tracked(tree))).policy
+
+
+def _validated(root: type[MasterConfig | EvalMaster], tracked: Tracked) -> Any:
+    """The tree as a configuration of this class, which knows who set what. Raises ConfigError."""
     resolved, problems = _accepted(root, tracked.tree)
     try:
         config = root.model_validate(resolved)
@@ -69,7 +91,8 @@ def load_config(path: Path | None, overrides: Sequence[str], driver: Driver) -> 
         raise ConfigError("\n".join(problems)) from error
     if problems:
         raise ConfigError("\n".join(problems))
-    return config.with_layers(tracked.layers.restricted_to(flatten(resolved)))
+    ignored = tuple(key for key in keys_without_effect(root, tracked.tree) if tracked.layers.is_set(key))
+    return config.with_layers(replace(tracked.layers.restricted_to(flatten(resolved)), without_effect=ignored))
 
 
 def _accepted(root: type[BaseModel], tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -82,7 +105,7 @@ def _accepted(root: type[BaseModel], tree: dict[str, Any]) -> tuple[dict[str, An
     problems = [
         f"{key}={show(value)}: {rule}"
         for key, (value, rule) in refused.items()
-        if "${" not in str(lookup(tree, key.split(".")))  # the key that it refers to is refused
+        if not is_reference(lookup(tree, key.split(".")))  # the key that it refers to is refused
     ]
     return kept, problems + [unknown_key(root, key.split("."), show(value)) for key, value in unknown.items()]
 
@@ -114,19 +137,19 @@ def resolved_yaml(config: MasterConfig | EvalMaster) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(plain(resolved_tree(config))))
 
 
-def _read(path: Path) -> Tracked:
-    """A file, or the shipped one of this path, with what it inherits."""
-    return _read_tracked(existing(path, str(path)), ())
+def _read(path: Path, root: type[BaseModel] | None = None) -> Tracked:
+    """A file, or the shipped one of this path, with what it inherits. `root` checks that sections are mappings."""
+    return _read_tracked(existing(path, str(path)), (), root)
 
 
-def _read_tracked(path: Path, chain: tuple[Path, ...]) -> Tracked:
+def _read_tracked(path: Path, chain: tuple[Path, ...], root: type[BaseModel] | None) -> Tracked:
     file = path.resolve()
     if file in chain:
         names = " -> ".join(step.name for step in (*chain[chain.index(file) :], file))
         raise ConfigError(
             f"defaults={str(path.name)!r}: the files inherit each other ({names}). Remove one `defaults`."
         )
-    tree = _read_file(path, chain[-1] if chain else None)
+    tree = read_file(path, chain[-1] if chain else None)
     parents, record = tree.pop("defaults", []), tree.pop(SET_BY, None)
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
@@ -134,7 +157,9 @@ def _read_tracked(path: Path, chain: tuple[Path, ...]) -> Tracked:
             f"defaults={show(parents)}: must be a path or a list of paths, relative to {path}. "
             "Write for example `defaults: ../../sft.yaml`."
         )
-    inherited = [_read_tracked(existing(path.parent / parent, parent), (*chain, file)) for parent in parents]
+    inherited = [_read_tracked(existing(path.parent / parent, parent), (*chain, file), root) for parent in parents]
+    if root is not None and (problems := not_mappings(root, tree)):
+        raise ConfigError("\n".join(problems))
     layers = _own_layers(path, tree) if record is None else layers_from_record(record, str(path))
     return reduce(_overlaid, [*inherited, Tracked(tree, layers.restricted_to(flatten(tree)))], Tracked({}))
 
@@ -153,8 +178,8 @@ def _own_layers(path: Path, tree: Mapping[str, Any]) -> Layers:
     return Layers().with_layer(name, list(flatten(tree)), is_users=not is_quick_start)
 
 
-def _read_file(path: Path, inherited_by: Path | None) -> dict[str, Any]:
-    """One file as a plain tree, `defaults` included."""
+def read_file(path: Path, inherited_by: Path | None = None) -> dict[str, Any]:
+    """One file as a plain tree, `defaults` included. Raises ConfigError."""
     key = f"defaults={path.name!r} in {inherited_by}" if inherited_by else f"--config={str(path)!r}"
     if not path.is_file():
         reason = f"{path} is a directory" if path.is_dir() else f"there is no file {path}"
@@ -168,6 +193,8 @@ def _read_file(path: Path, inherited_by: Path | None) -> dict[str, Any]:
         raise ConfigError(f"{path}: no valid YAML ({line}{problem}). Correct the file.") from error
     except GrammarParseError as error:
         raise ConfigError(f"{path}: an interpolation cannot be read ({_first_line(error)}). Correct it.") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: cannot be read as a configuration ({_first_line(error)}). Correct it.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is no text in UTF-8 ({error.reason}). Give a YAML file.") from error
     except OSError as error:
@@ -208,7 +235,16 @@ def _resolved(tree: Mapping[str, Any]) -> dict[str, Any]:
     except RecursionError as error:
         raise ConfigError("interpolation: references form a circle. Give one of them a value.") from error
     assert isinstance(plain, dict), type(plain)
-    return {str(key): value for key, value in plain.items()}
+    return {str(key): _at_home(value) for key, value in plain.items()}
+
+
+def _at_home(value: Any) -> Any:
+    """The value with every text that begins with `~/` as a path below the home directory."""
+    if isinstance(value, dict):
+        return {key: _at_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _missing_paragraph(key: str) -> str:

@@ -14,8 +14,8 @@ class LoopConfig(Section):
     """Passes over the training data; the run ends at this or at max_num_steps, whichever comes first."""
     max_num_steps: int = Field(default=60, ge=1)
     """Steps of the run: optimizer steps, or rollouts in GRPO."""
-    val_period: int = Field(default=10, ge=0)
-    """Validate every so many steps; 0: never on the way."""
+    val_period: int = Field(default=10, ge=-1)
+    """Validate every so many steps; 0 or -1: never on the way."""
     val_at_start: bool = True
     """Validate before the first step."""
     val_at_end: bool = False

@@ -28,9 +28,9 @@ class AdapterBlock(Section):
 
     enabled: bool = False
     """Train an adapter; false trains every weight."""
-    targets: list[str] | Literal["all-linear"] = Field(default=[], alias="target_modules")
-    """Modules to adapt; empty means every linear layer but the output head."""
-    excludes: list[str] = Field(default=[], alias="exclude_modules")
+    targets: list[str] | Literal["all-linear"] | None = Field(default=[], alias="target_modules")
+    """Modules to adapt; empty or null means every linear layer but the output head."""
+    excludes: list[str] | None = Field(default=[], alias="exclude_modules")
     """Modules to leave out of those."""
     dim: int = 8
     """The rank."""
@@ -95,11 +95,9 @@ class PeftCfg(AdapterBlock):
 
     KEY = "policy.megatron_cfg.peft"
 
-    targets: list[str] = Field(default=[], alias="target_modules")
-    """Modules to adapt; empty means every linear layer but the output head. `linear_qkv` and `linear_fc1` have one A
-    for what they fuse; Hugging Face names have an A each."""
-    excludes: list[str] | None = Field(default=[], alias="exclude_modules")
-    """Modules to leave out of those."""
+    targets: list[str] | None = Field(default=[], alias="target_modules")
+    """Modules to adapt; empty or null means every linear layer but the output head. `linear_qkv` and `linear_fc1` have
+    one A for what they fuse; Hugging Face names have an A each."""
     dim: int = 32
     """The rank."""
     dropout_position: Literal["pre", "post"] = "pre"

@@ -43,10 +43,15 @@ class LossFnConfig(Section):
     """Coefficient of the KL term. 0 leaves the reference pass out."""
     reference_policy_kl_type: Literal["k1", "k2", "k3"] = "k3"
     """KL estimator of a token, with d = reference - current: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d."""
+    kl_gradient: Literal["unbiased", "paper"] = "unbiased"
+    """unbiased: the estimate is weighted by exp(current - its detached self), which is 1 and has the gradient of having
+    sampled the token. In expectation k1 and k3 then have the gradient of KL(current || reference), as in NeMo RL.
+    paper: the estimate's gradient alone, as in the GRPO paper and TRL. In expectation k3 then has the gradient of
+    KL(reference || current), k2 that of KL(current || reference), and k1 none, so it is refused."""
     kl_input_clamp_value: float | None = Field(default=20.0, gt=0)
     """d is clamped to plus or minus this before the estimator; null: not clamped."""
     kl_output_clamp_value: float | None = Field(default=10.0, gt=0)
-    """The estimate is clamped to plus or minus this; null: not clamped."""
+    """The estimate, times its weight, is clamped to plus or minus this; null: not clamped."""
     ratio_clip_min: float = Field(default=0.2, ge=0)
     """The probability ratio is clipped below at 1 - this."""
     ratio_clip_max: float = Field(default=0.2, ge=0)
@@ -54,20 +59,21 @@ class LossFnConfig(Section):
     ratio_clip_c: float | None = Field(default=None, gt=1)
     """Dual clip: with a negative advantage the loss is at most this times its absolute value. null: off."""
     use_on_policy_kl_approximation: bool = False
-    """Weight the KL of each token by the detached ratio of the current policy to the generation engine."""
+    """Weight the KL of each token by the ratio of the current policy to the generation engine, with its gradient
+    (with kl_gradient=paper: detached)."""
     use_unbiased_kl_estimate: bool = False
     """Multiply the KL of each token by the ratio, with its gradient (DeepSeek-V3.2, arXiv 2512.02556)."""
     use_importance_sampling_correction: bool = False
     """Weight the policy term by the ratio of the trainer's old policy to the generation engine: per token,
     or per sequence (the product over its tokens) with sequence_level_importance_ratios."""
     truncated_importance_sampling_type: Literal["tis", "icepop", "seq-mask-tis"] | None = None
-    """What happens to a weight of the importance-sampling correction that is out of bounds. tis: it is cut at the upper
-    bound. icepop: the token counts as 0. seq-mask-tis: every token of a sequence counts as 0 whose weights' geometric
+    """What happens to a weight of the importance-sampling correction that is out of bounds. tis: it is cut at the
+    bounds. icepop: the token counts as 0. seq-mask-tis: every token of a sequence counts as 0 whose weights' geometric
     mean is out of bounds."""
     truncated_importance_sampling_ratio: float | None = Field(default=None, gt=0)
     """Upper bound of the importance-sampling weight; needs a type."""
-    truncated_importance_sampling_ratio_min: float | None = Field(default=None, gt=0)
-    """Lower bound, for icepop and seq-mask-tis."""
+    truncated_importance_sampling_ratio_min: float | None = Field(default=None, ge=0)
+    """Lower bound; needs a type. icepop and seq-mask-tis need it; null with tis: 0."""
     sequence_level_importance_ratios: bool = False
     """GSPO: one ratio for the sequence, the geometric mean over its tokens."""
     token_level_loss: bool = True
@@ -103,6 +109,7 @@ class LossFnConfig(Section):
         self._check_objective_options()
         self._check_normalization()
         self._check_importance_sampling()
+        self._check_kl()
         return self
 
     def _check_one_objective(self) -> None:
@@ -161,15 +168,16 @@ class LossFnConfig(Section):
                 "Set loss_fn.truncated_importance_sampling_ratio, for example to 2.0."
             )
         low = self.truncated_importance_sampling_ratio_min
-        if kind in ("icepop", "seq-mask-tis") and (low is None or (ratio is not None and low >= ratio)):
+        is_missing = low is None and kind in ("icepop", "seq-mask-tis")
+        if is_missing or (low is not None and ratio is not None and low > ratio):
             raise ValueError(
-                f"loss_fn.truncated_importance_sampling_ratio_min={low!r}: {kind!r} needs a lower bound below "
+                f"loss_fn.truncated_importance_sampling_ratio_min={low!r}: {kind!r} needs a lower bound of at most "
                 f"loss_fn.truncated_importance_sampling_ratio={ratio!r}. Set it, for example to 0.5."
             )
-        if kind in (None, "tis") and low is not None:
+        if kind is None and low is not None:
             raise ValueError(
-                f"loss_fn.truncated_importance_sampling_ratio_min={low!r}: bounds 'icepop' and 'seq-mask-tis' only, "
-                f"and loss_fn.truncated_importance_sampling_type={kind!r}. Set it to null."
+                f"loss_fn.truncated_importance_sampling_ratio_min={low!r}: has no effect without a type. "
+                "Set loss_fn.truncated_importance_sampling_type=tis and loss_fn.truncated_importance_sampling_ratio."
             )
         if kind == "seq-mask-tis" and self.sequence_level_importance_ratios:
             raise ValueError(
@@ -186,15 +194,27 @@ class LossFnConfig(Section):
                 f"loss_fn.truncated_importance_sampling_type={kind!r}: truncates the importance-sampling "
                 "correction, which is off. Set loss_fn.use_importance_sampling_correction=true."
             )
+        if self.use_importance_sampling_correction and self.vespo is not None:
+            raise ValueError(
+                "loss_fn.use_importance_sampling_correction=True: VESPO weights whole sequences itself. "
+                "Set loss_fn.use_importance_sampling_correction=false."
+            )
+
+    def _check_kl(self) -> None:
         if self.use_unbiased_kl_estimate and self.use_on_policy_kl_approximation:
             raise ValueError(
                 "loss_fn.use_unbiased_kl_estimate=True: both it and "
                 "loss_fn.use_on_policy_kl_approximation=True weight the KL by a ratio. Keep one of them."
             )
-        if self.use_importance_sampling_correction and self.vespo is not None:
+        if self.kl_gradient == "paper" and self.reference_policy_kl_type == "k1":
             raise ValueError(
-                "loss_fn.use_importance_sampling_correction=True: VESPO weights whole sequences itself. "
-                "Set loss_fn.use_importance_sampling_correction=false."
+                "loss_fn.kl_gradient='paper': its expected gradient of loss_fn.reference_policy_kl_type='k1' is 0, "
+                "a penalty that does nothing. Set loss_fn.kl_gradient=unbiased, or a type of k2 or k3."
+            )
+        if self.kl_gradient == "paper" and self.use_unbiased_kl_estimate:
+            raise ValueError(
+                "loss_fn.kl_gradient='paper': would take from loss_fn.use_unbiased_kl_estimate=True the gradient of "
+                "the ratio, which makes it unbiased. Set one of them back."
             )
 
 

@@ -83,6 +83,8 @@ class MegatronConfig(Section):
     """How the router balances its load."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens travel to the ranks of their experts."""
+    env_vars: dict[str, str] | None = None
+    """Environment variables of the training processes, which stand before torch starts."""
     peft: PeftCfg = PeftCfg()
     """The adapter, in NeMo RL's Megatron dialect."""
     optimizer: MegatronOptimizerConfig = MegatronOptimizerConfig()

@@ -3,6 +3,7 @@
 The DTensor backend has `policy.optimizer`, `policy.scheduler` and `policy.max_grad_norm`. On Megatron each of lr,
 weight decay, the two betas, eps, the clip and the schedule as a whole has a key there and one in
 `policy.megatron_cfg`: the one that the later layer wrote is in force (config/layers.py), and in one layer Megatron's.
+Where `policy.optimizer` is null Megatron's are, and so is its schedule where `policy.scheduler` is null too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from nemo_rl_lora.config.layers import SET_BY, Layers, layers_from_record
 from nemo_rl_lora.config.lora import LoraCfg, PeftCfg, UnifiedLora
 from nemo_rl_lora.config.master import GrpoMaster, MasterConfig
 from nemo_rl_lora.config.megatron import MegatronSchedulerConfig
-from nemo_rl_lora.config.optimizer import lr_factor
+from nemo_rl_lora.config.optimizer import OptimizerConfig, lr_factor
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.config.refused_keys import take_out
 from nemo_rl_lora.config.tree import flatten
@@ -57,6 +58,7 @@ class AdamSettings:
 
 def adam_settings(policy: PolicyConfig, *, lora: bool) -> AdamSettings:
     """What `policy.optimizer` and `policy.scheduler` say, for a run with or without an adapter."""
+    assert policy.optimizer is not None, "checked by PolicyConfig"
     kwargs = policy.optimizer.kwargs
     return AdamSettings(
         lr_at=partial(_scheduled_lr, policy, policy.optimizer.learning_rate(lora=lora)),
@@ -72,24 +74,27 @@ def adam_settings(policy: PolicyConfig, *, lora: bool) -> AdamSettings:
 def megatron_adam_settings(config: MasterConfig, *, lora: bool) -> AdamSettings:
     """AdamW of a run on Megatron. The configuration has no megatron_problems."""
     policy, megatron = config.policy, config.policy.megatron_cfg
-    kwargs, optimizer, layers = policy.optimizer.kwargs, megatron.optimizer, config.layers
+    kwargs, optimizer = (policy.optimizer or OptimizerConfig()).kwargs, megatron.optimizer
+    wins = partial(_wins, config.layers, alone=policy.optimizer is None)
     first, second = kwargs.betas
-    weight_decay = optimizer.weight_decay if _wins(layers, MEGATRON_WEIGHT_DECAY, WEIGHT_DECAY) else kwargs.weight_decay
-    if weight_decay_schedule_is_in_force(layers):
+    weight_decay = optimizer.weight_decay if wins(MEGATRON_WEIGHT_DECAY, WEIGHT_DECAY) else kwargs.weight_decay
+    if weight_decay_schedule_is_in_force(config.layers):
         weight_decay = megatron.scheduler.end_weight_decay
     peak = megatron_peak_lr(config, lora=lora)
     lr_at = partial(_scheduled_lr, policy, peak)
-    if megatron_schedule_is_in_force(layers):
+    if megatron_schedule_is_in_force(config):
         lr_at = partial(megatron_lr, megatron.scheduler, peak, optimizer.min_lr)
     return AdamSettings(
         lr_at=lr_at,
         weight_decay_at=partial(constant, weight_decay),
         betas=(
-            optimizer.adam_beta1 if _wins(layers, MEGATRON_BETAS[0], BETAS) else first,
-            optimizer.adam_beta2 if _wins(layers, MEGATRON_BETAS[1], BETAS) else second,
+            optimizer.adam_beta1 if wins(MEGATRON_BETAS[0], BETAS) else first,
+            optimizer.adam_beta2 if wins(MEGATRON_BETAS[1], BETAS) else second,
         ),
-        eps=optimizer.adam_eps if _wins(layers, MEGATRON_EPS, EPS) else kwargs.eps,
-        max_grad_norm=(optimizer.clip_grad or None) if _wins(layers, MEGATRON_CLIP, CLIP) else policy.max_grad_norm,
+        eps=optimizer.adam_eps if wins(MEGATRON_EPS, EPS) else kwargs.eps,
+        max_grad_norm=(optimizer.clip_grad or None)
+        if _wins(config.layers, MEGATRON_CLIP, CLIP)
+        else policy.max_grad_norm,
         foreach=kwargs.foreach,
         fused=kwargs.fused,
     )
@@ -98,15 +103,18 @@ def megatron_adam_settings(config: MasterConfig, *, lora: bool) -> AdamSettings:
 def megatron_peak_lr(config: MasterConfig, *, lora: bool) -> float:
     """The peak learning rate of a run on Megatron."""
     optimizer = config.policy.optimizer
+    if optimizer is None:
+        return config.policy.megatron_cfg.optimizer.lr
     ours = LR if lora or optimizer.full_finetuning_lr is None else FULL_LR
     if _wins(config.layers, MEGATRON_LR, ours):
         return config.policy.megatron_cfg.optimizer.lr
     return optimizer.learning_rate(lora=lora)
 
 
-def megatron_schedule_is_in_force(layers: Layers) -> bool:
+def megatron_schedule_is_in_force(config: MasterConfig) -> bool:
     """Whether, on Megatron, the learning rate follows Megatron's own schedule: all of its keys or none."""
-    return _wins(layers, MEGATRON_SCHEDULE, SCHEDULE)
+    alone = config.policy.optimizer is None and config.policy.scheduler is None
+    return _wins(config.layers, MEGATRON_SCHEDULE, SCHEDULE, alone=alone)
 
 
 def weight_decay_schedule_is_in_force(layers: Layers) -> bool:
@@ -114,9 +122,9 @@ def weight_decay_schedule_is_in_force(layers: Layers) -> bool:
     return _wins(layers, WEIGHT_DECAY_SCHEDULE, (WEIGHT_DECAY, MEGATRON_WEIGHT_DECAY))
 
 
-def _wins(layers: Layers, theirs: str | Sequence[str], ours: str | Sequence[str]) -> bool:
-    """Whether the later layer, or the same one, wrote Megatron's keys for a thing."""
-    return _layer(layers, theirs) >= _layer(layers, ours)
+def _wins(layers: Layers, theirs: str | Sequence[str], ours: str | Sequence[str], *, alone: bool = False) -> bool:
+    """Whether the later layer, or the same one, wrote Megatron's keys for a thing, or there are no others (`alone`)."""
+    return alone or _layer(layers, theirs) >= _layer(layers, ours)
 
 
 def _layer(layers: Layers, keys: str | Sequence[str]) -> int:
@@ -167,24 +175,28 @@ def effective_values(tree: Mapping[str, Any], written_now: Layers) -> dict[str, 
     backend = flat.get("policy.backend")
     on_megatron = backend == "megatron" if backend else bool(flat.get(f"{_MEGATRON}.enabled"))
 
-    def wins(theirs: str | Sequence[str], ours: str | Sequence[str]) -> bool:
+    is_null = flat.get("policy.optimizer", ...) is None
+
+    def wins(theirs: str | Sequence[str], ours: str | Sequence[str], *, alone: bool = is_null) -> bool:
         margin = 0 if record is not None else 1
-        return on_megatron and _layer(layers, theirs) >= _layer(layers, ours) + margin
+        return on_megatron and (alone or _layer(layers, theirs) >= _layer(layers, ours) + margin)
 
     moved = {EPS: MEGATRON_EPS, CLIP: MEGATRON_CLIP, WEIGHT_DECAY: MEGATRON_WEIGHT_DECAY}
-    changed = {ours: flat.get(theirs) for ours, theirs in moved.items() if wins(theirs, ours)}
-    if LR in flat:
+    changed = {
+        ours: flat.get(theirs) for ours, theirs in moved.items() if wins(theirs, ours, alone=is_null and ours != CLIP)
+    }
+    if LR in flat or is_null:
         blocks = (UnifiedLora, PeftCfg if on_megatron else LoraCfg)
         lora = any(flat.get(f"{block.KEY}.enabled") for block in blocks)
         ours = LR if lora or flat.get(FULL_LR) is None else FULL_LR
         changed[LR] = flat.get(MEGATRON_LR if wins(MEGATRON_LR, ours) else ours)
-    if wins(WEIGHT_DECAY_SCHEDULE, (WEIGHT_DECAY, MEGATRON_WEIGHT_DECAY)):
+    if wins(WEIGHT_DECAY_SCHEDULE, (WEIGHT_DECAY, MEGATRON_WEIGHT_DECAY), alone=False):
         changed[WEIGHT_DECAY] = flat.get(WEIGHT_DECAY_SCHEDULE[0])
-    if BETAS in flat:
-        pairs = zip(MEGATRON_BETAS, flat[BETAS], strict=True)
+    if BETAS in flat or is_null:
+        pairs = zip(MEGATRON_BETAS, flat.get(BETAS, (None, None)), strict=True)
         changed[BETAS] = [flat.get(theirs) if wins(theirs, BETAS) else value for theirs, value in pairs]
-    unused = {FULL_LR, MEGATRON_LR, *moved.values(), *WEIGHT_DECAY_SCHEDULE, *MEGATRON_BETAS}
-    if not wins(MEGATRON_SCHEDULE, SCHEDULE):
+    unused = {"policy.optimizer", FULL_LR, MEGATRON_LR, *moved.values(), *WEIGHT_DECAY_SCHEDULE, *MEGATRON_BETAS}
+    if not wins(MEGATRON_SCHEDULE, SCHEDULE, alone=is_null and flat.get(SCHEDULE, 0) is None):
         unused |= set(MEGATRON_SCHEDULE)
     else:
         unused |= {key for key in flat if key == SCHEDULE or key.startswith(f"{SCHEDULE}.")}

@@ -7,6 +7,7 @@ valid is the schema's business.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,19 +16,22 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from pydantic import BaseModel
 
-from nemo_rl_lora.config.errors import ConfigError, show, unknown_key
+from nemo_rl_lora.config.errors import ConfigError, not_mappings, show, unknown_key
 from nemo_rl_lora.config.layers import COMMAND_LINE, Tracked
 from nemo_rl_lora.config.refused_keys import is_refused_key
 from nemo_rl_lora.config.schema import types_at
 from nemo_rl_lora.config.tree import flatten, lookup, with_value, without
 
 _GRAMMAR = "Write key=value, +key=value, ++key=value or ~key"
+_HOME = re.compile(r"(\+{0,2}[\w.]+)=(~/[^\"\\]*)")
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], root: type[BaseModel]) -> dict[str, Any]:
     """A new tree with the overrides applied in order. ConfigError where one does not parse or does not fit."""
     for text in overrides:
         tree = _apply(tree, _parsed(text), root)
+        if problems := not_mappings(root, tree):
+            raise ConfigError("\n".join(problems))
     return tree
 
 
@@ -47,11 +51,12 @@ def overridden(tracked: Tracked, overrides: Sequence[str], root: type[BaseModel]
 
 
 def _parsed(text: str) -> Override:
+    in_home = _HOME.fullmatch(text)  # the shell expands no ~ within a word, and the grammar has none in a value
     try:
-        override = OverridesParser.create().parse_override(text)
+        override = OverridesParser.create().parse_override('{}="{}"'.format(*in_home.groups()) if in_home else text)
     except HydraException as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{text}: this override cannot be read ({reason}). {_GRAMMAR}.") from error
+        raise ConfigError(f"{text}: this override cannot be read ({reason}). {_quoted(text) or _GRAMMAR}.") from error
     if not override.key_or_group:
         raise ConfigError(f"{text}: this override names no key. {_GRAMMAR}.")
     if override.package is not None:
@@ -60,6 +65,14 @@ def _parsed(text: str) -> Override:
         key, _, value = text.partition("=")
         raise ConfigError(f"{text}: one run takes one value. For a list write {key}=[{value}].")
     return override
+
+
+def _quoted(text: str) -> str | None:
+    """How to write an override whose value the grammar does not take as it is; None where that is not the fault."""
+    key, _, value = text.partition("=")
+    if not re.fullmatch(r"\+{0,2}[\w.]+", key) or not value or value[0] in "[{" or {'"', "'"} & set(value):
+        return None
+    return f"Put the value in quotes of its own: '{key}=\"{value}\"'"
 
 
 def _apply(tree: dict[str, Any], override: Override, root: type[BaseModel]) -> dict[str, Any]:

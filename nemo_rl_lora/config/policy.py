@@ -27,7 +27,8 @@ class TokenizerConfig(Section):
     name: str | None = None
     """Model whose tokenizer is used; null is policy.model_name."""
     chat_template: str | None = "default"
-    """"default": the tokenizer's own; null: messages are joined as they are; else Jinja text or a .jinja file."""
+    """"default": the tokenizer's own; null: messages are joined as they are; else Jinja text, a .jinja file or, where
+    the tokenizer has several templates, the name of one."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Further variables of the chat template."""
 
@@ -113,8 +114,8 @@ class PolicyConfig(ModelConfig):
     """Packed rows."""
     shared_prefix: SharedPrefixConfig = SharedPrefixConfig()
     """Prompts computed once."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """The optimizer."""
+    optimizer: OptimizerConfig | None = OptimizerConfig()
+    """The optimizer. null, on Megatron: policy.megatron_cfg alone has it, and with scheduler: null the schedule."""
     scheduler: SchedulerConfig | None = None
     """The learning-rate schedule; null is constant."""
     generation: GenerationConfig | None = None
@@ -156,6 +157,15 @@ class PolicyConfig(ModelConfig):
             raise ValueError(
                 "policy.backend=None: one backend has to train, and policy.dtensor_cfg.enabled and "
                 "policy.megatron_cfg.enabled are both false. Set policy.backend=dtensor or policy.backend=megatron."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _an_optimizer(self) -> PolicyConfig:
+        if self.optimizer is None and self.active_backend == "dtensor":
+            raise ValueError(
+                "policy.optimizer=None: the DTensor backend has no other description of its optimizer. Remove the "
+                "line, or set policy.backend=megatron."
             )
         return self
 

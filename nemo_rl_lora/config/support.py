@@ -5,9 +5,11 @@ It reads the configuration, and of the machine only whether there is a GPU; no m
 
 from __future__ import annotations
 
+from nemo_rl_lora.config.cluster_rules import cluster_problems
+from nemo_rl_lora.config.engine_rules import engine_problems
 from nemo_rl_lora.config.generation import chosen_engine
 from nemo_rl_lora.config.lora import lora_field_key, lora_spec_from_policy
-from nemo_rl_lora.config.master import MasterConfig
+from nemo_rl_lora.config.master import GrpoMaster, MasterConfig
 from nemo_rl_lora.config.optimizer_settings import (
     megatron_peak_lr,
     megatron_schedule_is_in_force,
@@ -22,47 +24,69 @@ def check_runnable(config: MasterConfig) -> list[str]:
     """One paragraph for each setting that this version cannot run; empty where it can."""
     return [
         *(megatron_problems(config) if config.policy.active_backend == "megatron" else []),
+        *cluster_problems(config),
         *_world_problems(config),
-        *_engine_problems(config),
+        *engine_problems(config.policy.generation),
+        *(_ahead_problems(config) if isinstance(config, GrpoMaster) else []),
         *unused_key_problems(config),
     ]
 
 
-def _engine_problems(config: MasterConfig) -> list[str]:
-    generation = config.policy.generation
-    if generation is None or generation.colocated.enabled or chosen_engine(generation.backend)[0] == "vllm":
+def _ahead_problems(config: GrpoMaster) -> list[str]:
+    """Why this engine cannot sample while the policy trains."""
+    ahead, generation = config.grpo.async_grpo, config.generation
+    engine, off = chosen_engine(generation.backend)[0], "set grpo.async_grpo.enabled=false"
+    if ahead is None or not ahead.num_steps_ahead:
         return []
-    return [
-        f"policy.generation.colocated.enabled=False: only vLLM runs in a process of its own, and "
-        f"policy.generation.backend={generation.backend!r}. Set policy.generation.backend=vllm, or "
-        f"policy.generation.colocated.enabled=true."
-    ]
+    if engine == "replay":
+        return [f"policy.generation.backend='replay': its rollouts are there already. Choose another, or {off}."]
+    if engine == "vllm" and generation.colocated.enabled:
+        return [
+            f"policy.generation.colocated.enabled=True: vLLM has to sample while this process trains. Set it to false, "
+            f"which gives vLLM a process of its own, or {off}."
+        ]
+    if engine == "in_process" and ahead.recompute_kv_cache_after_weight_updates:
+        return [
+            "grpo.async_grpo.recompute_kv_cache_after_weight_updates=True: the in-process engine keeps the keys and "
+            "values that it has. Set it to false, or policy.generation.backend=vllm."
+        ]
+    return []
 
 
 def _world_problems(config: MasterConfig) -> list[str]:
-    problems = []
-    cluster, parallel = config.cluster, config.policy.dtensor_cfg
-    if cluster.num_nodes > 1:
-        problems.append(
-            f"cluster.num_nodes={cluster.num_nodes}: this version trains on one node. Set cluster.num_nodes=1."
-        )
+    """A paragraph for each parallel size of the DTensor backend that the processes cannot have."""
     if config.policy.active_backend != "dtensor":
-        return problems
-    if cluster.gpus_per_node > 1:
+        return []
+    sizes, key, number = config.policy.dtensor_cfg, "policy.dtensor_cfg", config.cluster.num_processes
+    problems = []
+    if sizes.context_parallel_size > 1:
         problems.append(
-            f"cluster.gpus_per_node={cluster.gpus_per_node}: the DTensor backend of this version trains in one "
-            f"process. Set cluster.gpus_per_node=1, or policy.backend=megatron."
+            f"{key}.context_parallel_size={sizes.context_parallel_size}: the DTensor backend does not split sequences "
+            f"between ranks. Set {key}.context_parallel_size=1, or policy.backend=megatron with "
+            f"policy.megatron_cfg.context_parallel_size={sizes.context_parallel_size}."
         )
-    for key in ("tensor_parallel_size", "context_parallel_size", "dp_replicate_size"):
-        size = getattr(parallel, key)
-        if size > 1:
-            problems.append(
-                f"policy.dtensor_cfg.{key}={size}: this version trains in one process. Set policy.dtensor_cfg.{key}=1."
-            )
-    if parallel.sequence_parallel:
+    group = sizes.tensor_parallel_size * sizes.dp_replicate_size
+    if number % group:
+        asked = "tensor_parallel_size" if sizes.tensor_parallel_size > 1 else "dp_replicate_size"
         problems.append(
-            "policy.dtensor_cfg.sequence_parallel=True: it shards activations between tensor-parallel ranks, and this "
-            "version has one. Set policy.dtensor_cfg.sequence_parallel=false."
+            f"{key}.{asked}={getattr(sizes, asked)}: {sizes.tensor_parallel_size} tensor-parallel ranks x "
+            f"{sizes.dp_replicate_size} replicas have to divide the number of processes, and cluster.num_nodes x "
+            f"cluster.gpus_per_node is {number}. Change one of them."
+        )
+    if sizes.sequence_parallel and sizes.tensor_parallel_size == 1:
+        problems.append(
+            f"{key}.sequence_parallel=True: it shards activations between tensor-parallel ranks, and there is one. "
+            f"Set {key}.sequence_parallel=false."
+        )
+    if sizes.custom_parallel_plan is not None and sizes.tensor_parallel_size == 1:
+        problems.append(
+            f"{key}.custom_parallel_plan={sizes.custom_parallel_plan!r}: it splits matrices between tensor-parallel "
+            f"ranks, and there is one. Set {key}.custom_parallel_plan=null, or raise {key}.tensor_parallel_size."
+        )
+    if sizes.load is not None and number == 1:
+        problems.append(
+            f"{key}.load={sizes.load!r}: says how several processes load the base, and there is one. Set "
+            f"{key}.load=null, or raise cluster.gpus_per_node."
         )
     return problems
 
@@ -118,7 +142,7 @@ def _schedule_problems(config: MasterConfig) -> list[str]:
             f"{scheduler.start_weight_decay} ({scheduler.weight_decay_incr_style}). Set both to one value and "
             f"{key}.weight_decay_incr_style=constant."
         )
-    if not megatron_schedule_is_in_force(config.layers):
+    if not megatron_schedule_is_in_force(config):
         return problems
     style, warmup, end = scheduler.lr_decay_style, scheduler.lr_warmup_iters, scheduler.lr_decay_iters
     peak = megatron_peak_lr(config, lora=lora_spec_from_policy(config.policy) is not None)

@@ -10,10 +10,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from nemo_rl_lora.data.competition_math import competition_question, dapo_question
 from nemo_rl_lora.data.generated_sums import generate_sums, sum_question
 from nemo_rl_lora.data.gsm8k import gsm8k_question, gsm8k_solution, marked_solutions
 from nemo_rl_lora.data.open_math_instruct import open_math_question, open_math_solution
-from nemo_rl_lora.data.own_rows import chat, chosen_pair, own_answer, own_question, ranked_pair
+from nemo_rl_lora.data.own_rows import (
+    alpaca_answer,
+    alpaca_question,
+    chat,
+    chosen_pair,
+    own_answer,
+    own_question,
+    ranked_pair,
+)
 from nemo_rl_lora.data.preference_sets import help_steer_pair, tulu_pair
 from nemo_rl_lora.data.rows import Message, Pair, Question, Row
 from nemo_rl_lora.data.squad import squad_answer
@@ -55,7 +64,7 @@ class Dataset:
 _CATALOG = (
     Dataset(("generated_sums",), ("low", "high", "num_rows"), generate=generate_sums, prompt=sum_question),
     Dataset(("reasoning_gym",), ("task", "size", "task_config"), generate=generate_gym_rows, prompt=gym_question),
-    Dataset(("openai_format",), (*_SOURCE, "chat_key"), conversation=chat),
+    Dataset(("openai_format",), (*_SOURCE, "chat_key", "tool_key"), conversation=chat),
     Dataset(("squad",), _SOURCE, HubDataset("rajpurkar/squad"), conversation=squad_answer),
     Dataset(("tulu3_sft_mixture",), _SOURCE, HubDataset("allenai/tulu-3-sft-mixture"), conversation=chat),
     Dataset(
@@ -64,6 +73,7 @@ _CATALOG = (
         prompt=own_question,
         conversation=own_answer,
     ),
+    Dataset(("alpaca",), (*_SOURCE, "output_key"), prompt=alpaca_question, conversation=alpaca_answer),
     Dataset(
         ("OpenMathInstruct-2",),
         (*_SOURCE, "output_key"),
@@ -72,14 +82,27 @@ _CATALOG = (
         conversation=open_math_solution,
     ),
     Dataset(
+        ("DeepScaler",),
+        _SOURCE,
+        HubDataset("agentica-org/DeepScaleR-Preview-Dataset"),
+        prompt=competition_question,
+    ),
+    Dataset(("AIME2024",), _SOURCE, HubDataset("HuggingFaceH4/aime_2024"), prompt=competition_question),
+    Dataset(("DAPOMath17K",), _SOURCE, HubDataset("BytedTsinghua-SIA/DAPO-Math-17k"), prompt=dapo_question),
+    Dataset(("DAPOMathAIME2024",), _SOURCE, HubDataset("BytedTsinghua-SIA/AIME-2024"), prompt=dapo_question),
+    Dataset(
         ("gsm8k", "GSM8K"),
         _SOURCE,
         HubDataset("openai/gsm8k", subset="main"),
         prompt=gsm8k_question,
         conversation=gsm8k_solution,
     ),
-    Dataset(("PreferenceDataset",), _SOURCE, pairs=ranked_pair),
-    Dataset(("BinaryPreferenceDataset",), (*_SOURCE, "prompt_key", "chosen_key", "rejected_key"), pairs=chosen_pair),
+    Dataset(("PreferenceDataset",), (*_SOURCE, "tool_key"), pairs=ranked_pair),
+    Dataset(
+        ("BinaryPreferenceDataset",),
+        (*_SOURCE, "prompt_key", "chosen_key", "rejected_key", "tool_key"),
+        pairs=chosen_pair,
+    ),
     Dataset(("HelpSteer3",), _SOURCE, HubDataset("nvidia/HelpSteer3", subset="preference"), pairs=help_steer_pair),
     Dataset(
         ("Tulu3Preference",),
@@ -90,6 +113,11 @@ _CATALOG = (
     Dataset(("gsm8k_solutions",), ("data_path", "split", "pairs"), pairs=marked_solutions),
 )
 DATASETS = {name: dataset for dataset in _CATALOG for name in dataset.names}
+
+
+def tools_of(row: Row) -> list[dict[str, Any]] | None:
+    """The tools that a row's chat may call, where its dataset has any."""
+    return row.tools() if "tool_key" in DATASETS[row.section.dataset_name].keys else None
 
 
 def names_for(algorithm: Algorithm) -> list[str]:

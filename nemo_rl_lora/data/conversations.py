@@ -1,50 +1,63 @@
 """The conversations of an SFT run: rows of chats, or of questions and answers, made ready to be learned.
 
-Every row's form is checked at the start and its tokens are made when it is asked, so that a large dataset stays text.
-The first row of each sequence of roles is tokenised at the start, to show that the chat template suits it.
+A row's tokens are made when it is asked, so that a large dataset stays text; checked_rows.py looks at them first.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from nemo_rl_lora.config.data import DatasetConfig
-from nemo_rl_lora.data.loss_masks import TokenRules, encode_conversation, token_rules
-from nemo_rl_lora.data.row_sets import RowSet, RunConfig, load_sides, longest_row, open_dataset, refuse_grpo_keys
-from nemo_rl_lora.data.rows import Message, Row
+from nemo_rl_lora.data.catalog import tools_of
+from nemo_rl_lora.data.chat import how_to_end
+from nemo_rl_lora.data.checked_rows import Kind, load_checked_sides
+from nemo_rl_lora.data.loss_masks import encode_conversation, learns_end, token_rules
+from nemo_rl_lora.data.row_sets import RowSet, RunConfig, longest_row, open_dataset, refuse_grpo_keys, shown_limits
+from nemo_rl_lora.data.rows import Message, Row, TooLongError
+from nemo_rl_lora.data.seen_rows import recipe_of
 from nemo_rl_lora.types import Example
 
 ConversationSet = RowSet[Example]
 
 
 def load_conversation_sets(
-    config: RunConfig, tokenizer: Any, *, only_unmask_final: bool
+    config: RunConfig, tokenizer: Any, *, only_unmask_final: bool, seed: int = 0
 ) -> tuple[list[ConversationSet], list[ConversationSet]]:
-    """Training sets and validation sets: what is held out of training, then `data.validation`'s."""
-    refuse_grpo_keys(config.data, "SFT", "cuts the end of a row that is too long")
-    rules = token_rules(config.data, tokenizer, only_final=only_unmask_final, max_length=longest_row(config))
-    return load_sides(config.data, lambda section, key: _read(section, key, tokenizer, rules), "rows")
+    """Training sets and validation sets: what is held out of training, then `data.validation`'s. `seed` is that of
+    the order in which rows are drawn."""
+    data = config.data
+    refuse_grpo_keys(data, "SFT", "cuts the end of a row that is too long")
+    rules = token_rules(data, tokenizer, only_final=only_unmask_final, max_length=longest_row(config))
 
+    def read_set(section: DatasetConfig, key: str) -> ConversationSet:
+        read, rows = open_dataset("sft", section, key, processor="sft_processor", keep_nulls=data.keep_nulls)
 
-def _read(section: DatasetConfig, key: str, tokenizer: Any, rules: TokenRules) -> ConversationSet:
-    read, rows = open_dataset("sft", section, key, processor="sft_processor")
-    seen: set[tuple[str, ...]] = set()
-    for row in rows:
-        messages = _checked(row, read(row))
-        roles = tuple(message["role"] for message in messages)
-        if roles not in seen:
-            seen.add(roles)
-            encode_conversation(tokenizer, messages, rules, row.place)
+        def make(position: int, name: str) -> Example:
+            row = rows[position]
+            found = encode_conversation(
+                tokenizer, _checked(row, read(row)), rules, row.place, source=name, tools=tools_of(row)
+            )
+            if True not in found.loss_mask:
+                raise TooLongError(row.place, len(found.token_ids) + found.num_cut_tokens)
+            return found
 
-    def make(position: int, name: str) -> Example:
-        row = rows[position]
-        return encode_conversation(tokenizer, _checked(row, read(row)), rules, row.place, source=name)
+        return RowSet.of_all(section, key, rows.__getitem__, len(rows), make, data=data)
 
-    return RowSet.of_all(section, len(rows), make)
+    kind: Kind[Example] = Kind(
+        noun="rows",
+        tokens=lambda example: (example.token_ids, example.loss_mask),
+        has_end=lambda example: learns_end(tokenizer, example, rules.ends),
+        no_end=how_to_end(tokenizer, marked=rules.marked),
+        recipe=recipe_of(tokenizer, data, sorted(rules.ends), replace(rules, ends=frozenset())),
+        too_long=f"nothing of their answers being within {shown_limits(config)}",
+    )
+    return load_checked_sides(data, read_set, kind, clusters="rows", seed=seed)
 
 
 def _checked(row: Row, conversation: list[Message]) -> list[Message]:
     """The conversation, with a system prompt. ValueError where there is nothing to learn."""
+    row.refuse_half_characters(conversation)
     messages = row.format.with_system(conversation)
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:

@@ -106,15 +106,21 @@ class RowLoader(Iterator[list[T]]):
         }
 
     def from_state(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved position. Raises ValueError if it is one in other data."""
-        for name in ("num_rows", "rates", "seed", "shuffle"):
+        """Go to a saved position. ValueError for a position in another order.
+
+        A set that has another number of rows now, which `data.on_change` allows, stays in its epoch, at its place.
+        """
+        for name in ("rates", "seed", "shuffle"):
             if state[name] != self.state()[name]:
                 raise ValueError(
                     f"data.train: the checkpoint's data position is one in data with {name}={state[name]!r}, and "
                     f"now {name}={self.state()[name]!r}. Continue with the same data, or start anew."
                 )
         self.epoch, self.offset = int(state["epoch"]), int(state["offset"])
-        self._num_taken = [int(count) for count in state["num_taken"]]
+        self._num_taken = []
+        for count, before, rows in zip(state["num_taken"], state["num_rows"], self._sets, strict=True):
+            epoch, place = divmod(int(count), before)
+            self._num_taken.append(epoch * len(rows) + min(place, len(rows)))
 
     def _next_row(self) -> T:
         number = self._set_of_draw(sum(self._num_taken))

@@ -7,20 +7,19 @@ itself, with {% generation %} blocks, is believed instead.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from nemo_rl_lora.config.data import DataConfig
-from nemo_rl_lora.data.chat import render
+from nemo_rl_lora.data.chat import Tools, end_ids, last_written, render, special_id
 from nemo_rl_lora.data.rows import Message
 from nemo_rl_lora.types import Example
-
-logger = logging.getLogger(__name__)
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -32,7 +31,8 @@ class TokenRules:
     learn_header: bool  # of the assistant's turns
     only_final: bool  # learn the last turn only
     bos_id: int | None  # put first unless it is there
-    eos_id: int | None  # put last, and learned, unless the last answer ends with it
+    eos_id: int | None  # put last unless it is there, and learned
+    ends: frozenset[int]  # tokens that may end a turn
     max_length: int
     marked: bool  # the template has {% generation %} blocks
 
@@ -53,23 +53,32 @@ def token_rules(data: DataConfig, tokenizer: Any, *, only_final: bool, max_lengt
     return TokenRules(
         learn_header=data.add_generation_prompt is False,
         only_final=only_final,
-        bos_id=_special_id(tokenizer, "bos") if data.add_bos else None,
-        eos_id=_special_id(tokenizer, "eos") if data.add_eos else None,
+        bos_id=special_id(tokenizer, "bos") if data.add_bos else None,
+        eos_id=special_id(tokenizer, "eos") if data.add_eos else None,
+        ends=end_ids(tokenizer),
         max_length=max_length,
         marked=marked,
     )
 
 
 def encode_conversation(
-    tokenizer: Any, messages: Sequence[Message], rules: TokenRules, place: str, source: str = ""
+    tokenizer: Any, messages: Sequence[Message], rules: TokenRules, place: str, source: str = "", tools: Tools = None
 ) -> Example:
     """Tokens and mask of a conversation that ends with an assistant's turn; `place` is whose it is, for errors."""
     encode = _encode_as_marked if rules.marked else _encode_as_proven
-    token_ids, learned = encode(tokenizer, messages, rules, place)
+    token_ids, learned = encode(tokenizer, messages, rules, place, tools)
+    if True not in learned:
+        what = "writes nothing of what the assistant says there. Give one that does."
+        if rules.marked:
+            what = (
+                "has {% generation %} blocks, of which none is reached there, or they are empty. Put them around what "
+            )
+            what += "the assistant says."
+        raise ValueError(f"policy.tokenizer.chat_template: nothing is learned of {place}, since the template {what}")
     if rules.bos_id is not None and token_ids[0] != rules.bos_id:
         token_ids, learned = [rules.bos_id, *token_ids], [False, *learned]
-    if rules.eos_id is not None and _last_beside_newlines(tokenizer, token_ids) != rules.eos_id:
-        token_ids, learned = [*token_ids, rules.eos_id], [*learned, True]
+    if rules.eos_id is not None:
+        _learn_end(tokenizer, token_ids, learned, rules)
     return Example(
         token_ids=tuple(token_ids[: rules.max_length]),
         loss_mask=tuple(learned[: rules.max_length]),
@@ -79,17 +88,18 @@ def encode_conversation(
 
 
 def _encode_as_proven(
-    tokenizer: Any, messages: Sequence[Message], rules: TokenRules, place: str
+    tokenizer: Any, messages: Sequence[Message], rules: TokenRules, place: str, tools: Tools
 ) -> tuple[list[int], list[bool]]:
-    text = render(tokenizer, messages, add_generation_prompt=False, place=place)
+    rendered = partial(render, tokenizer, place=place, tools=tools)
+    text = rendered(messages, add_generation_prompt=False)
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
 
     def span(turn: int) -> tuple[int, int] | None:
         """The characters of a turn, if they can be proven."""
-        before = render(tokenizer, messages[:turn], add_generation_prompt=not rules.learn_header, place=place)
+        before = rendered(messages[:turn], add_generation_prompt=not rules.learn_header)
         through = text
         if turn < len(messages) - 1:
-            through = render(tokenizer, messages[: turn + 1], add_generation_prompt=False, place=place)
+            through = rendered(messages[: turn + 1], add_generation_prompt=False)
         is_proven = text.startswith(through) and through.startswith(before)
         return (len(before), len(through)) if is_proven else None
 
@@ -107,20 +117,47 @@ def _encode_as_proven(
 
 
 def _encode_as_marked(
-    tokenizer: Any, messages: Sequence[Message], rules: TokenRules, place: str
+    tokenizer: Any, messages: Sequence[Message], rules: TokenRules, place: str, tools: Tools
 ) -> tuple[list[int], list[bool]]:
-    render(tokenizer, messages, add_generation_prompt=False, place=place)  # names what the template refuses
+    render(
+        tokenizer, messages, add_generation_prompt=False, place=place, tools=tools
+    )  # names what the template refuses
     encoding = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        list(messages), tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    marks = encoding["assistant_masks"]
+    marks = [bool(mark) for mark in encoding["assistant_masks"]]
     if rules.only_final:
-        last = len(marks) - marks[::-1].index(1) if 1 in marks else 0
-        first = last
-        while first and marks[first - 1]:
-            first -= 1
-        marks = [mark and first <= position for position, mark in enumerate(marks)]
-    return encoding["input_ids"], [bool(mark) for mark in marks]
+        # What comes before the last turn is rendered as to ask for it: so many marks are not the last turn's.
+        before = tokenizer.apply_chat_template(
+            list(messages[:-1]), tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        num_earlier = sum(before["assistant_masks"])
+        marks = [mark and number > num_earlier for mark, number in zip(marks, accumulate(marks), strict=True)]
+    return encoding["input_ids"], marks
+
+
+def _learn_end(tokenizer: Any, token_ids: list[int], learned: list[bool], rules: TokenRules) -> None:
+    """Have the row end with the end-of-sequence token, and learn it with what the template writes before it."""
+    assert rules.eos_id is not None
+    last = len(learned) - 1 - learned[::-1].index(True)
+    end = last_written(tokenizer, token_ids)
+    if end is None or token_ids[end] != rules.eos_id:
+        end = len(token_ids)
+        token_ids.append(rules.eos_id)
+        learned.append(True)
+    learned[end] = True
+    between = token_ids[last + 1 : end]
+    if all(token in rules.ends or not tokenizer.decode([token]).strip() for token in between):
+        learned[last + 1 : end] = [True] * len(between)
+
+
+def learns_end(tokenizer: Any, example: Example, ends: frozenset[int]) -> bool | None:
+    """Whether the last answer is learned with a token after it that ends a turn; None where the row was cut."""
+    if example.num_cut_tokens:
+        return None
+    last = len(example.loss_mask) - example.loss_mask[::-1].index(True)
+    place = last_written(tokenizer, example.token_ids[:last])
+    return place is not None and example.token_ids[place] in ends and (place == 0 or example.loss_mask[place - 1])
 
 
 def _unproven(turn: int, num_turns: int, place: str, *, last_is_proven: bool) -> str:
@@ -131,15 +168,3 @@ def _unproven(turn: int, num_turns: int, place: str, *, last_is_proven: bool) ->
         f"policy.tokenizer.chat_template: where turn {turn} of the assistant's {num_turns} stands in {place} cannot be "
         f"proven, since the template does not write the conversation up to there as it begins the whole. {remedy}."
     )
-
-
-def _last_beside_newlines(tokenizer: Any, token_ids: Sequence[int]) -> int | None:
-    """The last token that is not of newlines alone: templates write some after the end of a turn."""
-    return next((token for token in reversed(token_ids) if tokenizer.decode([token]).strip("\n")), None)
-
-
-def _special_id(tokenizer: Any, name: str) -> int | None:
-    found = getattr(tokenizer, f"{name}_token_id")
-    if found is None:
-        logger.warning(f"data.add_{name}=True: the tokenizer has no {name} token, so none is added")
-    return found

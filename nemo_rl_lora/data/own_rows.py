@@ -14,7 +14,10 @@ from nemo_rl_lora.data.rows import Message, Pair, Question, Row
 
 def own_question(row: Row) -> Question:
     """A row: {"input": "2 + 2?", "output": "4"}, under the names that input_key and output_key give."""
-    question = row.text(row.section.input_key, "input_key")
+    return _compared(row, _own_input(row))
+
+
+def _compared(row: Row, question: str) -> Question:
     if row.section.output_key is None:
         return Question(question, row.values)
     return Question(question, {**row.values, "answer": row.value(row.section.output_key, "output_key")})
@@ -22,8 +25,34 @@ def own_question(row: Row) -> Question:
 
 def own_answer(row: Row) -> list[Message]:
     """The same row, to be learned."""
-    question = row.text(row.section.input_key, "input_key")
-    return answered(row, question, row.text(row.section.output_key or "output", "output_key"))
+    return answered(row, _own_input(row), row.text(row.section.output_key or "output", "output_key"))
+
+
+def _own_input(row: Row) -> str:
+    key = row.section.input_key
+    other = {"input": "instruction", "instruction": "input"}.get(key)
+    if other is not None and row.values.get(other):
+        raise ValueError(
+            f"{row.format.key}.input_key={key!r}: {row.place} has {other!r}, too, which would not be read. Set "
+            f"{row.format.key}.dataset_name=alpaca, which asks the instruction and then the input, or rename the key "
+            f"that is not to be asked."
+        )
+    return row.text(key, "input_key")
+
+
+def alpaca_question(row: Row) -> Question:
+    """A row: {"instruction": "Add.", "input": "2 and 2", "output": "4"}; the input may be empty or absent."""
+    return _compared(row, _alpaca_input(row))
+
+
+def alpaca_answer(row: Row) -> list[Message]:
+    """The same row, to be learned."""
+    return answered(row, _alpaca_input(row), row.text(row.section.output_key or "output", "output_key"))
+
+
+def _alpaca_input(row: Row) -> str:
+    instruction = row.text("instruction")
+    return f"{instruction}\n\n{row.text('input')}" if str(row.values.get("input") or "").strip() else instruction
 
 
 def answered(row: Row, question: str, answer: str) -> list[Message]:
@@ -68,7 +97,7 @@ def asked(row: Row, name: str, key: str = "data_path") -> list[Message]:
         return [row.format.user(row.text(name, key))]
     row.refuse_file("prompt_file", f"where prompts are messages, as in {row.place}")
     messages = row.messages(name, key)
-    if messages[-1]["role"] != "user":
+    if messages[-1]["role"] not in ("user", "tool"):
         raise row.error(
             f"has a prompt that ends with a turn of the {messages[-1]['role']}, and the user's is needed", key
         )
@@ -82,7 +111,10 @@ def answer(row: Row, prompt: Sequence[Message], name: str, key: str = "data_path
     *before, found = row.messages(name, key)
     if found["role"] != "assistant":
         raise row.error(f"has {name} that ends with a turn of the {found['role']}, and the assistant's is needed", key)
-    texts = [[(message["role"], message["content"]) for message in chat] for chat in (before, prompt)]
+    texts = [
+        [(message["role"], message["content"], message.get("tool_calls")) for message in chat]
+        for chat in (before, prompt)
+    ]
     if before and texts[0] != texts[1]:
         raise row.error(f"has {name} with another prompt than the pair's", key)
     return found
@@ -90,7 +122,7 @@ def answer(row: Row, prompt: Sequence[Message], name: str, key: str = "data_path
 
 def pair(row: Row, prompt: list[Message], chosen: Message, rejected: Message, part: str | None = None) -> Pair:
     """Two answers, with the prompt's texts as their cluster."""
-    cluster = "\n".join(message["content"] for message in prompt)
+    cluster = "\n".join(message["content"] or "" for message in prompt)
     return Pair(
         row=row, prompt=row.format.with_system(prompt), chosen=chosen, rejected=rejected, cluster=cluster, part=part
     )

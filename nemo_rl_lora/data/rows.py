@@ -5,6 +5,7 @@ Pure at import. A wrong row is a ValueError that names the configuration's key a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from nemo_rl_lora.config.data import DatasetConfig
 
 Message = Mapping[str, Any]  # role, content, and what else the template reads
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,17 @@ class PromptFormat:
         if self.system is None or messages[0]["role"] == "system":
             return messages
         return [{"role": "system", "content": self.system}, *messages]
+
+
+class TooLongError(ValueError):
+    """A row that is beyond the limits, which leave it out; its place and its length in tokens."""
+
+    def __init__(self, place: str, num_tokens: int) -> None:
+        super().__init__(
+            f"{place} has {num_tokens} tokens, too many for policy.max_total_sequence_length or "
+            f"data.max_input_seq_length."
+        )
+        self.place, self.num_tokens = place, num_tokens
 
 
 class Question(NamedTuple):
@@ -83,7 +95,32 @@ class Row:
             problem = _problem_of(message)
             if problem is not None:
                 raise replace(self, place=f"message {number} of {self.place}").error(problem, key)
+        # a call has no text of its own, and says so the same way whether it was written as null or left out
+        return [{**message, "content": None} if message.get("content") is None else message for message in value]
+
+    def tools(self) -> list[dict[str, Any]] | None:
+        """The tools of a chat, under the dataset's `tool_key`: a list of objects, or that as JSON text."""
+        name = self.section.tool_key
+        value = None if name is None else self.values.get(name)
+        if isinstance(value, str) and value.strip():
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise self.error(f"has {name}={show(value)}, which is no JSON ({error.msg})", "tool_key") from error
+        if not value:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise self.error(f"has {name}={show(value)}, and a list of objects is needed", "tool_key")
         return value
+
+    def refuse_half_characters(self, value: Any) -> None:
+        """ValueError where a text in `value`, of this row, holds half of a character, which no tokenizer takes."""
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            problem = f"holds {ascii(text[error.start])}, half of a character that is written as two"
+            raise self.error(problem, key=None) from error
 
     def refuse_file(self, name: str, why: str) -> None:
         """ValueError where the dataset's `prompt_file` or `system_prompt_file` is given, which has no use here."""
@@ -110,6 +147,11 @@ def _problem_of(message: Any) -> str | None:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         return f"has role={show(role)}, and there are {', '.join(ROLES)}"
+    calls = message.get("tool_calls")
+    if calls is not None and (not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls)):
+        return f"({role}) has tool_calls={show(calls)}, and a list of objects is needed"
+    if role == "assistant" and calls and (content is None or content == ""):
+        return None
     if not isinstance(content, str) or (role == "assistant" and not content.strip()):
         return f"({role}) has content={show(content)}, and a text is needed"
     return None

@@ -1,4 +1,4 @@
-"""Where rows come from: a .jsonl or .parquet file, a dataset of the Hugging Face hub, or a generator; and prompt files.
+"""Where rows come from: local files, a dataset of the Hugging Face hub, or a generator; and prompt files.
 
 Rows are as they are stored; what they become is the business of the catalog. Every row has a place, a line or a number,
 which errors name.
@@ -6,62 +6,76 @@ which errors name.
 
 from __future__ import annotations
 
+import bisect
 import itertools
-import json
 import re
 import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_rl_lora.config.data import DatasetConfig, DatasetDefaults
+from nemo_rl_lora.config.data import FILE_SUFFIXES, DatasetConfig, DatasetDefaults
 from nemo_rl_lora.data.catalog import DATASETS, HubDataset
+from nemo_rl_lora.data.row_files import StoredRows, first_line, read_path
 from nemo_rl_lora.data.rows import PromptFormat, Row
 from nemo_rl_lora.shipped_files import local_places
 
-_SUFFIXES = (".jsonl", ".json", ".parquet")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
-_Stored = tuple[Sequence[Any], str, Sequence[int] | None]  # rows, where they are from, their lines in a text file
 
 
 class RowTable(Sequence[Row]):
-    """Rows as they are stored. Those of a Parquet file and of the hub stay in Arrow's memory until they are asked."""
+    """Rows as they are stored. Those of Parquet files and of the hub stay in Arrow's memory until they are asked."""
 
-    def __init__(self, stored: _Stored, section: DatasetConfig, format_: PromptFormat) -> None:
-        self._rows, self.origin, self._lines = stored
-        self._section, self._format = section, format_
+    def __init__(
+        self, parts: Sequence[StoredRows], section: DatasetConfig, format_: PromptFormat, *, keep_nulls: bool
+    ) -> None:
+        self._parts, self._section, self._format, self._keep_nulls = parts, section, format_, keep_nulls
+        self._starts = list(itertools.accumulate((len(part.rows) for part in parts), initial=0))
+        self.origin = f"{len(parts)} files from {parts[0].origin} on" if len(parts) > 1 else parts[0].origin
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._starts[-1]
 
     def __getitem__(self, index: Any) -> Any:
-        return self._row(index, self._rows[index])
+        index = range(len(self))[index]
+        number = bisect.bisect_right(self._starts, index) - 1
+        place = index - self._starts[number]
+        return self._row(self._parts[number], place, self._parts[number].rows[place])
 
     def __iter__(self) -> Iterator[Row]:
-        return itertools.starmap(self._row, enumerate(self._rows))
+        return (self._row(part, place, stored) for part in self._parts for place, stored in enumerate(part.rows))
 
-    def _row(self, index: int, stored: Any) -> Row:
-        number = f"row {index}" if self._lines is None else f"line {self._lines[index]}"
-        values = stored if isinstance(stored, dict) else stored.as_py()  # of Arrow
-        return Row(values=dict(values), place=f"{number} of {self.origin}", section=self._section, format=self._format)
+    def _row(self, part: StoredRows, place: int, stored: Any) -> Row:
+        number = f"row {place}" if part.lines is None else f"line {part.lines[place]}"
+        values = dict(stored if isinstance(stored, dict) else stored.as_py())  # of Arrow
+        if part.has_columns and not self._keep_nulls:
+            values = {name: _without_nulls(value) for name, value in values.items()}
+        return Row(values=values, place=f"{number} of {part.origin}", section=self._section, format=self._format)
 
 
-def read_table(section: DatasetConfig, key: str) -> RowTable:
-    """The first `max_num_rows` rows of the dataset that stands at `key`. Raises ValueError if there are none."""
+def read_table(section: DatasetConfig, key: str, *, keep_nulls: bool = False) -> RowTable:
+    """The rows, as far as they are used, of the dataset that stands at `key`. Raises ValueError if there are none."""
     format_ = load_format(section, key)
     generate = DATASETS[section.dataset_name].generate
     found = None if section.data_path is None else _local(section.data_path)
     if generate is not None:
-        stored = (list(itertools.islice(generate(section, key), section.max_num_rows)), section.dataset_name, None)
+        rows = list(itertools.islice(generate(section, key), section.row_limit))
+        parts = [StoredRows(rows, section.dataset_name, has_columns=False)]
     elif found is not None:
-        stored = _read_file(_file_of(found, section, key), section.max_num_rows, key)
+        parts = read_path(found, section, key)
     else:
-        stored = _read_hub(section, key)
-    table = RowTable(stored, section, format_)
+        parts = [_read_hub(section, key)]
+    table = RowTable(parts, section, format_, keep_nulls=keep_nulls)
     if not len(table):
         raise ValueError(f"{key}: {table.origin} has no rows. Give a dataset with at least one.")
     return table
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the keys of objects inside a column that are null: in Arrow every object has the keys of all."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def load_format(section: DatasetDefaults, key: str) -> PromptFormat:
@@ -80,64 +94,7 @@ def _local(name: str) -> Path | None:
     return next((place for place in local_places(name) if place.exists()), None)
 
 
-def _file_of(path: Path, section: DatasetConfig, key: str) -> Path:
-    """The file at a path, or the split's file in a directory."""
-    shown = f"{key}.data_path={section.data_path!r}"
-    if section.subset is not None:
-        raise ValueError(f"{key}.subset={section.subset!r}: has no meaning where data_path is local. Remove it.")
-    if path.is_dir():
-        split = section.split or "train"
-        existing = [path / f"{split}{suffix}" for suffix in _SUFFIXES if (path / f"{split}{suffix}").is_file()]
-        if not existing:
-            names = ", ".join(sorted(file.name for file in path.iterdir())[:10])
-            raise ValueError(
-                f"{shown}: the directory has no {split}.jsonl or {split}.parquet, only {names or 'nothing'}. Set "
-                f"{key}.split to the name of one of its files."
-            )
-        return existing[0]
-    if section.split is not None:
-        raise ValueError(f"{key}.split={section.split!r}: has no meaning where data_path is a file. Remove it.")
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"{shown}: a .jsonl or .parquet file is needed. Convert it.")
-    return path
-
-
-def _read_file(path: Path, limit: int | None, key: str) -> _Stored:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{key}.data_path: {path} is no Parquet file ({_first_line(error)}). Correct it."
-            ) from error
-        return table.slice(0, limit).to_struct_array(), str(path), None
-    rows, numbers = [], []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if len(rows) == limit:
-                    break
-                if line.strip():
-                    rows.append(_json_object(line, f"{key}.data_path: line {number} of {path}"))
-                    numbers.append(number)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{key}.data_path: {path} is no text in UTF-8 ({error.reason}). Convert it.") from error
-    return rows, str(path), numbers
-
-
-def _json_object(line: str, place: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not valid JSON ({error.msg}, column {error.colno}). Correct it.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{place} is a JSON {type(value).__name__}, and an object is needed. Correct it.")
-    return value
-
-
-def _read_hub(section: DatasetConfig, key: str) -> _Stored:
+def _read_hub(section: DatasetConfig, key: str) -> StoredRows:
     named = _hub_dataset(section, key)
     import datasets
     from datasets.exceptions import DatasetsError
@@ -150,12 +107,12 @@ def _read_hub(section: DatasetConfig, key: str) -> _Stored:
         if section.data_path is not None:
             asked = f"{key}.data_path={section.data_path!r}: there is no such file or directory, and it"
         raise ValueError(
-            f"{asked} could not be loaded from the Hugging Face hub ({_first_line(error)}). Download it on a machine "
+            f"{asked} could not be loaded from the Hugging Face hub ({first_line(error)}). Download it on a machine "
             f"with a network, and set {key}.data_path to its .jsonl or .parquet file."
         ) from error
-    if section.max_num_rows is not None:
-        rows = rows.select(range(min(section.max_num_rows, len(rows))))
-    return rows, named.name, None
+    if section.row_limit is not None:
+        rows = rows.select(range(min(section.row_limit, len(rows))))
+    return StoredRows(rows, named.name)
 
 
 def _hub_dataset(section: DatasetConfig, key: str) -> HubDataset:
@@ -164,18 +121,13 @@ def _hub_dataset(section: DatasetConfig, key: str) -> HubDataset:
         usual = DATASETS[section.dataset_name].hub
         assert usual is not None, "checked by DatasetConfig"
         return HubDataset(name=usual.name, subset=section.subset or usual.subset, split=section.split or usual.split)
-    if not _HUB_NAME.fullmatch(section.data_path) or section.data_path.endswith(_SUFFIXES):
+    if not _HUB_NAME.fullmatch(section.data_path) or section.data_path.endswith(FILE_SUFFIXES):
         places = " and ".join(map(str, local_places(section.data_path)))
         raise ValueError(
             f"{key}.data_path={section.data_path!r}: there is no such file or directory (looked for {places}). "
             f"Correct it."
         )
     return HubDataset(name=section.data_path, subset=section.subset, split=section.split or "train")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def _read_text(name: str, shown: str) -> str:

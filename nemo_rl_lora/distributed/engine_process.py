@@ -1,8 +1,9 @@
-"""vLLM's engine in a process of its own, a Ray actor, behind the verbs of one in this process.
+"""vLLM's engine in a process of its own, a Ray actor on this node or another, behind the verbs of one in this process.
 
-Contract: an `Engine` (generation/vllm/generation.py). Weights never travel through Ray: they are written to a file in
-shared memory and its path is sent. Every wait has a limit. A process that is gone, or that does not answer in time, is
-`EngineLost`; what the engine itself raises comes through as it is.
+Contract: an `Engine` (generation/vllm/proven.py). Weights lie in a file in shared memory, whose path is sent; to
+another node the file itself travels, in pieces, once for all engines there (node_files.py). Every wait has a limit. A
+process that is gone, or that does not answer in time, is `EngineLost`; what the engine itself raises comes through as
+it is. `EngineProcesses` says on which nodes they run, and keeps Ray running for all of them.
 """
 
 from __future__ import annotations
@@ -10,59 +11,99 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from safetensors.torch import save_file
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
-from nemo_rl_lora.distributed.ray_runtime import running_ray
-from nemo_rl_lora.distributed.shared_memory import shared_memory
-from nemo_rl_lora.generation.vllm.engine import EngineSettings, Job, Sampled
-from nemo_rl_lora.generation.vllm.generation import EngineLost, start_engine
+from nemo_rl_lora.config.cluster import ClusterConfig
+from nemo_rl_lora.config.errors import ConfigError
+from nemo_rl_lora.config.generation import GenerationConfig
+from nemo_rl_lora.distributed.node_files import BroughtFiles, node_id, sees
+from nemo_rl_lora.distributed.placement import choose_nodes, device_of, engine_nodes, nodes_of_ray
+from nemo_rl_lora.distributed.ray_runtime import running_ray, worker_environment
+from nemo_rl_lora.generation.proof import RankShown
+from nemo_rl_lora.generation.vllm.engine import EngineSettings, Job, Sampled, VllmEngine
+from nemo_rl_lora.generation.vllm.generation import start_engine
+from nemo_rl_lora.generation.vllm.proven import EngineLost
 from nemo_rl_lora.types import TensorInfo
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """An engine's process."""
+
+    pid: int
+    node_id: str
+    address: str
+
+
 class _Host:
     """The process that the engine runs in."""
 
-    def start(self, settings: EngineSettings) -> tuple[int, int]:
-        """Start the engine; tokens of a cache block, and the process's number."""
-        self._engine = start_engine(settings)
-        return self._engine.block_tokens, os.getpid()
+    def start(self, settings: EngineSettings) -> Started:
+        """Start the engine. ConfigError where its node does not have the model."""
+        address = ray.util.get_node_ip_address()
+        for path in (settings.model_path, settings.tokenizer_path):
+            if path is not None and not sees(path):
+                raise ConfigError(
+                    f"policy.model_name: node {address}, where the engine runs, does not have {path}. Put the model at "
+                    f"the same path of every node, or on a disk that they share."
+                )
+        self._engine: VllmEngine = start_engine(settings)
+        return Started(pid=os.getpid(), node_id=node_id(), address=address)
 
     def call(self, verb: str, *arguments: Any) -> Any:
-        return getattr(self._engine, verb)(*arguments)
+        try:
+            return getattr(self._engine, verb)(*arguments)
+        except Exception:  # of whatever kind: it is raised again, or all of the engine ends
+            if self._engine.has_lost_a_rank:
+                os._exit(1)  # as one of the processes that an engine consists of, so all of it
+            raise
 
 
 class EngineProcess:
-    """An engine in another process of this machine."""
+    """An engine in another process: of this node where it has room, or of the node that is named."""
 
-    def __init__(self, settings: EngineSettings, timeout_seconds: float) -> None:
-        self._timeout_seconds = timeout_seconds
+    takes_files = True
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        timeout_seconds: float,
+        *,
+        node: str | None = None,
+        files: BroughtFiles | None = None,
+    ) -> None:
+        """`files` are those of all engines of the run; without it this one has its own."""
+        self._timeout_seconds, self._is_closed = timeout_seconds, False
         self._cleanup = contextlib.ExitStack()
         try:
-            self._directory = Path(tempfile.mkdtemp(prefix="nrl-engine-", dir=shared_memory()))
-            self._cleanup.callback(shutil.rmtree, self._directory, ignore_errors=True)
-            self._cleanup.enter_context(running_ray())
-            # Ray would give an actor one thread; the trainer waits while the engine works
-            environment = {"env_vars": {"OMP_NUM_THREADS": str(torch.get_num_threads())}}
-            actor = ray.remote(num_cpus=0, num_gpus=int(torch.cuda.is_available()), runtime_env=environment)(_Host)
-            self._host: Any = actor.remote()
+            # where Ray does not run yet, this process trains, on the first GPU
+            self._cleanup.enter_context(running_ray(taken_gpus=int(torch.cuda.is_available())))
+            if files is None:
+                files = BroughtFiles()
+                self._cleanup.callback(files.close)
+            self._files = files
+            self._host = _host(node, settings)
             self._cleanup.callback(ray.kill, self._host)
-            self.block_tokens, self.pid = self._wait("start", self._host.start.remote(settings))
+            started: Started = self._wait("start", self._host.start.remote(settings))
         except BaseException:
             self.close()
             raise
-        logger.info("generation: vLLM runs in process %d", self.pid)
+        self.pid, self._node = started.pid, started.node_id
+        self._is_apart = started.node_id != node_id()
+        self.where = f"process {self.pid}" + (f" of node {started.address}" if self._is_apart else "")
+        logger.info("generation: vLLM runs in %s", self.where)
 
     def generate(self, jobs: Sequence[Job]) -> list[Sampled]:
         return self._call("generate", list(jobs))
@@ -70,37 +111,121 @@ class EngineProcess:
     def weight_problems(self, manifest: Sequence[TensorInfo]) -> list[str]:
         return self._call("weight_problems", tuple(manifest))
 
-    def receive_weights(self, source: Mapping[str, Tensor] | str) -> dict[str, str]:
-        if isinstance(source, str):
-            return self._call("receive_weights", source)
-        path = self._directory / "weights.safetensors"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in source.items()}, path)
-        try:
-            return self._call("receive_weights", str(path))
-        finally:
-            path.unlink()
+    def receive_weights(self, source: Mapping[str, Tensor] | str, version: int) -> list[dict[str, str]]:
+        assert isinstance(source, str), "takes files"
+        return self._call("receive_weights", self._here(Path(source)), version)
 
-    def receive_adapter(self, directory: str) -> dict[str, str]:
-        return self._call("receive_adapter", directory)
+    def receive_adapter(self, directory: str, version: int) -> list[dict[str, str]]:
+        paths = [self._here(file) for file in sorted(Path(directory).iterdir())]
+        return self._call("receive_adapter", str(Path(paths[0]).parent), version)
 
-    def probe(self, kind: str, names: Sequence[str]) -> dict[str, Tensor]:
+    def release(self, path: str) -> None:
+        """A file that was received, and that no engine reads any more."""
+        self._files.drop(Path(path), self._timeout_seconds)
+
+    def num_kept_blocks(self) -> int:
+        return self._call("num_kept_blocks")
+
+    def probe(self, kind: str, names: Sequence[str]) -> list[RankShown]:
         return self._call("probe", kind, list(names))
 
-    def probe_adapter(self, names: Sequence[str], ranks: Mapping[str, int]) -> dict[str, Tensor]:
+    def probe_adapter(self, names: Sequence[str], ranks: Mapping[str, int]) -> list[RankShown]:
         return self._call("probe_adapter", list(names), dict(ranks))
 
+    @property
+    def is_open(self) -> bool:
+        return not self._is_closed
+
     def close(self) -> None:
+        self._is_closed = True
         self._cleanup.close()
+
+    def _here(self, path: Path) -> str:
+        """A file of the driver's node, on the engine's."""
+        if not self._is_apart:
+            return str(path)
+        with self._translated("take"):
+            return self._files.path_on(self._node, path, self._timeout_seconds)
 
     def _call(self, verb: str, *arguments: Any) -> Any:
         return self._wait(verb, self._host.call.remote(verb, *arguments))
 
     def _wait(self, verb: str, pending: Any) -> Any:
-        try:
+        with self._translated(verb):
             return ray.get(pending, timeout=self._timeout_seconds)
+
+    @contextlib.contextmanager
+    def _translated(self, verb: str) -> Iterator[None]:
+        """What Ray raises, in this module's words."""
+        try:
+            yield
         except RayTaskError as error:
             raise (error.cause or error) from None
         except GetTimeoutError:
             raise EngineLost(f"did not answer {verb!r} within {self._timeout_seconds:g} s") from None
         except RayError as error:
             raise EngineLost(f"died during {verb!r} ({type(error).__name__})") from error
+
+
+class EngineProcesses:
+    """The places of a run's engines. ConfigError where Ray does not have them, before anything is loaded."""
+
+    def __init__(self, generation: GenerationConfig, cluster: ClusterConfig) -> None:
+        self._timeout_seconds = generation.timeout_seconds
+        self._lock, self._used = threading.Lock(), dict[int, EngineProcess | None]()
+        self._cleanup = contextlib.ExitStack()
+        number, size = cluster.num_processes, generation.devices_per_engine
+        alone = number == 1  # this process trains, on the first GPU, without Ray
+        room = (0 if alone else number) + size * (generation.known_engines or 1)
+        try:
+            taken = int(alone and torch.cuda.is_available())
+            self._cleanup.enter_context(running_ray(room, taken_gpus=taken))
+            nodes, own = nodes_of_ray(), node_id()
+            training = [] if alone else choose_nodes(nodes, cluster, driver=own)
+            self.nodes = engine_nodes(nodes, generation, training=training, per_node=cluster.gpus_per_node, driver=own)
+            self._files = BroughtFiles()
+            self._cleanup.callback(self._files.close)
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, settings: EngineSettings) -> EngineProcess:
+        """An engine at a place where none runs: on the node that was meant for it or, where that is gone, another."""
+        with self._lock:
+            self._used = {place: engine for place, engine in self._used.items() if engine is None or engine.is_open}
+            place = next(place for place in range(len(self.nodes)) if place not in self._used)
+            self._used[place] = None  # it starts
+        try:
+            alive = {node.node_id for node in nodes_of_ray()}
+            node = self.nodes[place].node_id
+            engine = EngineProcess(
+                settings, self._timeout_seconds, node=node if node in alive else None, files=self._files
+            )
+        except BaseException:
+            with self._lock:
+                del self._used[place]
+            raise
+        self._used[place] = engine
+        return engine
+
+    def close(self) -> None:
+        self._cleanup.close()
+
+
+def _host(node: str | None, settings: EngineSettings) -> Any:
+    """The actor, with its devices on one node: the one that is named, or the driver's if they are free there, else the
+    first node that has them free. Where weights come in flight it answers two calls at once."""
+    nodes, own, num_devices = nodes_of_ray(), node_id(), settings.num_ranks
+    num_threads = 1 if settings.in_flight is None else 2
+    if node is None:
+        free = [found for found in nodes if found.num_free >= num_devices]
+        chosen = next((found for found in free if found.node_id == own), free[0] if free else None)
+        node = None if chosen is None else chosen.node_id
+    options: dict[str, Any] = {}
+    if node is not None:  # else Ray waits until one is free
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+    # Ray would give an actor one thread; the trainer waits while the engine works
+    environment = worker_environment({"OMP_NUM_THREADS": str(torch.get_num_threads()), **settings.env_vars})
+    num_gpus = num_devices if device_of(nodes) == "GPU" else 0
+    options |= {"num_cpus": num_devices, "num_gpus": num_gpus, "runtime_env": environment}
+    return ray.remote(**options)(_Host).options(max_concurrency=num_threads).remote()

@@ -1,16 +1,17 @@
-"""A policy in several processes, each a Ray actor, behind the verbs of one.
+"""A policy in several processes, each a Ray actor, on one node or several, behind the verbs of one.
 
 Contract: every verb is called in every process with the same whole arguments, and the first process answers. What is
-published travels in a file in shared memory, whose tensors are read when they are asked for. A process that fails
-ends the run with its own error: the others, which may be waiting for it, are ended too.
+published is a file in the shared memory of the driver's node, whose tensors are read when they are asked for: the
+first process writes it, and where it runs on another node the file travels once. Every wait has a limit, and a process
+that fails, dies or hangs ends all of them (members.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
-import socket
+import os
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,115 +19,122 @@ from typing import Any
 
 import ray
 import torch
-import torch.distributed as dist
-from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nemo_rl_lora.config.cluster import ClusterConfig
+from nemo_rl_lora.config.cluster_rules import env_vars
+from nemo_rl_lora.config.errors import ConfigError
 from nemo_rl_lora.config.policy import PolicyConfig
-from nemo_rl_lora.distributed.ray_runtime import running_ray
-from nemo_rl_lora.distributed.shared_memory import shared_memory
-from nemo_rl_lora.models.load import load_model
-from nemo_rl_lora.policy.backends import build_policy
-from nemo_rl_lora.policy.offer import LazyTensors, write_ref
+from nemo_rl_lora.distributed.members import Members
+from nemo_rl_lora.distributed.node_files import bring, node_id, num_pieces, write_piece
+from nemo_rl_lora.distributed.placement import choose_nodes, nodes_of_ray, reserve
+from nemo_rl_lora.distributed.rank_process import Built, Place, RankProcess
+from nemo_rl_lora.distributed.ray_runtime import running_ray, worker_environment
+from nemo_rl_lora.distributed.shared_memory import shared_directory
+from nemo_rl_lora.policy.microbatches import Portion
+from nemo_rl_lora.policy.offer import OfferedTensors
 from nemo_rl_lora.policy.protocol import PolicySetup
+from nemo_rl_lora.policy.trained import load_base
 from nemo_rl_lora.tensors import torch_dtype
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
-_START_SECONDS = 300  # an actor's imports, on a busy machine
-_GRACE_SECONDS = 10
-
-
-class _Rank:
-    """One of the processes, with its part of the policy."""
-
-    def __init__(self, rank: int, number: int, num_threads: int) -> None:
-        self._rank, self._number = rank, number
-        torch.set_num_threads(num_threads)
-
-    def free_address(self) -> str:
-        """Where the others may meet this process."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
-
-    def build(self, address: str, config: PolicyConfig, setup: PolicySetup) -> tuple[Any, ...]:
-        """Join the others and load this process's part; the modules that have an adapter."""
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, init_method=address, rank=self._rank, world_size=self._number)
-        self._policy = build_policy(config, setup)
-        return self._policy.adapted
-
-    def call(self, verb: str, *arguments: Any) -> Any:
-        """A verb of the policy; what it returns, from the first process."""
-        found = getattr(self._policy, verb)(*arguments)
-        return found if self._rank == 0 else None
-
-    def publish(self, version: int, mode: SyncMode, path: Path) -> WeightsRef | None:
-        """Publish into a file, tensor by tensor: every process makes every tensor with the others, the first writes."""
-        ref = self._policy.publish(version, mode)
-        assert ref.tensors is not None
-        if self._rank == 0:
-            write_ref(path, ref)
-            return replace(ref, tensors=None, path=path)
-        for name in ref.tensors:
-            ref.tensors[name]
-        return None
-
 
 class PolicyGroup:
-    """A Policy (policy/protocol.py) that is shared by `number` processes of this machine."""
+    """A Policy (policy/protocol.py) that is shared by the training processes of a cluster."""
 
-    def __init__(self, config: PolicyConfig, setup: PolicySetup, number: int) -> None:
-        self._config, self._setup = config, setup
-        self._published: Path | None = None
+    def __init__(
+        self,
+        config: PolicyConfig,
+        setup: PolicySetup,
+        cluster: ClusterConfig,
+        *,
+        checkpoint_dir: Path | None = None,
+    ) -> None:
+        """`checkpoint_dir` has to be seen by every node; None: nothing is saved. ConfigError where the cluster does not
+        have what this needs."""
+        self._config, self._setup, self._cluster = config, setup, cluster
         self._cleanup = contextlib.ExitStack()
         try:
-            self._start(number)
+            self._start(checkpoint_dir)
         except BaseException:
             self._cleanup.close()
             raise
 
-    def _start(self, number: int) -> None:
-        size = sum(file.stat().st_size for file in self._setup.model_path.glob("*.safetensors"))
-        self._directory = Path(tempfile.mkdtemp(prefix="nrl-weights-", dir=shared_memory(size)))
-        self._cleanup.callback(shutil.rmtree, self._directory, ignore_errors=True)
-        self._cleanup.enter_context(running_ray())
-        num_threads = max(1, torch.get_num_threads() // number)
-        actor: Any = ray.remote(num_cpus=0, num_gpus=int(torch.cuda.is_available()))(_Rank)
-        self._ranks = [actor.remote(rank, number, num_threads) for rank in range(number)]
-        self._cleanup.callback(self._end_ranks)
-        addresses = [rank.free_address.remote() for rank in self._ranks]
-        if late := ray.wait(addresses, num_returns=number, timeout=_START_SECONDS)[1]:
-            raise RuntimeError(
-                f"cluster.gpus_per_node={number}: {len(late)} of the training processes did not start within "
-                f"{_START_SECONDS} seconds. Free a GPU for each, or lower it."
-            )
-        address = self._wait(addresses)[0]
-        self.adapted = self._wait([rank.build.remote(address, self._config, self._setup) for rank in self._ranks])[0]
+    def _start(self, checkpoint_dir: Path | None) -> None:
+        cluster, number = self._cluster, self._cluster.num_processes
+        self._cleanup.enter_context(running_ray(number))
+        nodes = choose_nodes(nodes_of_ray(), cluster, driver=node_id())
+        reserved = reserve(nodes, cluster.gpus_per_node, cluster.start_timeout_seconds)
+        self._cleanup.callback(ray.util.remove_placement_group, reserved)
+        single = cluster.num_nodes == 1 and nodes[0].node_id == node_id()
+        num_threads = max(1, torch.get_num_threads() // cluster.gpus_per_node) if single else None
+        actor: Any = ray.remote(
+            num_cpus=1, num_gpus=int(nodes[0].num_gpus > 0), runtime_env=worker_environment(env_vars(self._config))
+        )(RankProcess)
+        self._members = Members(
+            cluster=cluster,
+            actors=[
+                actor.options(
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(reserved, placement_group_bundle_index=rank)
+                ).remote(rank, cluster, num_threads)
+                for rank in range(number)
+            ],
+        )
+        self._cleanup.callback(self._members.end)
+        places = self._places(checkpoint_dir)
+        self._members.addresses = [place.address for place in places]
+        self._is_apart = places[0].node_id != node_id()
+        if self._is_apart:
+            size = sum(file.stat().st_size for file in self._setup.model_path.glob("*.safetensors"))
+            self._directory = self._cleanup.enter_context(shared_directory("nrl-brought-", size))
+        meeting = places[0].address, places[0].port
+        built: list[Built] = self._all("build", meeting, self._config, self._setup, starting=True)
+        self.adapted = built[0].adapted
+        self._cuttings = [one.cutting for one in built]
+
+    def _places(self, checkpoint_dir: Path | None) -> list[Place]:
+        """Where the processes run. ConfigError where a node does not have what it reads or writes."""
+        setup = self._setup
+        named = {setup.model_path.resolve(): f"policy.model_name={setup.base_model_name!r}"}
+        if setup.initial_adapter is not None:
+            named[setup.initial_adapter.resolve()] = f"policy.adapter.init_from={str(setup.initial_adapter)!r}"
+        with _probe(checkpoint_dir) as probe:
+            if probe is not None:
+                named[probe] = f"checkpointing.checkpoint_dir={str(checkpoint_dir)!r}"
+            places: list[Place] = self._all("place", tuple(named), starting=True)
+        for place in places:
+            for path, seen in zip(named, place.seen, strict=True):
+                if not seen:
+                    raise ConfigError(
+                        f"{named[path]}: node {place.address} does not see {path}. Put it on a disk that all nodes "
+                        f"share, or, if it is only read, at the same path of every node."
+                    )
+        return places
 
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] fp32, dropout off; 0.0 outside the loss mask."""
-        return self._call("logprobs", batch)
+        return self._logprobs("logprobs_of", batch)
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """The same of the reference, the base or the initial adapter."""
-        return self._call("reference_logprobs", batch)
+        return self._logprobs("reference_logprobs_of", batch)
 
     def train_step(self, batch: Batch, loss_fn: LossFn) -> StepOutput:
         """All microbatches, then one optimizer step. FloatingPointError before the optimizer moves on bad numbers."""
-        return self._call("train_step", batch, loss_fn)
+        portions = self._cuttings[0].portions(batch, "train")
+        return self._on_portions("train_on", portions, loss_fn)[0]
 
     def publish(self, version: int, mode: SyncMode) -> WeightsRef:
-        """As a policy in this process, but in a file, which stays until the next one is published."""
-        path = self._directory / f"version_{version}_{mode}.safetensors"
-        if self._published not in (None, path):
-            self._published.unlink(missing_ok=True)
-        self._published = path
-        ref = self._wait([rank.publish.remote(version, mode, path) for rank in self._ranks])[0]
+        """As a policy in this process, but in a file of this node, which stays until the next one is published."""
+        ref: WeightsRef = self._all("publish", version, mode)[0]
+        assert ref.path is not None
+        path = self._brought(ref.path) if self._is_apart else ref.path
         file = safe_open(path, framework="pt")
-        return replace(ref, tensors=LazyTensors({i.name: partial(file.get_tensor, i.name) for i in ref.manifest}))
+        tensors = OfferedTensors({info.name: partial(file.get_tensor, info.name) for info in ref.manifest}, mode)
+        return replace(ref, path=path, tensors=tensors, handed=tensors.handed)
 
     def save(self, path: Path) -> None:
         """As a policy in this process; the files are the same."""
@@ -143,51 +151,70 @@ class PolicyGroup:
 
     def base_model(self) -> PreTrainedModel:
         """The base model, loaded once more in this process."""
-        return load_model(
-            self._setup.model_path,
-            dtype=self.compute_dtype,
-            config_overrides=dict(self._config.hf_config_overrides),
-        )
+        return load_base(self._config, self._setup)
 
     @property
     def compute_dtype(self) -> torch.dtype:
         return torch_dtype(self._config.precision)
 
+    def _logprobs(self, verb: str, batch: Batch) -> Tensor:
+        portions = self._cuttings[0].portions(batch, "logprob")
+        out = torch.zeros(batch.token_ids.shape, dtype=torch.float32)
+        for portion, rows in zip(portions, self._on_portions(verb, portions), strict=True):
+            out[portion.rows] = rows
+        return out
+
+    def _on_portions(self, verb: str, portions: Sequence[Portion], *arguments: Any) -> list[Any]:
+        """What a verb gives of each portion; a process gets its own and no other."""
+        sent, shared = [ray.put(portion) for portion in portions], [ray.put(argument) for argument in arguments]
+        indices = [cutting.share.index for cutting in self._cuttings]
+        pending = [
+            actor.on_portion.remote(verb, sent[index], *shared)
+            for index, actor in zip(indices, self._members.actors, strict=True)
+        ]
+        results = zip(indices, self._members.results(verb, pending), strict=True)
+        found = {index: result for index, result in results if result is not None}
+        return [found[index] for index in range(len(portions))]
+
     def _call(self, verb: str, *arguments: Any) -> Any:
         shared = [ray.put(argument) for argument in arguments]  # once for all processes
-        return self._wait([rank.call.remote(verb, *shared) for rank in self._ranks])[0]
+        pending = [actor.call.remote(verb, *shared) for actor in self._members.actors]
+        return self._members.results(verb, pending)[0]
 
-    def _wait(self, pending: list[Any]) -> list[Any]:
-        """The results, in order. The first process that fails ends the wait with its error."""
-        left = list(pending)
-        while left:
-            done, left = ray.wait(left)
-            if _failure_of(done[0]) is not None:
-                raise self._failure(pending, done[0], left)
-        return ray.get(pending)
+    def _all(self, method: str, *arguments: Any, starting: bool = False) -> list[Any]:
+        """What a method of the processes' class returns, in the order of the ranks."""
+        pending = [getattr(actor, method).remote(*arguments) for actor in self._members.actors]
+        return self._members.results(method, pending, starting=starting)
 
-    def _failure(self, pending: list[Any], first: Any, left: list[Any]) -> Exception:
-        """What to raise: a process that is gone comes before those that lost it. Ends those that wait for another."""
-        waiting = ray.wait(left, num_returns=len(left), timeout=_GRACE_SECONDS)[1] if left else []
-        failures = [(rank, _failure_of(one)) for rank, one in enumerate(pending) if one not in waiting]
-        if waiting:
-            self._end_ranks()
-        for rank, error in failures:
-            if error is not None and not isinstance(error, RayTaskError):
-                return RuntimeError(f"training process {rank} of {len(pending)} ended: {error}")
-        error = _failure_of(first)
-        assert isinstance(error, RayTaskError), error
-        return error.cause if isinstance(error.cause, Exception) else error
+    def _first(self, method: str, *arguments: Any) -> Any:
+        """What a method of the first process returns."""
+        pending = [getattr(self._members.actors[0], method).remote(*arguments)]
+        return self._members.results(method, pending)[0]
 
-    def _end_ranks(self) -> None:
-        for rank in self._ranks:
-            ray.kill(rank)
+    def _brought(self, path: Path) -> Path:
+        """A file of the first process's node, on this one; it takes the place of the file before."""
+        for file in self._directory.glob("*.safetensors"):
+            file.unlink()
+        here = self._directory / path.name
+        begin = self._members.actors[0].piece.remote
+
+        def take(index: int, piece: Any) -> None:
+            write_piece(here, index, self._members.results("piece", [piece])[0])
+
+        bring(num_pieces(self._first("size_of", path)), partial(begin, path), take)
+        return here
 
 
-def _failure_of(result: Any) -> RayError | None:
-    """Why a result that is there is no result; None where it is one."""
+@contextlib.contextmanager
+def _probe(directory: Path | None) -> Iterator[Path | None]:
+    """A file in the directory, for other nodes to see; None where there is none."""
+    if directory is None:
+        yield None
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".seen-by-every-node-", dir=directory.resolve())
+    os.close(handle)
     try:
-        ray.get(result)
-    except RayError as error:
-        return error
-    return None
+        yield Path(name)
+    finally:
+        Path(name).unlink()

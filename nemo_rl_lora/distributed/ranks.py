@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,8 @@ class DataShare:
 
     index: int = 0
     number: int = 1  # of data-parallel ranks
-    in_step: bool = False  # every rank runs as many microbatches, of the same lengths: they meet in each forward pass
+    # Ranks that meet in each forward pass run as many microbatches ("passes"), and of the same lengths ("tokens").
+    meets: Literal["never", "passes", "tokens"] = "never"
 
 
 ALONE = DataShare()
@@ -93,7 +94,7 @@ class Ranks:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         for group, includes in self.gradient_sums:
-            _sum((p for name, p in trained.items() if includes(name)), group)
+            _sum((p for name, p in trained.items() if includes(name)), group, self.device)
 
     def total_norm(self, named: Mapping[str, nn.Parameter]) -> Tensor:
         """The L2 norm of all gradients of the model, each element counted once, on every process."""
@@ -127,12 +128,12 @@ class Ranks:
         return everything
 
 
-def _sum(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Every gradient becomes its sum over the group."""
+def _sum(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, device: torch.device) -> None:
+    """Every gradient becomes its sum over the group, which speaks from this device wherever gradients lie."""
     if group.size() == 1:
         return
     for gradients in _messages([p.grad for p in parameters if p.grad is not None]):
-        message = _flatten_dense_tensors(gradients)
+        message = _flatten_dense_tensors(gradients).to(device)
         dist.all_reduce(message, group=group)
         for gradient, total in zip(gradients, _unflatten_dense_tensors(message, gradients), strict=True):
             gradient.copy_(total)

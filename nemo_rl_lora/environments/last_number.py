@@ -6,7 +6,7 @@ A row: {"a": 3, "b": 4, "answer": 7}. Thousands separators and decimals are not 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from nemo_rl_lora.environments.protocol import Environment, Scores
 from nemo_rl_lora.types import Prompt
@@ -17,11 +17,13 @@ _INTEGER = re.compile(r"-?\d+")
 class LastNumberEnvironment(Environment):
     name = "last_number"
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
+    def check(self, prompts: Iterable[Prompt]) -> None:
         for prompt in prompts:
             _expected(prompt)
 
-    def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Scores:
+    def score(
+        self, prompts: Sequence[Prompt], texts: Sequence[str], token_ids: Sequence[Sequence[int]] | None = None
+    ) -> Scores:
         pairs = zip(prompts, texts, strict=True)
         return Scores(rewards=tuple(float(last_integer(text) == _expected(prompt)) for prompt, text in pairs))
 
@@ -39,7 +41,7 @@ def _expected(prompt: Prompt) -> int:
     text = str(answer).strip().replace(",", "")
     if not _INTEGER.fullmatch(text):
         raise ValueError(
-            f"env.last_number: row {prompt.index} has answer={answer!r}, which is no integer. Correct the row, set "
+            f"env.last_number: {prompt.named} has answer={answer!r}, which is no integer. Correct the row, set "
             f"data.train.output_key, or score with another environment (data.train.env_name)."
         )
     return int(text)

@@ -1,32 +1,29 @@
 """Reward 1.0 where a completion's boxed or last mathematical expression equals the row's `answer` (math-verify).
 
-A row: {"question": "...", "answer": "\\frac{1}{2}"}. Verification runs in processes of its own, which import no
-torch, start when they are first needed and are ended when one completion takes longer than its time.
+A row: {"question": "...", "answer": "\\frac{1}{2}"}; math_forms.py says how answers may be written. Verification runs
+in processes of its own, which import no torch, start when they are first needed and are ended when one completion takes
+longer than its time.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import select
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from queue import LifoQueue
-from typing import Any
+import re
+from collections.abc import Iterable, Sequence
 
+from nemo_rl_lora.config.errors import show
+from nemo_rl_lora.environments.math_worker import TIMED_OUT, Verdict, Verifier
+from nemo_rl_lora.environments.processes import Failed, Program, Workers, in_order
 from nemo_rl_lora.environments.protocol import Environment, Scores
 from nemo_rl_lora.types import Prompt
 
 logger = logging.getLogger(__name__)
 
-_START_SECONDS = 120.0
 _GRACE_SECONDS = 0.5
-_TIMED_OUT = {"reward": 0.0, "timed_out": True, "unreadable_gold": False}
+_PLAIN_NUMBER = re.compile(r"-?\d+(\.\d+)?")
+_MOST_READ_FIRST = 5_000  # different answers that are no plain numbers; 9 ms each
+_MOST_SHOWN = 5
 
 
 class MathEnvironment(Environment):
@@ -35,121 +32,70 @@ class MathEnvironment(Environment):
     def __init__(self, num_workers: int, timeout_seconds: float) -> None:
         self._num_workers = max(1, min(num_workers, len(os.sched_getaffinity(0))))
         self._timeout_seconds = timeout_seconds
-        # last in, first out: a worker that was used is taken before one that was never started
-        self._idle: LifoQueue[_Worker] = LifoQueue()
-        self._workers = [_Worker() for _ in range(self._num_workers)]
-        for worker in self._workers:
-            self._idle.put(worker)
-        self._threads = ThreadPoolExecutor(self._num_workers, thread_name_prefix="math-verify")
+        program = Program(
+            module=Verifier.__module__, name=Verifier.__name__, key="env.math", imports="math-verify", is_quiet=True
+        )
+        self._workers = Workers(program, self._num_workers)
+        self._workers.admit(self._num_workers)
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
+    def check(self, prompts: Iterable[Prompt]) -> None:
+        """Warns of rows whose answer cannot be read, no completion of which is ever right; ValueError for a row without
+        an answer, or where no answer can be read."""
+        places: dict[str, list[str]] = {}  # of the rows that have an answer
+        num_rows = 0
         for prompt in prompts:
-            if not _gold(prompt):
+            gold, num_rows = _gold(prompt), num_rows + 1
+            if not gold:
                 raise ValueError(
-                    f"env.math: row {prompt.index} has answer={prompt.row.get('answer')!r}. Correct the row, or set "
+                    f"env.math: {prompt.named} has answer={prompt.row.get('answer')!r}. Correct the row, or set "
                     f"data.train.output_key to the key that holds the expected answer."
                 )
+            if not _PLAIN_NUMBER.fullmatch(gold):
+                places.setdefault(gold, []).append(prompt.named)
+        read = list(places)[:_MOST_READ_FIRST]
+        if len(read) < len(places):
+            logger.info(f"env.math: {len(read)} of {len(places)} different answers are read at the start")
+        verdicts = self._verify(read, [""] * len(read))
+        unreadable = [gold for gold, each in zip(read, verdicts, strict=True) if each.unreadable_gold or each.timed_out]
+        num_unreadable = sum(len(places[gold]) for gold in unreadable)
+        if not num_unreadable:
+            return
+        shown = "; ".join(f"{places[gold][0]} has {show(gold)}" for gold in unreadable[:_MOST_SHOWN])
+        problem = (
+            f"env.math: {num_unreadable} of {num_rows} rows have an answer that cannot be read as mathematics, so that "
+            f"no completion of theirs is ever right: {shown}{'; ...' if len(unreadable) > _MOST_SHOWN else ''}. Write "
+            f"a number or LaTeX, with words inside \\text{{}}, or score with a reward of your own."
+        )
+        if num_unreadable == num_rows:
+            raise ValueError(problem)
+        logger.warning(problem)
 
-    def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Scores:
-        replies = list(self._threads.map(self._verify, map(_gold, prompts), texts))
-        assert len(replies) == len(prompts) == len(texts), (len(replies), len(prompts), len(texts))
-        for prompt, reply in zip(prompts, replies, strict=True):
-            if reply["unreadable_gold"]:
-                raise ValueError(
-                    f"env.math: row {prompt.index} has answer={_gold(prompt)!r}, in which math-verify finds no "
-                    f"expression. Correct the row."
-                )
-        num_timeouts = float(sum(reply["timed_out"] for reply in replies))
+    def score(
+        self, prompts: Sequence[Prompt], texts: Sequence[str], token_ids: Sequence[Sequence[int]] | None = None
+    ) -> Scores:
+        verdicts = self._verify([_gold(prompt) for prompt in prompts], texts)
         return Scores(
-            rewards=tuple(reply["reward"] for reply in replies), metrics={"math_verify_timeouts": num_timeouts}
+            rewards=tuple(verdict.reward for verdict in verdicts),
+            metrics={
+                "math_verify_timeouts": float(sum(verdict.timed_out for verdict in verdicts)),
+                "math_unreadable_answers": float(sum(verdict.unreadable_gold for verdict in verdicts)),
+            },
         )
 
     def close(self) -> None:
-        self._threads.shutdown()
-        for worker in self._workers:
-            worker.end()
+        self._workers.close()
 
-    def _verify(self, gold: str, text: str) -> dict[str, Any]:
-        worker = self._idle.get()
-        try:
-            return worker.verify(gold, text, self._timeout_seconds)
-        finally:
-            self._idle.put(worker)
+    def _verify(self, golds: Sequence[str], texts: Sequence[str]) -> list[Verdict]:
+        assert len(golds) == len(texts), (len(golds), len(texts))
+
+        def verdict(index: int) -> Verdict:
+            request = (golds[index], texts[index], self._timeout_seconds)
+            answer = self._workers.call(request, self._timeout_seconds + _GRACE_SECONDS)
+            return TIMED_OUT if isinstance(answer, Failed) else answer
+
+        return in_order(verdict, len(texts), self._num_workers)
 
 
 def _gold(prompt: Prompt) -> str:
     answer = prompt.row.get("answer")
     return "" if answer is None else str(answer).strip()
-
-
-class _Worker:
-    """One process, started on demand and again after it had to be ended. Used by one thread at a time."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._unread = b""
-
-    def verify(self, gold: str, text: str, timeout_seconds: float) -> dict[str, Any]:
-        if self._process is not None and self._process.poll() is not None:
-            self.end()  # something ended it while it was idle
-        process = self._process or self._start()
-        request = {"gold": gold, "text": text, "timeout_seconds": timeout_seconds}
-        assert process.stdin is not None
-        try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.flush()
-            reply = self._read_line(timeout_seconds + _GRACE_SECONDS)
-        except BrokenPipeError:
-            reply = None
-        if reply is None:
-            logger.debug("a verification process did not answer in time and is replaced")
-            self.end()
-            return _TIMED_OUT
-        return json.loads(reply)
-
-    def end(self) -> None:
-        process, self._process, self._unread = self._process, None, b""
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            assert pipe is not None
-            try:
-                pipe.close()
-            except BrokenPipeError:
-                logger.debug("a verification process ended before it read its request")
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        root = str(Path(__file__).resolve().parents[2])
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "nemo_rl_lora.environments.math_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        )
-        if self._read_line(_START_SECONDS) is None:
-            self.end()
-            raise RuntimeError(
-                f"env.math: a verification process did not start within {_START_SECONDS:.0f} s. Run "
-                f"`python -m nemo_rl_lora.environments.math_worker` to see why."
-            )
-        return self._process
-
-    def _read_line(self, seconds: float) -> bytes | None:
-        """The next line of the process, or None if it ends or `seconds` pass first."""
-        assert self._process is not None
-        assert self._process.stdout is not None
-        pipe, deadline = self._process.stdout.fileno(), time.monotonic() + seconds
-        while b"\n" not in self._unread:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0 or not select.select([pipe], [], [], remaining)[0]:
-                return None
-            chunk = os.read(pipe, 65536)
-            if not chunk:
-                return None
-            self._unread += chunk
-        line, _, self._unread = self._unread.partition(b"\n")
-        return line

@@ -1,60 +1,91 @@
-"""The program that a verification process runs: JSON requests on stdin, JSON replies on stdout, one a line.
+"""Whether a completion is right, by math-verify: what `math` runs in worker processes.
 
-Request {"gold": str, "text": str, "timeout_seconds": float}; reply {"reward": 0.0 or 1.0, "timed_out": bool}. A second
-reply key, "unreadable_gold", is true where the gold answer holds no expression. A computation inside compiled code
-does not see the alarm: the parent process ends this one then.
+A computation inside compiled code does not see the alarm: the driver's process ends this one then.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import signal
-import sys
-from typing import Any
+from typing import Any, NamedTuple
+
+from nemo_rl_lora.environments.math_forms import Form, completion_form, plain_form
+
+
+class Verdict(NamedTuple):
+    """What became of a completion."""
+
+    reward: float  # 0 or 1
+    timed_out: bool = False
+    unreadable_gold: bool = False  # the gold answer cannot be read as mathematics
+
+
+TIMED_OUT = Verdict(reward=0.0, timed_out=True)
 
 
 class _AlarmError(BaseException):
     """Not an Exception, so that no handler inside sympy swallows it."""
 
 
-def verify(gold: str, text: str) -> dict[str, Any]:
-    """Whether the last expression of `text`, or the boxed one, equals `gold`."""
-    from math_verify import parse
+def verify(gold: str, text: str) -> Verdict:
+    """Whether the last expression of `text`, or the boxed one, equals `gold`, both in the forms of math_forms.py.
+
+    A percentage equals its number and its hundredth, too, unless the other side is a percentage as well.
+    """
     from math_verify import verify as equal
 
-    expected = parse("\\boxed{" + gold + "}", parsing_timeout=None)  # type: ignore[arg-type]
-    found = parse(text, parsing_timeout=None)  # type: ignore[arg-type]
-    right = bool(expected) and equal(expected, found, timeout_seconds=None)
-    return {"reward": float(right), "timed_out": False, "unreadable_gold": not expected}
+    form = plain_form(gold)
+    expected, gold_is_percentage = _values(Form(f"\\boxed{{{form.text}}}", form.is_percentage))
+    if form.is_prose or not expected or isinstance(expected[0], str):
+        return Verdict(reward=0.0, unreadable_gold=True)
+    found, is_percentage = _values(completion_form(text))
+    if gold_is_percentage and not is_percentage:
+        expected = _with_hundredth(expected)
+    if is_percentage and not gold_is_percentage:
+        found = _with_hundredth(found)
+    return Verdict(reward=float(equal(expected, found, timeout_seconds=None)))
 
 
-def _with_alarm(request: dict[str, Any]) -> dict[str, Any]:
-    signal.setitimer(signal.ITIMER_REAL, request["timeout_seconds"])
-    try:
-        return verify(request["gold"], request["text"])
-    except (_AlarmError, RecursionError, MemoryError):
-        return {"reward": 0.0, "timed_out": True, "unreadable_gold": False}
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+def _values(form: Form) -> tuple[list[Any], bool]:
+    """What math-verify reads, the number alone of a percentage, and whether it is one."""
+    from math_verify import parse
+    from math_verify.grader import get_pct_val
+
+    values = parse(form.text, parsing_timeout=None)  # type: ignore[arg-type]
+    number = get_pct_val(values[0]) if values else None
+    return (values, form.is_percentage) if number is None else ([number], True)
 
 
-def main() -> None:
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not pass for a reply
-    logging.disable(logging.CRITICAL)
+def _with_hundredth(values: list[Any]) -> list[Any]:
+    from sympy import Expr
 
-    def raise_alarm(signum: int, frame: Any) -> None:
-        raise _AlarmError
-
-    signal.signal(signal.SIGALRM, raise_alarm)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    verify("1", "1")  # imports sympy before the first clock runs
-    print(json.dumps({"ready": True}), file=replies, flush=True)  # noqa: T201
-    for line in sys.stdin:
-        print(json.dumps(_with_alarm(json.loads(line))), file=replies, flush=True)  # noqa: T201
+    return [*values, *(value / 100 for value in values if isinstance(value, Expr))]
 
 
-if __name__ == "__main__":
-    main()
+class Verifier:
+    """What answers in a worker."""
+
+    facts, is_async = None, False
+
+    def __init__(self) -> None:
+        logging.disable(logging.CRITICAL)
+        signal.signal(signal.SIGALRM, _raise_alarm)
+        verify("1", "1")  # imports sympy before the first clock runs
+
+    def call(self, request: tuple[str, str, float]) -> Verdict:
+        """Of a gold answer, a completion and the seconds that they may take."""
+        gold, text, timeout_seconds = request
+        signal.setitimer(signal.ITIMER_REAL, timeout_seconds)
+        try:
+            return verify(gold, text)
+        except (_AlarmError, RecursionError, MemoryError):
+            return TIMED_OUT
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+    async def call_async(self, request: tuple[str, str, float]) -> Verdict:
+        return self.call(request)
+
+
+def _raise_alarm(signum: int, frame: Any) -> None:
+    raise _AlarmError

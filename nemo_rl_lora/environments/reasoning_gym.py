@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +27,18 @@ class ReasoningGymEnvironment(Environment):
     def __init__(self) -> None:
         self._tasks: dict[str, Any] = {}
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
+    def check(self, prompts: Iterable[Prompt]) -> None:
         for prompt in prompts:
             if "task" not in prompt.row or "task_settings" not in prompt.row:
                 raise ValueError(
-                    f"env.reasoning_gym: row {prompt.index} is not of a reasoning-gym task. Use it with "
+                    f"env.reasoning_gym: {prompt.named} is not of a reasoning-gym task. Use it with "
                     f"dataset_name='reasoning_gym', or set data.train.env_name to another environment."
                 )
             self._task_of(prompt)
 
-    def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Scores:
+    def score(
+        self, prompts: Sequence[Prompt], texts: Sequence[str], token_ids: Sequence[Sequence[int]] | None = None
+    ) -> Scores:
         """Answers on which a scorer fails are worth 0 and counted as `reasoning_gym_scorer_errors`."""
         scores = [self._score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         num_errors = float(sum(score is None for score in scores))

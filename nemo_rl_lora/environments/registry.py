@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 
 from nemo_rl_lora.config.env import EnvConfig
 from nemo_rl_lora.environments.protocol import Environment
@@ -26,7 +27,7 @@ def make_environment(name: str, config: EnvConfig) -> Environment:
     if name in config.reward_functions:
         from nemo_rl_lora.environments.reward_function import RewardFunctionEnvironment
 
-        return RewardFunctionEnvironment(name, config.reward_functions[name].reward_function)
+        return RewardFunctionEnvironment(name, config.reward_functions[name])
     raise ValueError(
         f"env_name={name!r}: there is no such environment. Known: {', '.join(config.names)}. For your own set "
         f"env.{name}.reward_function=FILE.py:FUNCTION."
@@ -40,5 +41,5 @@ def make_environments(names: Iterable[str], config: EnvConfig) -> dict[str, Envi
 
 def check_prompts(environments: Mapping[str, Environment], prompts: Iterable[Prompt]) -> None:
     """Let each prompt's environment check its row. Raises ValueError for the first that cannot be scored."""
-    for prompt in prompts:
-        environments[prompt.environment].check([prompt])
+    for name, some in groupby(prompts, key=lambda prompt: prompt.environment):
+        environments[name].check(some)

@@ -36,6 +36,7 @@ def validation_sampling(engine: EngineConfig) -> SamplingParams:
         top_k=engine.val_top_k,
         stop_token_ids=tuple(engine.stop_token_ids or ()),
         stop_strings=tuple(engine.stop_strings or ()),
+        skip_special_tokens=engine.skip_special_tokens,
     )
 
 
@@ -86,8 +87,11 @@ def score(
             if group.prompt.environment == name
             for g in range(len(group.completions))
         ]
+        completions = [groups[i].completions[g] for i, g in places]
         scores = environments[name].score(
-            [groups[i].prompt for i, _ in places], [groups[i].completions[g].text for i, g in places]
+            [groups[i].prompt for i, _ in places],
+            [completion.text for completion in completions],
+            [completion.token_ids for completion in completions],
         )
         for (i, g), reward in zip(places, scores.rewards, strict=True):
             rewards[i][g] = reward

@@ -27,9 +27,11 @@ def main(arguments: argparse.Namespace) -> int:
     """Plan or evaluate; the exit code."""
     config = load_config(arguments.config, arguments.overrides, "eval")
     if not arguments.plan:
-        prepare_process()
+        prepare_process(started=arguments.started)
+    from nemo_rl_lora.config.errors import ConfigError
     from nemo_rl_lora.evaluation.models import LoadedBase, check_evaluation
     from nemo_rl_lora.evaluation.report import EvaluationConsole, ResultFiles, print_results
+    from nemo_rl_lora.models.stored import BadWeightsError
     from nemo_rl_lora.run.console import setup_logging
 
     setup_logging()
@@ -48,7 +50,11 @@ def main(arguments: argparse.Namespace) -> int:
         files = ResultFiles(directory, resolved_yaml(config)) if directory is not None else None
         if files is not None:
             cleanup.callback(files.close)
-        base = LoadedBase(checked)
+        try:
+            with stop.starting():
+                base = LoadedBase(checked)
+        except BadWeightsError as error:
+            raise ConfigError(str(error)) from error
         setup_logging(console.console)
         with console:
             results = evaluate_all(checked, base, console, files, stop)
@@ -155,4 +161,8 @@ def print_plan(checked: CheckedEvaluation, console: EvaluationConsole) -> None:
     console.say("Not checked: the base's weights: none was read.")
 
 
-_WAYS = {"merged": "merged into copies of the weights they change", "adapter": "as A and B beside the shared weights"}
+_WAYS = {
+    "auto": "as A and B where merging would lose more than a tenth of the update, else merged",
+    "merged": "merged into copies of the weights they change",
+    "adapter": "as A and B beside the shared weights",
+}

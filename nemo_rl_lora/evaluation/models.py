@@ -27,15 +27,16 @@ from nemo_rl_lora.evaluation.report import refuse_existing_results
 from nemo_rl_lora.evaluation.results import Task
 from nemo_rl_lora.generation.in_process.engine import InProcessGeneration
 from nemo_rl_lora.generation.protocol import Generation
+from nemo_rl_lora.generation.sync_mode import mode_of_finished
 from nemo_rl_lora.lora.files import adapter_tensor_name, read_adapter
 from nemo_rl_lora.lora.fit import adapter_directory, fit_adapter
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
-from nemo_rl_lora.models.load import load_model
-from nemo_rl_lora.models.shapes import ModelShapes, read_model_shapes
+from nemo_rl_lora.models.load import described_model, load_model
+from nemo_rl_lora.models.shapes import ModelShapes, shapes_of
 from nemo_rl_lora.models.source import ModelSource, resolve_model
 from nemo_rl_lora.policy.offer import offer
-from nemo_rl_lora.run.preflight import tokenizer_of
+from nemo_rl_lora.run.model_checks import check_base, label_of, tokenizer_of
 from nemo_rl_lora.tensors import tensors_digest, torch_dtype
 from nemo_rl_lora.types import WeightsRef
 
@@ -81,13 +82,16 @@ def check_evaluation(config: EvalMaster, *, weights: bool) -> CheckedEvaluation:
         refuse_existing_results(Path(settings.save_path), "eval.save_path")
         probe_directory(Path(settings.save_path), "eval.save_path")
     source = resolve_model(policy.model_name, weights=False)
-    shapes = read_model_shapes(source.path, dict(policy.hf_config_overrides))
+    model = described_model(source.path, policy.hf_config_overrides, label_of(policy))
+    shapes = shapes_of(model, model.config)
     _refuse_more_than_the_model_sees(policy, shapes)
-    tokenizer = tokenizer_of(policy, source)
+    check_base(policy, source, model, partial=True)
+    tokenizer = tokenizer_of(policy, source, model)
     candidates, notes = _candidates(config.eval, source, shapes, tokenizer)
     task = _task(config, tokenizer)
     if weights:
         source = resolve_model(policy.model_name)
+        check_base(policy, source, model, partial=False)
     return CheckedEvaluation(
         config=config,
         source=source,
@@ -100,8 +104,8 @@ def check_evaluation(config: EvalMaster, *, weights: bool) -> CheckedEvaluation:
 
 
 def _refuse_more_than_the_model_sees(policy: EvalPolicy, shapes: ModelShapes) -> None:
-    positions = int(shapes.config.get_text_config().max_position_embeddings)
-    if policy.max_total_sequence_length > positions:
+    positions = getattr(shapes.config.get_text_config(), "max_position_embeddings", None)  # a recurrent one has none
+    if positions is not None and policy.max_total_sequence_length > positions:
         raise ValueError(
             f"policy.max_total_sequence_length={policy.max_total_sequence_length}: {policy.model_name} has {positions} "
             f"positions. Set it to {positions} or less."
@@ -197,8 +201,9 @@ class LoadedBase:
             max_concurrent_sequences=self._policy.generation.max_concurrent_sequences,
         )
         try:
-            receipt = engine.sync_weights(self._weights(candidate))
-            if candidate.digest is not None and receipt.digest != candidate.digest:
+            ref = self._weights(candidate)
+            engine.sync_weights(ref)
+            if candidate.digest is not None and ref.digest != candidate.digest:
                 raise RuntimeError(f"{candidate.directory}: the adapter's file has changed since the start.")
             yield engine
         finally:
@@ -215,9 +220,12 @@ class LoadedBase:
     def _weights(self, candidate: Candidate) -> WeightsRef:
         self._num_served += 1
         tensors = {} if candidate.directory is None else read_adapter(candidate.directory)[0]
+        mode = self._policy.generation.lora_sync
+        if mode == "auto":
+            mode = mode_of_finished(tensors, candidate.adapted, self.model.get_parameter, self._dtype)
         return offer(
             self._num_served,
-            self._policy.generation.lora_sync,
+            mode,
             tensors,
             adapted=candidate.adapted,
             weight_of=self.model.get_parameter,

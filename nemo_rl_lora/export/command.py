@@ -125,10 +125,26 @@ def print_exports(console: Any, exports: Sequence[Export], seconds: float) -> No
             console.print(Text(f"Warning: {item.output.name}: {warning}", style="yellow"), soft_wrap=True)
     num_written = sum(item.status == "written" for item in exports)
     place = exports[0].output if len(exports) == 1 else exports[0].output.parent
-    console.print(Text(f"{num_written} of {len(exports)} written in {seconds:.1f} s: {place}"), soft_wrap=True)
+    end = f"{num_written} of {len(exports)} written in {seconds:.1f} s: {place}{_survival(exports)}"
+    console.print(Text(end), soft_wrap=True)
     for item in exports:
         if item.problem is not None:
             sys.stderr.write(f"{item.output} failed: {item.problem}\n")
+
+
+def _survival(exports: Sequence[Export]) -> str:
+    """What the merged weights' dtype leaves of the update, of the output where that is least, and the remedy."""
+    from nemo_rl_lora.lora.merge import LEAST_SHARE, MOST_ERROR
+
+    reports = [item.report for item in exports if "surviving_share" in item.report]
+    if not reports:
+        return ""
+    report = min(reports, key=lambda report: report["surviving_share"] - report["relative_rounding_error"])
+    share, error, names = report["surviving_share"], report["relative_rounding_error"], report["merged_dtypes"]
+    said = f". In {' and '.join(names)} {share:.1%} of the update survives, and rounding adds {error:.1%} of its size"
+    if share >= LEAST_SHARE and error <= MOST_ERROR:
+        return said
+    return f"{said}: keep the adapter beside its base with --adapter-only, or write --dtype float32"
 
 
 def _figures(report: dict[str, Any]) -> list[str]:

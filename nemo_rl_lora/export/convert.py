@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,16 +24,33 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from nemo_rl_lora.checkpoints.durable_files import flush, flush_tree, probe_directory, put_in_place
+from nemo_rl_lora.checkpoints.durable_files import (
+    flush,
+    flush_tree,
+    is_unfinished,
+    make_unfinished,
+    probe_directory,
+    put_in_place,
+    remove_unfinished,
+)
 from nemo_rl_lora.checkpoints.steps import STEP_PREFIX, step_directories
-from nemo_rl_lora.export.inputs import ADAPTER_FLAG, AdapterInput, Base, find_adapter, fit_to_base, open_base
+from nemo_rl_lora.export.inputs import (
+    ADAPTER_FLAG,
+    BASE_FILES,
+    AdapterInput,
+    Base,
+    check_alone,
+    find_adapter,
+    fit_to_base,
+    known_files,
+    open_base,
+)
 from nemo_rl_lora.export.logits import compare_logits
 from nemo_rl_lora.export.merged import TMP_PREFIX, Adapter, Export, ExportError, PlannedTensor, Work, write_merged
 from nemo_rl_lora.export.verify import READS_BACK_OTHERWISE, verify_merged
-from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, read_adapter, write_adapter
+from nemo_rl_lora.lora.files import ADAPTER_FILE, read_adapter, write_adapter
 from nemo_rl_lora.tensors import (
     DTYPES,
-    INDEX_FILE,
     MAX_SHARD_BYTES,
     MERGEABLE,
     Shard,
@@ -44,7 +62,8 @@ logger = logging.getLogger(__name__)
 
 OUTPUT_FLAG = "--hf-ckpt-path"
 REPORT_FILE = "export_report.json"
-_COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "merges.txt", "vocab.txt")
+_CODE = "auto_map"  # names Python code that a directory brings along, which is not exported
+_OLD_PREFIX = f"{TMP_PREFIX}old_"  # of an earlier export's name, while the new one gets it
 _SPARE_BYTES = 1 << 20  # configurations, index, report
 
 Verification = Literal["none", "sampled", "full"]
@@ -87,7 +106,7 @@ def export(request: ExportRequest) -> list[Export]:
     probe_directory(works[0].export.output.parent, OUTPUT_FLAG, required_bytes=num_bytes * len(works))
     with contextlib.ExitStack() as leftovers:
         for work in works:
-            leftovers.callback(shutil.rmtree, work.export.temporary, ignore_errors=True)
+            leftovers.callback(remove_unfinished, work.export.temporary)
         if base is not None:
             _merge(request, base, shards, works)
         else:
@@ -114,7 +133,7 @@ def _check(request: ExportRequest, exports: Sequence[Export]) -> tuple[list[Work
     works: list[Work] = []
     for item in exports:
         try:
-            _refuse_place(request, item.output)
+            _refuse_place(request, item.output, item.temporary)
             adapter = find_adapter(item.source)
             if base is None and not request.adapter_only:
                 base = open_base(request.model_name, request.base_directory, adapter)
@@ -147,14 +166,27 @@ def _check_one(request: ExportRequest, item: Export, adapter: AdapterInput, base
         item.report = _finished_report(item.output, settings)
         item.status = "finished before"
         return None
-    fitted = Adapter(modules={}, tensors={})
-    if base is not None:
+    if base is None:
+        check_alone(adapter)
+        fitted = Adapter(modules={}, tensors={})
+    else:
         fitted = Adapter.on_disk(adapter.weights_file, fit_to_base(adapter, base))
     return Work(export=item, adapter=adapter, fitted=fitted, settings=settings)
 
 
-def _refuse_place(request: ExportRequest, output: Path) -> None:
-    if not output.exists():
+def _refuse_place(request: ExportRequest, output: Path, temporary: Path) -> None:
+    try:
+        exists, _ = (path.exists() for path in (output, output.with_name(f"{_OLD_PREFIX}{output.name}")))
+    except OSError as error:
+        raise ValueError(
+            f"{OUTPUT_FLAG}={str(output)!r}: cannot be made ({error.strerror}). Name another directory."
+        ) from error
+    if os.path.lexists(temporary) and not is_unfinished(temporary):
+        raise ValueError(
+            f"{OUTPUT_FLAG}={str(output)!r}: is made in {temporary}, which is there and was not left by an export. "
+            f"Move that away, or name another directory."
+        )
+    if not exists:
         return
     if not output.is_dir():
         problem = "is a file. Name a directory that does not exist yet."
@@ -253,6 +285,10 @@ def _finish(
     report: dict[str, Any] = {"settings": dict(work.settings), "base_source": base.description}
     report["merged_modules"] = len(modules)
     adapted_elements = sum(module.in_features * module.out_features for module in modules.values())
+    if work.survival.whole:
+        report["surviving_share"] = work.survival.share
+        report["relative_rounding_error"] = work.survival.relative_error
+    report["merged_dtypes"] = sorted({t.dtype for shard in shards for t in shard.tensors if t.name in modules})
     report["changed_fraction"] = sum(work.num_changed.values()) / adapted_elements
     if request.verification != "none":
         on_bytes = stage(f"verifying {work.export.output.name}")
@@ -273,7 +309,7 @@ def _finish(
 
 
 def _warnings(work: Work, base: Base) -> list[str]:
-    modules, warnings = work.fitted.modules, list[str]()
+    modules, warnings = work.fitted.modules, _left_out(work.adapter, base)
     unchanged = sorted(name for name in modules if work.num_changed.get(name, 0) == 0)
     if len(unchanged) == len(modules):
         warnings.append(
@@ -289,38 +325,62 @@ def _warnings(work: Work, base: Base) -> list[str]:
     return warnings
 
 
+def _left_out(adapter: AdapterInput, base: Base | None) -> list[str]:
+    warnings = list[str]()
+    if names := adapter.not_of_a_tokenizer:
+        warnings.append(f"{adapter.tokenizer} holds {', '.join(names)}, no files of a tokenizer, which are left out.")
+    if base is not None and _CODE in (dict(base.config) | dict(adapter.config_overrides)):
+        warnings.append("the base's config.json names Python code of its own (auto_map), which is not exported.")
+    return warnings
+
+
 def _copy_surroundings(work: Work, base: Base, request: ExportRequest, shards: Shards) -> None:
     """Configuration, generation configuration and tokenizer: the base's, the tokenizer as the run used it."""
     target = work.export.temporary
-    for pattern in _COPIED:
-        for path in sorted(base.directory.glob(pattern)):
-            if path.name not in (INDEX_FILE, ADAPTER_CONFIG_FILE, REPORT_FILE):
-                shutil.copyfile(path, target / path.name)
+    _copy(base.directory, known_files(base.directory, *BASE_FILES), target)
     config = dict(base.config) | dict(work.adapter.config_overrides)
+    config.pop(_CODE, None)
     if request.dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = request.dtype
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _copy_tokenizer(work.adapter, target)
+    _copy_runs_tokenizer(work.adapter, target)
     write_index(target, shards)
 
 
-def _copy_tokenizer(adapter: AdapterInput, target: Path) -> None:
-    for path in sorted(adapter.tokenizer.iterdir()) if adapter.tokenizer is not None else ():
-        if path.is_file():
-            shutil.copyfile(path, target / path.name)
+def _copy_runs_tokenizer(adapter: AdapterInput, target: Path) -> None:
+    if adapter.tokenizer is not None:
+        _copy(adapter.tokenizer, known_files(adapter.tokenizer), target)
+
+
+def _copy(directory: Path, files: Sequence[Path], target: Path) -> None:
+    for path in files:
+        place = target / path.relative_to(directory)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, place)
+        if path.name == "tokenizer_config.json" and isinstance(config := _read_json(path), dict) and _CODE in config:
+            del config[_CODE]
+            place.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    """What a file holds; None where that is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
 
 
 def _copy_adapter(work: Work, request: ExportRequest) -> None:
     """The adapter's tensors, bit for bit, its configuration, and the run's tokenizer."""
     _make_temporary(work.export)
     target, adapter = work.export.temporary, work.adapter
-    _copy_tokenizer(adapter, target)
-    config = dict(adapter.peft_config)
-    if request.model_name is not None:
-        config["base_model_name_or_path"] = request.model_name
+    _copy_runs_tokenizer(adapter, target)
+    config, base = dict(adapter.peft_config), adapter.base(request.model_name)
+    if base is not None:
+        config["base_model_name_or_path"] = base.name
     tensors, _ = read_adapter(adapter.directory)
-    write_adapter(target, tensors, config)
+    write_adapter(target, tensors, config, base)
     path = target / ADAPTER_FILE
     if adapter.weights_file.name == ADAPTER_FILE:  # in its own dtypes and bytes
         shutil.copyfile(adapter.weights_file, path)
@@ -329,14 +389,22 @@ def _copy_adapter(work: Work, request: ExportRequest) -> None:
         raise ExportError(f"{path}: {READS_BACK_OTHERWISE}")
     modules = {name.rsplit(".lora_", 1)[0] for name in adapter.tensors}
     files = [{"name": ADAPTER_FILE, "num_bytes": path.stat().st_size}]
-    _publish(work.export, {"settings": dict(work.settings), "modules": len(modules), "warnings": [], "files": files})
+    _publish(
+        work.export,
+        {
+            "settings": dict(work.settings),
+            "modules": len(modules),
+            "warnings": _left_out(adapter, None),
+            "files": files,
+        },
+    )
 
 
 def _make_temporary(export: Export) -> None:
     if export.temporary.exists():
         logger.warning(f"removing {export.temporary}, left by an export that was ended")
-        shutil.rmtree(export.temporary)
-    export.temporary.mkdir(parents=True)
+        remove_unfinished(export.temporary)
+    make_unfinished(export.temporary)
 
 
 def _publish(export: Export, report: dict[str, Any]) -> None:
@@ -346,5 +414,5 @@ def _publish(export: Export, report: dict[str, Any]) -> None:
     text = json.dumps(export.report, indent=2, allow_nan=False)
     (export.temporary / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
     flush_tree(export.temporary)
-    put_in_place(export.temporary, export.output, f"{TMP_PREFIX}old_")
+    put_in_place(export.temporary, export.output, _OLD_PREFIX)
     flush(export.output.parent)

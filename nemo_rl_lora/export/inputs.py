@@ -14,14 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from nemo_rl_lora.checkpoints.durable_files import CHECKSUMS_FILE, read_json_file, refuse_damaged
 from nemo_rl_lora.checkpoints.record import CONFIG_FILE, INFO_FILE, read_config, step_of_adapter
-from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, PICKLED_FILE, module_of, read_adapter
-from nemo_rl_lora.lora.fit import adapter_directory, fit_adapter, refuse_not_finite
+from nemo_rl_lora.lora.files import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    PICKLED_FILE,
+    AdapterBase,
+    module_of,
+    read_adapter,
+    refuse_links,
+)
+from nemo_rl_lora.lora.fit import adapter_directory, fit_adapter, fit_itself, refuse_not_finite
 from nemo_rl_lora.lora.names import OUTPUT_HEAD_NAMES, last_component
-from nemo_rl_lora.lora.targets import AdaptedModule, LinearModule
+from nemo_rl_lora.lora.targets import ALL_LINEAR, AdaptedModule, LinearModule
 from nemo_rl_lora.models.families import has_tied_head
 from nemo_rl_lora.models.source import resolve_model
 from nemo_rl_lora.tensors import MERGEABLE, StoredTensor, file_digest, stored_tensors, tensors_digest
@@ -29,6 +38,12 @@ from nemo_rl_lora.tensors import MERGEABLE, StoredTensor, file_digest, stored_te
 ADAPTER_FLAG = "--adapter-ckpt"
 MODEL_FLAG = "--hf-model-name"
 BASE_FLAG = "--base-ckpt"
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "normalizer.json", "*.model", "*.tiktoken"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+)
+BASE_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.\d+\..+")
 
 
@@ -43,7 +58,7 @@ class AdapterInput:
     sha256: str
     base_digest: str | None  # of the base that it was trained on, where that is recorded
     model_source: str
-    config_overrides: Mapping[str, Any]  # policy.hf_config_overrides of the run
+    run_policy: Mapping[str, Any]  # `policy` of the run's configuration; empty for an adapter that is no checkpoint
 
     @property
     def directory(self) -> Path:
@@ -54,9 +69,28 @@ class AdapterInput:
         return self.peft_config.get("base_model_name_or_path")
 
     @property
+    def config_overrides(self) -> Mapping[str, Any]:
+        return self.run_policy.get("hf_config_overrides") or {}
+
+    @property
     def tokenizer(self) -> Path | None:
         directory = None if self.step is None else self.step / "policy" / "tokenizer"
         return directory if directory is not None and directory.is_dir() else None
+
+    @property
+    def not_of_a_tokenizer(self) -> list[str]:
+        """What else lies in that directory."""
+        if self.tokenizer is None:
+            return []
+        return sorted({path.name for path in self.tokenizer.iterdir() if path.is_file()} - _names(self.tokenizer))
+
+    def base(self, name: str | None) -> AdapterBase | None:
+        """What a copy of the adapter says that it was trained on, under another name where one is given."""
+        name = name or self.base_name
+        if not name:
+            return None
+        found_by = str(Path(name).expanduser().absolute()) if is_directory(name) else name
+        return AdapterBase(name=found_by, source=self.model_source, digest=self.base_digest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +108,7 @@ class Base:
 def find_adapter(path: Path) -> AdapterInput:
     """The adapter of a step's directory, of its policy/adapter, or of any PEFT directory, read once and checked."""
     flag = f"{ADAPTER_FLAG}={str(path)!r}"
-    if (path / "policy" / "weights").is_dir():
+    if is_directory(path / "policy" / "weights"):
         raise ValueError(
             f"{flag}: is a step of full fine-tuning and has no adapter. {path}/policy/weights is a Hugging Face model: "
             "use it as it is."
@@ -86,9 +120,13 @@ def find_adapter(path: Path) -> AdapterInput:
         raise ValueError(f"{flag}: {error}{several}") from None
     step = step_of_adapter(directory)
     try:
+        if step is not None:
+            records = [step / name for name in (INFO_FILE, CONFIG_FILE, CHECKSUMS_FILE)]
+            refuse_links(step, [*records, *known_files(step / "policy" / "tokenizer")])
         if step is not None and (step / CHECKSUMS_FILE).is_file():
             files = [directory / ADAPTER_CONFIG_FILE, directory / ADAPTER_FILE]
             refuse_damaged(step, files, "Use another step.")
+        run_policy = {} if step is None else _run_policy(step)
         tensors, peft_config = read_adapter(directory)
         refuse_not_finite(tensors, "Use an earlier step.")
     except ValueError as error:
@@ -103,13 +141,15 @@ def find_adapter(path: Path) -> AdapterInput:
         sha256=file_digest(directory / ADAPTER_CONFIG_FILE, directory / weights_file),
         base_digest=info.get("base_digest"),
         model_source=info.get("model_source", ""),
-        config_overrides={} if step is None else _config_overrides(step),
+        run_policy=run_policy,
     )
 
 
 def open_base(model_name: str | None, base_directory: Path | None, adapter: AdapterInput) -> Base:
     """The base by its name or the adapter's own record of it, its weights from `base_directory` where that is given."""
     name = model_name or adapter.base_name
+    if model_name is None and name and Path(name).is_absolute() and not is_directory(name):
+        name = adapter.run_policy.get("model_name") or name  # the run was elsewhere; its digest says whether it is that
     if base_directory is None and not name:
         raise ValueError(
             f"{MODEL_FLAG}=None: {adapter.directory / ADAPTER_CONFIG_FILE} does not say which model it was made for. "
@@ -123,12 +163,21 @@ def open_base(model_name: str | None, base_directory: Path | None, adapter: Adap
             f"{flag}: {source.path} holds no model.safetensors and no index of shards. Load the model with "
             "transformers and save it again with save_pretrained."
         )
+    try:
+        refuse_links(source.path, known_files(source.path, *BASE_FILES))
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
     config = _read_config(source.path / "config.json", flag)
     if quantization := config.get("quantization_config"):
         raise ValueError(
             f"{flag}: its weights are quantized ({quantization.get('quant_method')}), and a sum of them and an update "
             "would be rounded again. Name the unquantized base."
         )
+    from nemo_rl_lora.models.load import described_model
+    from nemo_rl_lora.models.stored import check_weights
+
+    overrides = {key: value for key, value in adapter.config_overrides.items() if key != "auto_map"}  # which names code
+    check_weights(source.path, described_model(source.path, overrides, flag), label=flag, overrides=overrides)
     return Base(
         name=name or str(base_directory),
         directory=source.path,
@@ -137,6 +186,14 @@ def open_base(model_name: str | None, base_directory: Path | None, adapter: Adap
         tensors=tensors,
         digest=tensors_digest(tensors),
     )
+
+
+def check_alone(adapter: AdapterInput) -> None:
+    """ValueError where the adapter's configuration is not what is exported here, or not that of its tensors."""
+    try:
+        fit_itself(adapter.tensors, adapter.peft_config)
+    except ValueError as error:
+        raise ValueError(f"{ADAPTER_FLAG}={str(adapter.directory)!r}: {error}") from error
 
 
 def fit_to_base(adapter: AdapterInput, base: Base) -> dict[str, AdaptedModule]:
@@ -191,7 +248,7 @@ def _linears(modules: set[str], adapter: AdapterInput, base: Base) -> list[Linea
     one only for an adapter of experts: transformers holds them stacked, so that targets pass them by.
     """
     named = {name.removesuffix(".weight"): t for name, t in base.tensors.items() if len(t.shape) == 2}
-    everything = adapter.peft_config.get("target_modules") == "all-linear"
+    everything = str(adapter.peft_config.get("target_modules")).lower() == ALL_LINEAR
     has_experts = any(_EXPERT.fullmatch(module) for module in modules)
     return [
         LinearModule(name=name, in_features=tensor.shape[1], out_features=tensor.shape[0])
@@ -213,9 +270,33 @@ def _refuse_stacked_experts(modules: set[str], base: Base, flag: str) -> None:
             )
 
 
-def _config_overrides(step: Path) -> Mapping[str, Any]:
-    config = read_config(step) if (step / CONFIG_FILE).is_file() else None
-    return ((config or {}).get("policy") or {}).get("hf_config_overrides") or {}
+def _run_policy(step: Path) -> Mapping[str, Any]:
+    """`policy` of a step's configuration, of which hf_config_overrides are taken over."""
+    try:
+        config = read_config(step) if (step / CONFIG_FILE).is_file() else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{step / CONFIG_FILE}: cannot be read ({error}). Use another step.") from error
+    policy = config.get("policy") if isinstance(config, dict) else config
+    if not isinstance(policy, dict | None) or not isinstance((policy or {}).get("hf_config_overrides"), dict | None):
+        raise ValueError(f"{step / CONFIG_FILE}: holds no configuration of a run. Use another step.")
+    return policy or {}
+
+
+def known_files(directory: Path, *more: str) -> list[Path]:
+    """The files of a directory that a tokenizer is known to consist of, and `more`."""
+    return sorted({path for pattern in (*_TOKENIZER_FILES, *more) for path in directory.glob(pattern)})
+
+
+def _names(directory: Path) -> set[str]:
+    return {path.name for path in known_files(directory)}
+
+
+def is_directory(name: str | Path) -> bool:
+    """Whether a name, of any length, is that of a directory."""
+    try:
+        return Path(name).expanduser().is_dir()
+    except OSError:
+        return False
 
 
 def _read_config(path: Path, flag: str) -> dict[str, Any]:

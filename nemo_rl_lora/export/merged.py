@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nemo_rl_lora.export.inputs import AdapterInput
 from nemo_rl_lora.lora.files import ADAPTER_FILE, adapter_tensor_name, read_adapter
-from nemo_rl_lora.lora.merge import merged_weight
+from nemo_rl_lora.lora.merge import Survival, merged_weight
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.tensors import (
     MERGEABLE,
@@ -107,6 +107,7 @@ class Work:
     settings: Mapping[str, Any]  # what the output depends on
     files: list[WrittenFile] = field(default_factory=list)
     num_changed: dict[str, int] = field(default_factory=dict)  # adapted weight -> elements unlike the base's
+    survival: Survival = field(default_factory=Survival)  # of the update, in the dtypes that were written
 
 
 def write_merged(
@@ -146,7 +147,9 @@ def _write_tensor(reader: TensorReader, tensor: PlannedTensor, writers: Sequence
                 rows = weight.view(stop - start, a.shape[1])
                 scale = work.fitted.modules[name].scale
                 result = merged_weight(rows, a, b[start:stop], scale, dtype=torch_dtype(tensor.dtype))
-                changed = _num_different(result, rows.to(result.dtype))
+                plain_rows = rows.to(result.dtype)
+                changed = _num_different(result, plain_rows)
+                work.survival.add(scale * (b[start:stop] @ a), result.float() - plain_rows.float())
                 work.num_changed[name] = work.num_changed.get(name, 0) + changed
             if isinstance(result, Tensor) and not _is_finite(result):
                 problem = f"{name} has values that are not finite in {tensor.dtype}. Choose a wider --dtype."

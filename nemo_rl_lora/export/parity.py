@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nemo_rl_lora.generation.in_process.fallback import adding
+from nemo_rl_lora.generation.in_process.fallback import Adding
 from nemo_rl_lora.lora.adapter_tensors import AdapterTensors
+from nemo_rl_lora.lora.merge import LEAST_SHARE, Survival
 from nemo_rl_lora.lora.targets import AdaptedModule
 
-LEAST_SHARE = 0.9  # of the update, that merging has to leave
 MOST_NOISE = 2.0  # times the split's own distance, that the merged model may have
 NUM_TOKENS = 24  # of an answer
 
@@ -39,10 +39,10 @@ PROMPTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerShare:
-    """One adapted module. With D the update and R what rounding leaves of it: <R, D> / <D, D>, and |R - D| / |D|."""
+    """One adapted module."""
 
     module: str
-    surviving_share: float
+    surviving_share: float  # as lora/merge.py defines both
     relative_error: float
     changed_share: float  # of the weight's elements, how many are not the base's
 
@@ -72,23 +72,24 @@ def layer_shares(
     weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], adapted: Sequence[AdaptedModule]
 ) -> tuple[list[LayerShare], float]:
     """What rounding to bf16 leaves of each module's update, and of all of them together."""
-    shares, kept, whole = [], 0.0, 0.0
+    shares, whole = [], Survival()
     for module in adapted:
         adapter = AdapterTensors.of(module.name, module.scale, tensors).to(torch.float32)
         base = weights[f"{module.name}.weight"].to(torch.bfloat16)
         update = adapter.scale * (adapter.b @ adapter.a)
         left = adapter.merged(base).float() - base.float()
-        product, square = float((left * update).sum()), float(update.square().sum())
-        kept, whole = kept + product, whole + square
+        survival = Survival()
+        survival.add(update, left)
+        whole.add_all(survival)
         shares.append(
             LayerShare(
                 module=module.name,
-                surviving_share=product / square if square else 1.0,
-                relative_error=float((left - update).norm()) / square**0.5 if square else 0.0,
+                surviving_share=survival.share,
+                relative_error=survival.relative_error,
                 changed_share=float((left != 0).float().mean()),
             )
         )
-    return shares, kept / whole if whole else 1.0
+    return shares, whole.share
 
 
 @torch.no_grad()
@@ -148,7 +149,7 @@ def _beside(model: PreTrainedModel, tensors: Mapping[str, Tensor], adapted: Sequ
     """The adapter computed apart, in the model's dtype."""
     hooks = [
         model.get_submodule(m.name).register_forward_hook(
-            adding(AdapterTensors.of(m.name, m.scale, tensors).to(model.dtype))
+            Adding(AdapterTensors.of(m.name, m.scale, tensors).to(model.dtype))
         )
         for m in adapted
     ]

@@ -26,24 +26,32 @@ def main(arguments: argparse.Namespace) -> int:
     """0, with the verdict printed; ValueError where the checkpoint holds no adapter of its base."""
     import torch
 
+    from nemo_rl_lora.checkpoints.durable_files import probe_directory
     from nemo_rl_lora.export.parity import certify
     from nemo_rl_lora.lora.files import read_adapter
-    from nemo_rl_lora.lora.fit import adapter_directory, fit_adapter
+    from nemo_rl_lora.lora.fit import adapter_directory, fit_adapter, refuse_not_finite
     from nemo_rl_lora.models.load import load_model
-    from nemo_rl_lora.models.shapes import shapes_of
+    from nemo_rl_lora.models.shapes import read_model_shapes
     from nemo_rl_lora.models.source import load_tokenizer, resolve_model
 
-    tensors, peft_config = read_adapter(adapter_directory(arguments.checkpoint))
-    name = arguments.model or peft_config["base_model_name_or_path"]
+    flag, output = f"--checkpoint={str(arguments.checkpoint)!r}", arguments.output or arguments.checkpoint / "parity"
+    try:
+        tensors, peft_config = read_adapter(adapter_directory(arguments.checkpoint))
+        refuse_not_finite(tensors, "Take another checkpoint.")
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
+    name = arguments.model or peft_config.get("base_model_name_or_path") or ""
     source = resolve_model(name, "--model")
+    shapes = read_model_shapes(source.path, {})
+    try:
+        _, adapted = fit_adapter(
+            tensors, peft_config, shapes.linears, tied_head=shapes.has_tied_head, model_name=name, model_key="--model"
+        )
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
+    probe_directory(output, "--output")
     model = load_model(source.path, dtype=torch.float32, config_overrides={})
-    shapes = shapes_of(model, model.config)
-    _, adapted = fit_adapter(
-        tensors, peft_config, shapes.linears, tied_head=shapes.has_tied_head, model_name=name, model_key="--model"
-    )
     certificate = certify(model, load_tokenizer(source, None, None), tensors, adapted)
-    output = arguments.output or arguments.checkpoint / "parity"
-    output.mkdir(parents=True, exist_ok=True)
     (output / "certificate.json").write_text(json.dumps(asdict(certificate), indent=1) + "\n")
     draw(certificate, output / "certificate.png")
     (output / "certificate.md").write_text(page(certificate, arguments.checkpoint, name))

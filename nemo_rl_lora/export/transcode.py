@@ -23,11 +23,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from nemo_rl_lora.lora.adapter_tensors import AdapterTensors, canonical_tensors
-from nemo_rl_lora.lora.dialects import spec_from_peft_config, spec_to_peft_config
-from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, module_of, read_adapter
+from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, AdapterBase, read_adapter
 from nemo_rl_lora.lora.files import write_adapter as write_peft
-from nemo_rl_lora.lora.fit import adapter_directory
+from nemo_rl_lora.lora.fit import adapter_directory, fit_itself
 from nemo_rl_lora.lora.names import FUSED_PARTS, hf_names, last_component, megatron_name
+from nemo_rl_lora.lora.peft_config import spec_to_peft_config
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.policy.megatron.convert import fuse, megatron_weights, separate
@@ -121,9 +121,8 @@ def read(path: Path, family: Family | None) -> AdapterFile:
         assert family is not None, "the caller reads the family of a Megatron adapter"
         return _read_megatron(directory, config, family)
     tensors, config = read_adapter(directory)
-    spec = spec_from_peft_config(config)
-    modules = sorted({module_of(name) for name in tensors})
-    factors = {name: AdapterTensors.of(name, spec.scale_of(name), tensors) for name in modules}
+    adapted = fit_itself(tensors, config)
+    factors = {module.name: AdapterTensors.of(module.name, module.scale, tensors) for module in adapted}
     base_name = config.get("base_model_name_or_path") or ""
     return AdapterFile(form="peft", factors=factors, base_name=base_name, peft_config=config)
 
@@ -132,7 +131,9 @@ def write(directory: Path, adapter: AdapterFile, to: Form, family: Family, plann
     """Write the result of a planned conversion into a directory that does not exist."""
     directory.mkdir(parents=True)
     if to == "peft":
-        write_peft(directory, canonical_tensors(adapter.factors), dict(adapter.peft_config) or _peft_config(adapter))
+        base = AdapterBase(name=adapter.base_name) if adapter.base_name else None
+        peft_config = dict(adapter.peft_config) or _peft_config(adapter)
+        write_peft(directory, canonical_tensors(adapter.factors), peft_config, base)
         return
     scale = next(iter(adapter.factors.values())).scale
     targets = list(dict.fromkeys(last_component(layer) for layer in _by_layer(adapter)))

@@ -21,7 +21,11 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """0; ValueError where the conversion is impossible or an input is wrong, before anything is written."""
-    if arguments.out.exists():
+    try:
+        exists = arguments.out.exists()
+    except OSError as error:
+        raise ValueError(f"--out={str(arguments.out)!r}: cannot be made ({error.strerror}). Name another.") from error
+    if exists:
         raise ValueError(f"--out={str(arguments.out)!r}: exists already. Name another directory.")
     from transformers import AutoConfig
 
@@ -31,11 +35,19 @@ def main(arguments: argparse.Namespace) -> int:
     from nemo_rl_lora.models.source import resolve_model
     from nemo_rl_lora.policy.megatron.families import read_family
 
-    config_file = adapter_directory(arguments.adapter) / ADAPTER_CONFIG_FILE
-    recorded = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    source = resolve_model(arguments.hf_model_name or recorded or "", "--hf-model-name", weights=False)
+    flag = f"--adapter={str(arguments.adapter)!r}"
+    try:
+        config_file = adapter_directory(arguments.adapter) / ADAPTER_CONFIG_FILE
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
+    recorded = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    source = resolve_model(arguments.hf_model_name or str(recorded or ""), "--hf-model-name", weights=False)
     family = read_family(AutoConfig.from_pretrained(source.path), source.name, 1)
-    adapter = transcode.read(arguments.adapter, family)
+    try:
+        adapter = transcode.read(arguments.adapter, family)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
     planned = transcode.plan(adapter, arguments.to, family)
     sys.stdout.write(f"{adapter.form} to {arguments.to}: {planned.label}, dim {planned.dim}\n")
     for reason in planned.reasons:

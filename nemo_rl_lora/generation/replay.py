@@ -3,7 +3,8 @@
 Contract: a JSONL file, one group a line, `{"prompt_index": 3, "prompt_token_ids": [..], "completions":
 [{"token_ids": [..], "logprobs": [..], "text": "..", "finish_reason": "stop"}, ..]}`. A request is served by its
 prompt's index, the groups of one prompt in the order of the file; a request that the file does not answer is an
-error. `sync_weights` accepts anything: the completions say that they come from the version last synced.
+error. `sync_weights` accepts anything and reads nothing, as its receipt says (no digest, no verdict): the completions
+are said to come from the version last synced.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl_lora.generation.protocol import Ticket
-from nemo_rl_lora.types import Completion, CompletionGroup, GroupRequest, Prompt, SyncReceipt, WeightsRef
+from nemo_rl_lora.types import Completion, CompletionGroup, GroupRequest, SyncReceipt, WeightsRef
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +59,7 @@ class ReplayGeneration:
             self._rows[row["prompt_index"]].append(row)
         self._version = 0
         self._tickets = 0
-        self._groups: dict[Ticket, tuple[Prompt, Mapping[str, Any]]] = {}
+        self._groups: dict[Ticket, tuple[GroupRequest, Mapping[str, Any]]] = {}
         logger.info("generation: replaying %d groups of %s", sum(map(len, self._rows.values())), path)
 
     def submit(self, request: GroupRequest) -> Ticket:
@@ -83,7 +84,7 @@ class ReplayGeneration:
             )
         self._tickets += 1
         rows.remove(row)
-        self._groups[Ticket(self._tickets)] = (prompt, row)
+        self._groups[Ticket(self._tickets)] = (request, row)
         return Ticket(self._tickets)
 
     def collect(self, tickets: Sequence[Ticket]) -> list[CompletionGroup]:
@@ -95,7 +96,7 @@ class ReplayGeneration:
         return SyncReceipt(
             version=ref.version,
             mode=ref.mode,
-            digest=ref.digest,
+            digest=None,
             num_tensors=len(ref.manifest),
             num_bytes=0,
             seconds=time.perf_counter() - start,
@@ -104,7 +105,8 @@ class ReplayGeneration:
     def close(self) -> None:
         self._groups.clear()
 
-    def _group(self, prompt: Prompt, row: Mapping[str, Any]) -> CompletionGroup:
+    def _group(self, request: GroupRequest, row: Mapping[str, Any]) -> CompletionGroup:
+        skip = request.sampling.skip_special_tokens
         completions = tuple(
             Completion(
                 token_ids=tuple(completion["token_ids"]),
@@ -112,12 +114,12 @@ class ReplayGeneration:
                 versions=((len(completion["token_ids"]), self._version),),
                 text=completion["text"]
                 if "text" in completion
-                else str(self._tokenizer.decode(completion["token_ids"], skip_special_tokens=True)),
+                else str(self._tokenizer.decode(completion["token_ids"], skip_special_tokens=skip)),
                 finish_reason=completion["finish_reason"],
             )
             for completion in row["completions"]
         )
-        return CompletionGroup(prompt=prompt, completions=completions)
+        return CompletionGroup(prompt=request.prompt, completions=completions)
 
 
 def check_replay(path: Path) -> int:

@@ -1,7 +1,8 @@
 """What an engine that queues requests has beside its way of sampling: tickets, where a completion ends, its text.
 
 Contract: `Ticketed` is the submitting and collecting half of the Generation protocol. An engine fills `_done` from
-`_waiting` in `_run`, and says in `_version` which weights it serves.
+`_waiting` in `_run`, and says in `_version` which weights it serves. One thread submits and collects; weights may come
+from another one meanwhile, where the engine takes them between two steps.
 """
 
 from __future__ import annotations
@@ -22,6 +23,14 @@ NONFINITE_LOGITS = (
     "Lower policy.optimizer.kwargs.lr or policy.max_grad_norm, or train in float32."
 )
 """What a FloatingPointError of an engine says."""
+
+
+def one_more(versions: list[tuple[int, int]], version: int) -> None:
+    """Count a token of this version into a run-length list."""
+    if versions and versions[-1][1] == version:
+        versions[-1] = (versions[-1][0] + 1, version)
+    else:
+        versions.append((1, version))
 
 
 class Ticketed(ABC):
@@ -51,6 +60,7 @@ class Ticketed(ABC):
         return ticket
 
     def collect(self, tickets: Sequence[Ticket]) -> list[CompletionGroup]:
+        """See Generation."""
         if self._version is None:
             raise RuntimeError("generation: no weights yet. Call sync_weights before collect.")
         unknown = [ticket for ticket in tickets if ticket not in self._done and ticket not in self._waiting]
@@ -77,13 +87,14 @@ class Ticketed(ABC):
         token_ids: Sequence[int],
         logprobs: Sequence[float],
         finish_reason: FinishReason,
+        versions: Sequence[tuple[int, int]] | None = None,
     ) -> Completion:
-        """All of it from the version that is served now."""
+        """`versions` as in Completion; None: all of it from the version that is served now."""
         assert self._version is not None, "checked by collect"
         return Completion(
             token_ids=tuple(token_ids),
             logprobs=tuple(logprobs),
-            versions=((len(token_ids), self._version),),
+            versions=((len(token_ids), self._version),) if versions is None else tuple(versions),
             text=self._text(sampling, token_ids),
             finish_reason=finish_reason,
         )
@@ -91,10 +102,10 @@ class Ticketed(ABC):
     def _text(self, sampling: SamplingParams, token_ids: Sequence[int]) -> str:
         """Without a stop token, or cut before the first stop string."""
         if token_ids[-1] in self._stop_token_ids(sampling):
-            return self._decode(token_ids[:-1])
-        text = self._decode(token_ids)
+            return self._decode(sampling, token_ids[:-1])
+        text = self._decode(sampling, token_ids)
         found = [position for stop in sampling.stop_strings if (position := text.find(stop)) >= 0]
         return text[: min(found, default=None)]
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    def _decode(self, sampling: SamplingParams, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=sampling.skip_special_tokens))

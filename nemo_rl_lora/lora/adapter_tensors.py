@@ -45,11 +45,28 @@ class AdapterTensors:
 
     def update(self, x: Tensor) -> Tensor:
         """What is added to the base layer's output [.., out], in the dtype of A and B; scaled between the products."""
-        return F.linear(F.linear(x.to(self.a.dtype), self.a) * self.scale, self.b)
+        return self.expand(self.shrink(x))
+
+    def shrink(self, x: Tensor) -> Tensor:
+        """The first product, [.., dim]."""
+        return F.linear(x.to(self.a.dtype), self.a)
+
+    def expand(self, shrunk: Tensor) -> Tensor:
+        """The second product, [.., out], of its scaled input."""
+        return F.linear(shrunk * self.scale, self.b)
+
+    def product(self, side: Side, x: Tensor) -> Tensor:
+        """One of the two."""
+        return self.shrink(x) if side == "A" else self.expand(x)
 
     def merged(self, weight: Tensor) -> Tensor:
         """The base weight [out, in] with this adapter in it, on its device and in its dtype (lora/merge.py)."""
         return merged_weight(weight, self.a.to(weight.device), self.b.to(weight.device), self.scale)
+
+
+def side_of(name: str) -> Side | None:
+    """Which factor of an adapter a tensor's name stands for; None for any other tensor."""
+    return next((side for side in SIDES if name.endswith(f".lora_{side}.weight")), None)
 
 
 def factor_shape(module: AdaptedModule, side: Side) -> tuple[int, int]:

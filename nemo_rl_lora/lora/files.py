@@ -4,6 +4,8 @@ Contract: names are `base_model.model.<Hugging Face module>.lora_A.weight` [dim,
 [out, dim]; every tensor is fp32. The moments of Adam stand beside them as `<name>.exp_avg` and `.exp_avg_sq`,
 with the optimizer's step in the file's metadata. Reading is strict: a name too many or too few is an error.
 
+Files of a directory that somebody else may have made are files of that directory: a link out of it is refused.
+
 It does not decide where the directories are, does not write atomically (checkpoints/ and export/ rename
 whole directories) and knows nothing of a model.
 """
@@ -11,9 +13,11 @@ whole directories) and knows nothing of a model.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ from torch import Tensor
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
+README_FILE = "README.md"
 ADAPTER_DIRECTORY = "adapter"
 REFERENCE_DIRECTORY = "reference_adapter"  # the initial adapter, where it is the reference
 MOMENTS_FILE = "adapter.safetensors"
@@ -51,17 +56,71 @@ def module_of(name: str) -> str:
     return match["module"]
 
 
-def write_adapter(directory: Path, tensors: Mapping[str, Tensor], peft_config: Mapping[str, Any]) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterBase:
+    """The model that an adapter was trained on, for whoever uses the adapter."""
+
+    name: str  # by which other programs find it: a directory's absolute path, or a name of the hub
+    source: str = ""  # where the weights came from
+    digest: str | None = None  # of the weights; None where it is not known
+
+    def readme(self) -> str:
+        """What the page beside the adapter says."""
+        lines = ["# LoRA adapter", "", f"Trained on `{self.name}`.", ""]
+        lines += [f"- Source of those weights: {self.source}"] if self.source else []
+        lines += [f"- Digest of those weights: `{self.digest}`"] if self.digest else []
+        return "\n".join(
+            [
+                *lines,
+                "- Other weights of a like name, such as a copy that was quantised in between, are another base.",
+                "",
+                "```python",
+                "from peft import PeftModel",
+                "from transformers import AutoModelForCausalLM",
+                "",
+                f"base = AutoModelForCausalLM.from_pretrained({json.dumps(self.name)})",
+                'model = PeftModel.from_pretrained(base, "the directory of this file")',
+                "```",
+                "",
+            ]
+        )
+
+
+def refuse_links(root: Path, paths: Iterable[Path]) -> None:
+    """ValueError where one of these paths below `root` is there and no file of `root` itself.
+
+    That is a link to elsewhere, or no regular file. Links of the Hugging Face cache into its own blobs are files of it.
+    """
+    inside = Path(os.path.realpath(root))
+    repository = next((p for p in inside.parents if p.name.startswith("models--")), None)
+    for path in paths:
+        if not os.path.lexists(path):
+            continue
+        real = Path(os.path.realpath(path))
+        in_cache = repository is not None and real.is_relative_to(repository / "blobs")
+        if real != inside / path.relative_to(root) and not in_cache:
+            raise ValueError(
+                f"{path}: is a link to {real}, and no file of {root}. Put a copy in its place, if it belongs there."
+            )
+        if not path.is_file():
+            raise ValueError(f"{path}: is no regular file. Remove it, or put the file in its place.")
+
+
+def write_adapter(
+    directory: Path, tensors: Mapping[str, Tensor], peft_config: Mapping[str, Any], base: AdapterBase | None = None
+) -> None:
     """Write adapter_config.json and adapter_model.safetensors into a directory, made where it is missing.
 
-    Tensors are brought to the CPU and to fp32, each with its own storage. ValueError for a name that is not
-    canonical and for an A without its B.
+    With `base` a README.md says what the adapter was trained on. Tensors are brought to the CPU and to fp32, each with
+    its own storage. ValueError for a name that is not canonical and for an A without its B.
     """
     _check_pairs(tensors, "the adapter to write")
     directory.mkdir(parents=True, exist_ok=True)
     config_text = json.dumps(dict(peft_config), indent=2, sort_keys=True, default=sorted)  # PEFT has sets of names
     (directory / ADAPTER_CONFIG_FILE).write_text(config_text + "\n", encoding="utf-8")
     _write_tensors(directory / ADAPTER_FILE, tensors, {})
+    if base is not None:
+        (directory / README_FILE).write_text(base.readme(), encoding="utf-8")
 
 
 def read_adapter(

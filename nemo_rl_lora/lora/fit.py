@@ -13,17 +13,34 @@ from typing import Any
 from torch import Tensor
 
 from nemo_rl_lora.lora.adapter_tensors import SIDES, factor_shape
-from nemo_rl_lora.lora.dialects import spec_from_peft_config
-from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, NUM_NAMES_SHOWN, adapter_tensor_name, module_of
+from nemo_rl_lora.lora.files import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    NUM_NAMES_SHOWN,
+    PICKLED_FILE,
+    adapter_tensor_name,
+    module_of,
+    refuse_links,
+)
+from nemo_rl_lora.lora.names import last_component
+from nemo_rl_lora.lora.peft_config import PeftConfig
 from nemo_rl_lora.lora.spec import LoraSpec
-from nemo_rl_lora.lora.targets import AdaptedModule, LinearModule, resolve_targets
+from nemo_rl_lora.lora.targets import AdaptedModule, LinearModule
 
 
 def adapter_directory(path: Path) -> Path:
-    """The directory with adapter_config.json: this one, or the one in this step's directory."""
-    for directory in (path, path / "policy" / "adapter"):
-        if (directory / ADAPTER_CONFIG_FILE).is_file():
-            return directory
+    """The directory with adapter_config.json: this one, or the one in this step's directory.
+
+    Its files are files of `path`: ValueError for links to elsewhere.
+    """
+    try:
+        for directory in (path, path / "policy" / "adapter"):
+            if (directory / ADAPTER_CONFIG_FILE).is_file():
+                names = (ADAPTER_CONFIG_FILE, ADAPTER_FILE, PICKLED_FILE)
+                refuse_links(path, [directory / name for name in names])
+                return directory
+    except OSError as error:  # a name that is too long, a directory that may not be read
+        raise ValueError(f"cannot be looked into ({error.strerror}). Correct the path.") from error
     if not path.is_dir():
         raise ValueError(f"there is no such directory (looked for {path.absolute()}). Correct the path.")
     if (path / "policy" / "weights").is_dir():
@@ -50,8 +67,19 @@ def fit_adapter(
     model_key: str = "policy.model_name",
 ) -> tuple[LoraSpec, tuple[AdaptedModule, ...]]:
     """The adapter's spec and the modules that it changes. ValueError where names or shapes are not the base's."""
-    spec = spec_from_peft_config(peft_config)
-    adapted = resolve_targets(spec, linears, tied_head=tied_head, model_label=model_name, config_key="adapter_config")
+    read = PeftConfig.read(peft_config)
+    adapted = tuple(read.adapted(module) for module in linears if read.reaches(module))
+    if not adapted:
+        candidates = ", ".join(dict.fromkeys(last_component(module.name) for module in linears))
+        raise ValueError(
+            f"adapter_config.target_modules={peft_config['target_modules']!r}: matches none of the {len(linears)} "
+            f"linear modules of {model_name}. Candidates: {candidates}."
+        )
+    if tied_head and (head := next((m.name for m in linears if m.is_head and read.reaches(m)), None)):
+        raise ValueError(
+            f"adapter_config.target_modules={peft_config['target_modules']!r}: matches the output head {head!r}, which "
+            "shares its weight with the input embeddings, so an adapter there cannot be merged. Use another adapter."
+        )
     mismatch = _mismatch(tensors, adapted)
     if mismatch is not None:
         made_for = peft_config.get("base_model_name_or_path")
@@ -59,7 +87,28 @@ def fit_adapter(
         if made_for and made_for != model_name:
             remedy = f"It was made for {made_for}: use it on that."
         raise ValueError(f"does not fit {model_key}={model_name!r}: {mismatch}. {remedy}")
-    return spec, adapted
+    return read.spec(adapted), adapted
+
+
+def modules_of_tensors(tensors: Mapping[str, Tensor]) -> list[LinearModule]:
+    """The linear modules that an adapter's tensors belong to, for where there is no model."""
+    return [
+        LinearModule(
+            name=name,
+            in_features=tensors[adapter_tensor_name(name, "A")].shape[1],
+            out_features=tensors[adapter_tensor_name(name, "B")].shape[0],
+        )
+        for name in sorted({module_of(name) for name in tensors})
+    ]
+
+
+def fit_itself(tensors: Mapping[str, Tensor], peft_config: Mapping[str, Any]) -> tuple[AdaptedModule, ...]:
+    """The modules that an adapter changes, by its own two files. ValueError where these do not belong together."""
+    read = PeftConfig.read(peft_config)
+    adapted = tuple(read.adapted(module) for module in modules_of_tensors(tensors) if read.reaches(module))
+    if mismatch := _mismatch(tensors, adapted):
+        raise ValueError(f"its two files do not belong together: {mismatch}. Use an adapter as it was saved.")
+    return adapted
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], remedy: str) -> None:

@@ -7,9 +7,13 @@ function takes a block of rows as well as a whole weight: rows of W with the sam
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+LEAST_SHARE = 0.9  # of the update, below which merging loses too much of it
+MOST_ERROR = 0.5  # of the update's size, above which rounding adds too much beside it
 _FP32_ROUNDOFF = 2.0**-24
 
 
@@ -35,6 +39,38 @@ def merged_weight(
     assert out.dtype == (dtype or weight.dtype), f"out {out.dtype}, not {dtype or weight.dtype}"
     assert out.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr(), "out is the base weight"
     return out.copy_(merged)
+
+
+@dataclass(slots=True)
+class Survival:
+    """What rounding leaves of an update, summed over blocks. With D the update and R what the rounded weights differ by
+    from the rounded base: sums of R D, D D and (R - D)^2."""
+
+    kept: float = 0.0
+    whole: float = 0.0
+    missed: float = 0.0
+
+    def add(self, update: Tensor, left: Tensor) -> None:
+        self.kept += float((left * update).sum())
+        self.whole += float(update.square().sum())
+        self.missed += float((left - update).square_().sum())
+
+    def add_all(self, other: Survival) -> None:
+        self.kept, self.whole, self.missed = (
+            self.kept + other.kept,
+            self.whole + other.whole,
+            self.missed + other.missed,
+        )
+
+    @property
+    def share(self) -> float:
+        """<R, D> / <D, D>: how much of the update is left, along its own direction."""
+        return self.kept / self.whole if self.whole else 1.0
+
+    @property
+    def relative_error(self) -> float:
+        """|R - D| / |D|: what is missing or was added by rounding, by the size of the update."""
+        return (self.missed / self.whole) ** 0.5 if self.whole else 0.0
 
 
 @torch.no_grad()

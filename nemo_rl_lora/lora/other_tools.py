@@ -7,7 +7,7 @@ cannot is refused by name; keys beside the adapter's own are not read. This modu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -16,12 +16,11 @@ from nemo_rl_lora.lora.dialects import (
     filled,
     gaussian_init,
     megatron_init,
-    peft_names,
     spec_from_keys,
-    spec_from_peft_config,
 )
+from nemo_rl_lora.lora.peft_config import peft_names, spec_from_peft_config
 from nemo_rl_lora.lora.spec import LoraSpec
-from nemo_rl_lora.lora.targets import ALL_LINEAR
+from nemo_rl_lora.lora.targets import ALL_LINEAR, LinearModule
 
 _VEOMNI_KEYS = {"dim": "rank", "alpha": "alpha", "targets": "lora_modules"}
 # The field of LoraSpec: the tool's key, and its default there.
@@ -44,8 +43,10 @@ _VERL_MEGATRON_FIELDS = {
     "dtype": ("dtype", None),
 }
 _THESEUS_FIELDS = {"dim": ("rank", 16), "alpha": ("alpha", 16.0), "targets": ("target_modules", ["kernel"])}
-_VERL_MEGATRON_OFF = {"merge": False, "fully_sharded_loras": False}
+_FROZEN = {f"freeze_{part}": True for part in ("vision_model", "vision_projection", "language_model")}
+_VERL_MEGATRON_OFF = {"merge": False, "fully_sharded_loras": False, **_FROZEN}
 # What each dialect calls the adapter to start from.
+_OFF = (0, "0", None)
 _START_KEYS = ("lora_adapter", "lora_adapter_path", "adapter_path")
 _CANONICAL_NAMES = {
     "linear_q": "q_proj",
@@ -67,6 +68,7 @@ class Translation:
     key: str  # dotted key of the block within the document; empty when the document is the block
     spec: LoraSpec
     init_from: str | None = None  # the adapter to start from, `policy.adapter.init_from` here
+    enabled: bool = True  # false: a block that is shown, and switched off
 
 
 def spec_from_veomni(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
@@ -121,17 +123,30 @@ def spec_from_theseus(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
     settings, keys = filled(_THESEUS_FIELDS, block)
     _refuse_unknown(block, tuple(settings), key_prefix)
     names = settings["target_modules"]
-    every = isinstance(names, list | tuple) and "kernel" in names
-    targets = ALL_LINEAR if every else substring_globs(names, f"{key_prefix}.target_modules")
+    targets = _theseus_targets(names, f"{key_prefix}.target_modules")
     A_init = gaussian_init(settings["rank"])
     return spec_from_keys(settings, keys, key_prefix, targets=targets, dropout_position="pre", A_init=A_init)
 
 
-def substring_globs(names: Any, key: str) -> tuple[str, ...]:
-    """Names that match anywhere in the full name, as globs: `q_proj` becomes `*q_proj*`."""
+def _theseus_targets(names: Any, key: str) -> str | tuple[str, ...]:
+    """`kernel` is every linear layer; beside it, another name can only add what is none, such as `embedding`."""
+    every = isinstance(names, list | tuple) and "kernel" in names
+    for name in names if isinstance(names, list | tuple) else ():
+        if "embed" in str(name) or (every and "kernel" not in str(name)):
+            raise ValueError(
+                f"{key}={list(names)!r}: {name!r} adapts what is no linear layer, and only linear layers have "
+                f"adapters here. Leave it out to train the others."
+            )
+    if every:
+        return ALL_LINEAR
+    return substring_globs(names, key, suffix="/kernel")
+
+
+def substring_globs(names: Any, key: str, suffix: str = "") -> tuple[str, ...]:
+    """Names that match anywhere in the full name, as globs: `q_proj` becomes `*q_proj*`. `suffix` is left out."""
     if not isinstance(names, list | tuple) or not names:
         raise ValueError(f"{key}={names!r}: adapts no module. List parts of module names.")
-    return tuple(f"*{str(name).replace('/', '.')}*" for name in names)
+    return tuple(f"*{str(name).removesuffix(suffix).replace('/', '.')}*" for name in names)
 
 
 _Parser = Callable[[Mapping[str, Any], str], LoraSpec]
@@ -141,7 +156,7 @@ _PLACES: tuple[tuple[str, tuple[str, ...], tuple[str, ...], _Parser], ...] = (
     ("VeOmni lora_config", ("model.lora_config", "lora_config", ""), ("lora_modules",), spec_from_veomni),
     (
         "verl (Megatron)",
-        ("actor_rollout_ref.model.lora", "critic.model.lora", "model.lora"),
+        ("actor_rollout_ref.model.lora", "critic.model.lora", "model.lora", "lora"),
         ("rank",),
         spec_from_verl_megatron,
     ),
@@ -150,20 +165,45 @@ _PLACES: tuple[tuple[str, tuple[str, ...], tuple[str, ...], _Parser], ...] = (
 )
 
 
-def translate(document: Mapping[str, Any]) -> Translation:
-    """The adapter of another tool's document. Raises ValueError when it holds none that is known here."""
-    for dialect, places, marks, parse in _PLACES:
-        for place in places:
-            block = _at(document, place)
-            if block is not None and all(mark in block for mark in marks):
-                spec = parse(block, place or dialect.split()[0].lower())
-                start = next((block[key] for key in _START_KEYS if block.get(key) is not None), None)
-                return Translation(dialect=dialect, key=place, spec=spec, init_from=start)
+def translate(document: Mapping[str, Any], modules: Sequence[LinearModule] = ()) -> Translation:
+    """The adapter of another tool's document. Raises ValueError when it holds none that is known here.
+
+    `modules` are those of the tensors beside PEFT's file, by which its regular expressions have a meaning.
+    """
+    found = list(_found(document))
+    # verl's files have the keys of both of its ways to train, of which one is on
+    on = [each for each in found if not any(each[2].get(key, 1) in _OFF for key in ("rank", "lora_rank"))]
+    for dialect, place, block, parse in on[:1] or found[:1]:
+        others = [f"{other or 'the top level'} ({name})" for name, other, _, parser in on[1:] if parser is not parse]
+        if others and dialect.startswith("verl"):
+            raise ValueError(
+                f"{place}: describes an adapter, and so does {others[0]}. Set the rank of the one that is not trained "
+                f"to 0."
+            )
+        prefix = place or dialect.split()[0].lower()
+        is_peft = parse is spec_from_peft_config
+        spec = spec_from_peft_config(block, prefix, modules) if is_peft else parse(block, prefix)
+        start = next((block[key] for key in _START_KEYS if block.get(key) is not None), None)
+        return Translation(dialect=dialect, key=place, spec=spec, init_from=start)
     raise ValueError(
         f"document={list(document)!r}: holds no LoRA settings known here. Give a PEFT adapter_config.json, or YAML of "
         f"NeMo RL (policy.dtensor_cfg.lora_cfg, policy.megatron_cfg.peft, policy.lora), VeOmni (model.lora_config), "
         f"verl (actor_rollout_ref.model) or theseus (optimization.lora)."
     )
+
+
+def is_of_another_tool(document: Mapping[str, Any]) -> bool:
+    """Whether a document is one of the tools above, rather than NeMo RL's or nobody's."""
+    return "policy" not in document and any(True for _ in _found(document))
+
+
+def _found(document: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any], _Parser]]:
+    """Every block of the document that is one of `_PLACES`, in their order."""
+    for dialect, places, marks, parse in _PLACES:
+        for place in places:
+            block = _at(document, place)
+            if block is not None and all(mark in block for mark in marks):
+                yield dialect, place, block, parse
 
 
 def _at(document: Mapping[str, Any], place: str) -> Mapping[str, Any] | None:
@@ -185,5 +225,5 @@ def _refuse_unknown(block: Mapping[str, Any], known: tuple[str, ...], key_prefix
 
 
 def _refuse_off(block: Mapping[str, Any], key: str, key_prefix: str) -> None:
-    if block[key] == 0:
+    if block[key] in _OFF:
         raise ValueError(f"{key_prefix}.{key}=0: means no adapter there. Set it above 0, or train without one.")

@@ -50,7 +50,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dim": (lambda x: _is(x, int) and x > 0, "must be a whole number of at least 1. Typical values are 8 to 128."),
     "alpha": (
         lambda x: _is(x, int, float) and 0 < x < math.inf,
-        "must be greater than 0. Typical values are 16 to 128.",
+        "must be greater than 0 and finite. Typical values are 16 to 128.",
     ),
     "dropout": (lambda x: _is(x, int, float) and 0 <= x < 1, "must lie in [0, 1). Use 0.0 for no dropout."),
     "dropout_position": _one_of("pre", "post"),

@@ -3,8 +3,9 @@
 Contract: a model is known by its transformers `model_type`. A row holds what differs between families that are alike in
 the rest: RMSNorm before attention and before the MLP, a gated MLP, grouped heads, rotary positions. `segments` is
 training on flat runs of tokens (policy/attention.py), `decoder` the in-process engine's fast decoder
-(generation/in_process/decoder.py), `megatron` the Megatron backend (policy/megatron/families.py). What a family lacks
-is done by transformers' own forward pass, or refused by whoever needs it. Reads no weight, imports nothing heavy.
+(generation/in_process/decoder.py), `megatron` the Megatron backend (policy/megatron/families.py), `tensor_parallel`
+the DTensor backend with matrices split between ranks (policy/dtensor/limits.py). What a family lacks is done by
+transformers' own forward pass, or refused by whoever needs it. Reads no weight, imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Use = Literal["segments", "decoder", "megatron"]
-ALL_USES: tuple[Use, ...] = ("segments", "decoder", "megatron")
+Use = Literal["segments", "decoder", "megatron", "tensor_parallel"]
+ALL_USES: tuple[Use, ...] = ("segments", "decoder", "megatron", "tensor_parallel")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,21 @@ def shortening_window(config: Any, max_length: int) -> int | None:
     if family is not None and family.has_layer_types and "sliding_attention" not in config.layer_types:
         return None
     return window if window is not None and window < max_length else None
+
+
+def changing_positions(config: Any, max_length: int) -> tuple[str, int] | None:
+    """The rope type by which a position turns otherwise in a long sequence than in a short one, and the length from
+    which it does, where sequences of `max_length` tokens are longer: rows would depend on those beside them."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    for rotary in settings.values() if all(isinstance(part, dict) for part in settings.values()) else [settings]:
+        longest = int(getattr(config, "max_position_embeddings", max_length))
+        if rotary.get("rope_type") == "longrope":
+            longest = rotary.get("original_max_position_embeddings") or longest
+        elif rotary.get("rope_type") != "dynamic":
+            continue
+        if max_length > longest:
+            return rotary["rope_type"], longest
+    return None
 
 
 def has_tied_head(config: Any) -> bool:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from nemo_rl_lora.models.stored import refuse_other_tensors
+
 
 def convert_llama_gguf(gguf_path: Path, directory: Path) -> None:
     """Write config, bf16 weights, tokenizer and generation settings into an existing directory."""
@@ -19,9 +21,13 @@ def convert_llama_gguf(gguf_path: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig, LlamaConfig
 
     source = {"pretrained_model_name_or_path": gguf_path.parent, "gguf_file": gguf_path.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, report = load(
+        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), output_loading_info=True
     )
+    label = f"{gguf_path}: with the package that it came with"
+    kinds = {"missing": report["missing_keys"], "unexpected": report["unexpected_keys"]}
+    refuse_other_tensors(label, type(model).__name__, kinds)
     read = model.config
     if not isinstance(read, LlamaConfig) or not read.tie_word_embeddings:
         raise ValueError(f"{gguf_path}: a SmolLM with tied embeddings is expected, this is {read.model_type}")

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from nemo_rl_lora.lora.names import megatron_name
 from nemo_rl_lora.lora.targets import AdaptedModule, LinearModule
 from nemo_rl_lora.models.families import has_tied_head
-from nemo_rl_lora.models.load import empty_model, linear_modules, load_model_config
+from nemo_rl_lora.models.load import described_model, linear_modules
+from nemo_rl_lora.models.own_forward import read_head
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -39,6 +40,7 @@ class ModelShapes:
     linears: tuple[LinearModule, ...]
     stacked: tuple[tuple[str, tuple[int, ...]], ...]  # parameters of three dimensions: experts held in one tensor
     has_tied_head: bool
+    head_problem: str | None  # why its log-probabilities cannot be computed in chunks; None: they can
     num_params: int
 
     @property
@@ -57,21 +59,30 @@ class ModelShapes:
         return str(getattr(method, "value", method))
 
 
-def read_model_shapes(path: Path, config_overrides: dict[str, Any]) -> ModelShapes:
-    """The shapes of the model in a directory that holds at least config.json."""
-    config = load_model_config(path, config_overrides)
-    return shapes_of(empty_model(config), config)
+def read_model_shapes(path: Path, config_overrides: dict[str, Any], label: str | None = None) -> ModelShapes:
+    """The shapes of the model in a directory that holds at least config.json. As in `load.described_model`."""
+    model = described_model(path, config_overrides, label)
+    return shapes_of(model, model.config)
 
 
-def shapes_of(model: nn.Module, config: Any) -> ModelShapes:
+def shapes_of(model: PreTrainedModel, config: Any) -> ModelShapes:
     """The shapes of a model that exists, on the meta device or not."""
     return ModelShapes(
         config=config,
         linears=tuple(linear_modules(model)),
         stacked=tuple((name, tuple(p.shape)) for name, p in model.named_parameters() if p.dim() == 3),
         has_tied_head=has_tied_head(config),
+        head_problem=_head_problem(model),
         num_params=sum(p.numel() for p in model.parameters()),
     )
+
+
+def _head_problem(model: PreTrainedModel) -> str | None:
+    try:
+        read_head(model)
+    except ValueError as error:
+        return f"{type(model).__name__} {error}"
+    return None
 
 
 def adapted_types(modules: Iterable[AdaptedModule], shared_a: bool) -> tuple[ModuleType, ...]:

@@ -33,6 +33,11 @@ class ModelSource:
     kind: Literal["local", "cache", "hub", "package"]
     description: str
 
+    @property
+    def found_by(self) -> str:
+        """What other programs find these very weights by: the hub's name, or else the directory's absolute path."""
+        return self.name if self.kind in ("cache", "hub") else str(self.path.absolute())
+
     def is_named(self, name: str) -> bool:
         """Whether this name, which an adapter's config may have from another working directory, means this model."""
         return name == self.name or Path(name).resolve() == self.path.resolve()
@@ -77,6 +82,14 @@ def resolve_model(name: str, config_key: str = "policy.model_name", *, weights: 
     )
 
 
+def resolve_tokenizer(name: str, config_key: str) -> ModelSource:
+    """Where a tokenizer is: a directory that holds one, as a checkpoint's does without a model, or a model's."""
+    path = Path(name).expanduser()
+    if (path / "tokenizer_config.json").is_file():
+        return ModelSource(name=name, path=path.resolve(), kind="local", description=f"local directory {name}")
+    return resolve_model(name, config_key, weights=False)
+
+
 def base_digest(directory: Path) -> str | None:
     """SHA-256 of the weights of a Hugging Face directory; None where they are not in safetensors files.
 
@@ -103,8 +116,9 @@ def load_tokenizer(
 ) -> Any:
     """The tokenizer with its chat template set and `chat_template_kwargs` given to every rendering.
 
-    `chat_template`: "default" keeps the model's own; None joins the messages' contents; otherwise Jinja text, or the
-    path of a .jinja file. Raises ValueError where the template is missing, broken or does not read a given kwarg.
+    `chat_template`: "default" keeps the model's own; None joins the messages' contents; otherwise Jinja text, the path
+    of a .jinja file, or the name of one of the templates that the tokenizer has. Raises ValueError where the template
+    is missing, broken or does not read a given kwarg.
     """
     from functools import partial
 
@@ -132,15 +146,18 @@ def load_tokenizer(
 def _template_text(tokenizer: Any, chat_template: str | None, config_key: str) -> str:
     if chat_template is None:
         return "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    if chat_template == "default":
-        if isinstance(tokenizer.chat_template, str):
-            return tokenizer.chat_template
-        raise ValueError(
-            f"{config_key}.chat_template='default': this tokenizer has no chat template of its own. Give the text of "
-            f"a Jinja template, the path of a .jinja file, or null to pass the prompt through as it is."
-        )
+    own = tokenizer.chat_template or {}
+    named = {"default": own} if isinstance(own, str) else own
+    if chat_template in named:
+        return named[chat_template]
     if not chat_template.endswith(".jinja"):
-        return chat_template
+        if "{" in chat_template:
+            return chat_template
+        raise ValueError(
+            f"{config_key}.chat_template={chat_template!r}: this tokenizer has no chat template of that name (it has "
+            f"{', '.join(named) or 'none'}). Give the text of a Jinja template, the path of a .jinja file, a name that "
+            f"it has, or null to pass the prompt through as it is."
+        )
     file = Path(chat_template)
     if not file.is_file():
         raise ValueError(
@@ -171,7 +188,11 @@ def _check_template(template: str, kwargs: dict[str, Any], config_key: str) -> N
 
 def _from_directory(name: str, weights: bool) -> ModelSource:
     path = Path(name).expanduser()
-    if not path.is_dir():
+    try:
+        is_there = path.is_dir()
+    except OSError as error:  # a name that is too long, a directory that may not be read
+        raise _NotHereError(f"local directory {path}: cannot be looked into ({error.strerror})") from error
+    if not is_there:
         raise _NotHereError(f"local directory {path}: absent")
     if missing := _missing_files(path, weights):
         raise _NotHereError(f"local directory {path}: holds no {missing}")
@@ -299,6 +320,11 @@ def _convert(gguf_path: Path, path: Path, description: str) -> None:
         (temporary / "origin.txt").write_text(description + "\n", encoding="utf-8")
         temporary.chmod(0o755)
         if path.exists() and not _was_converted_from(path, description):
+            if not (path / "origin.txt").is_file():
+                raise ValueError(
+                    f"NEMO_RL_LORA_CACHE={str(cache_directory())!r}: {path} is there and was not made by this product. "
+                    f"Move it away, or set the environment variable to another directory."
+                )
             stale = temporary.with_name(temporary.name + ".stale")
             path.rename(stale)
             shutil.rmtree(stale)

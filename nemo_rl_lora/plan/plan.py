@@ -10,20 +10,31 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
+from nemo_rl_lora.config.cluster import joins_ray
+from nemo_rl_lora.config.cluster_rules import device_problems
 from nemo_rl_lora.config.generation import chosen_engine
 from nemo_rl_lora.config.lora import kernels_off_because, lora_block_key, lora_field_key, lora_spec_from_policy
+from nemo_rl_lora.config.optimizer_settings import adam_settings, megatron_adam_settings
 from nemo_rl_lora.config.support import check_runnable
+from nemo_rl_lora.generation.sync_mode import KEY as SYNC_KEY
+from nemo_rl_lora.generation.sync_mode import Chosen, choose_sync
+from nemo_rl_lora.generation.vllm.generation import adapter_problems as adapter_problems_of_vllm
 from nemo_rl_lora.generation.vllm.generation import vllm_problems
 from nemo_rl_lora.lora.spec import LoraSpec, require_adapter_dtype
 from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets
+from nemo_rl_lora.models.families import changing_positions
+from nemo_rl_lora.models.own_forward import refusal
 from nemo_rl_lora.models.shapes import ModelShapes, ModuleType, adapted_types, left_out_types, read_model_shapes
 from nemo_rl_lora.models.source import resolve_model
+from nemo_rl_lora.plan.advice import advice
 from nemo_rl_lora.plan.rank_parts import RankPart, rank_parts
 from nemo_rl_lora.policy.attention import layout_problems, supports_segments
+from nemo_rl_lora.policy.dtensor.limits import tensor_parallel_problems
 from nemo_rl_lora.policy.megatron.families import (
     adapter_problems,
     parallel_problems,
@@ -39,6 +50,9 @@ if TYPE_CHECKING:
 
 NamedCheck = tuple[str, Callable[[], str | None]]
 
+_WARMUP_STEPS = 100_000  # of a schedule, in which its first rate that moves anything is looked for
+_PROCESSES_A_CORE = 2
+_PROCESS_BYTES = 512 * 2**20  # of torch, Ray and the vendors, in each training process
 _MASTER_BYTES = 4  # adapters, and weights that are trained, are fp32
 
 
@@ -91,6 +105,7 @@ class Plan:
     rank_parts: tuple[RankPart, ...]  # empty where one process holds the whole model
     effects: tuple[Effect, ...]
     checks: tuple[Check, ...]
+    advice: tuple[str, ...]
     problems: tuple[str, ...]
     unchecked: tuple[str, ...]
 
@@ -102,9 +117,11 @@ def make_plan(config: MasterConfig, checks: Sequence[NamedCheck] = ()) -> Plan:
     becomes a problem.
     """
     policy = config.policy
-    spec = lora_spec_from_policy(policy)
+    spec, backend = lora_spec_from_policy(policy), policy.active_backend
     source = resolve_model(policy.model_name, weights=False)
-    shapes = read_model_shapes(source.path, dict(policy.hf_config_overrides))
+    shapes = read_model_shapes(
+        source.path, dict(policy.hf_config_overrides), f"policy.model_name={policy.model_name!r}"
+    )
     adapted = _adapted(spec, shapes, policy)
     types = adapted_types(adapted, shared_a=spec is not None and spec.fused == "shared")
     num_trainable = shapes.num_params if spec is None else sum(t.num_trainable_params for t in types)
@@ -116,7 +133,7 @@ def make_plan(config: MasterConfig, checks: Sequence[NamedCheck] = ()) -> Plan:
         model_source=source.description,
         architecture=shapes.architecture,
         algorithm=config.algorithm,
-        backend=policy.active_backend,
+        backend=backend,
         spec=spec,
         adapted=types,
         left_out=() if spec is None else left_out_types(shapes, adapted),
@@ -124,18 +141,83 @@ def make_plan(config: MasterConfig, checks: Sequence[NamedCheck] = ()) -> Plan:
         num_trainable_params=num_trainable,
         sizes=sizes,
         rank_parts=rank_parts,
-        effects=_effects(config, spec, shapes),
-        checks=(_world_size(config), *passed),
+        effects=_effects(config, spec, shapes, adapted),
+        checks=(_world_size(config), *_engines(config), *passed),
+        advice=(
+            *(f"{key}: is NeMo RL's, and changes nothing here" for key in config.layers.without_effect),
+            *advice(config, spec, shapes, adapted),
+        ),
         problems=(
             *check_runnable(config),
+            *_forward_problems(policy, shapes),
             *layout_problems(policy, shapes.config),
+            *(tensor_parallel_problems(policy.dtensor_cfg, shapes.config) if backend == "dtensor" else ()),
             *_engine_problems(policy, spec, adapted, shapes),
             *megatron_problems,
-            *_device_problems(config),
+            *device_problems(config, torch.cuda.device_count()),
             *problems,
         ),
         unchecked=_unchecked(config, sizes, [name for name, _ in checks]),
     )
+
+
+def machine_problems(config: MasterConfig, plan: Plan) -> list[str]:
+    """Why this machine cannot run the plan's processes all at once. Nothing for a single one, and where a Ray cluster
+    is joined, which has its own machines (distributed/placement.py)."""
+    number = config.cluster.num_processes
+    if number == 1 or joins_ray():
+        return []
+    key, rank_bytes = f"cluster.gpus_per_node={number}", _rank_bytes(config, plan)
+    holds = f"a process holds {rank_bytes / 2**30:,.1f} GiB of weights, gradients and moments"
+    if torch.cuda.is_available():
+        available = torch.cuda.get_device_properties(0).total_memory
+        fits = rank_bytes <= available
+        return [] if fits else [f"{key}: {holds}, and a GPU has {available / 2**30:,.1f} GiB. Share the model further."]
+    cores, available = os.cpu_count() or 1, psutil.virtual_memory().available
+    needed = number * (rank_bytes + _PROCESS_BYTES)
+    problems = []
+    if number > cores * _PROCESSES_A_CORE:
+        problems.append(
+            f"{key}: this machine has no GPU and {cores} CPU core(s), and at most {_PROCESSES_A_CORE} processes share "
+            f"a core. Set cluster.gpus_per_node={cores} or less."
+        )
+    if needed > available:
+        problems.append(
+            f"{key}: {holds}, and {_PROCESS_BYTES / 2**30:,.1f} GiB of its own; together {needed / 2**30:,.1f} GiB, "
+            f"and this machine has {available / 2**30:,.1f} GiB free. Set a lower cluster.gpus_per_node, or free some "
+            f"memory."
+        )
+    return problems
+
+
+def _rank_bytes(config: MasterConfig, plan: Plan) -> int:
+    """Of the weights, gradients and moments that the process with the most of them holds."""
+    sizes, compute_bytes = plan.sizes, DTYPES[config.policy.precision].num_bytes
+    trained_bytes = (sizes.adapter_bytes or 0) + sizes.gradient_bytes + sizes.optimizer_bytes
+    if not plan.rank_parts:
+        return (
+            (sizes.base_bytes + trained_bytes)
+            * config.policy.dtensor_cfg.dp_replicate_size
+            // config.cluster.num_processes
+        )
+    if plan.spec is None:
+        return max(part.num_params for part in plan.rank_parts) * 4 * _MASTER_BYTES
+    return max(p.num_params * compute_bytes + p.num_adapter_params * 4 * _MASTER_BYTES for p in plan.rank_parts)
+
+
+def _forward_problems(policy: PolicyConfig, shapes: ModelShapes) -> list[str]:
+    """Why log-probabilities would not be this model's."""
+    problems = []
+    if shapes.head_problem is not None:
+        problems.append(str(refusal(policy.model_name, shapes.head_problem)))
+    if (found := changing_positions(shapes.config, policy.max_total_sequence_length)) is not None:
+        rope_type, longest = found
+        problems.append(
+            f"policy.max_total_sequence_length={policy.max_total_sequence_length}: rotary positions of this model "
+            f"(rope_type {rope_type!r}) change in sequences longer than {longest} tokens, so that a row's "
+            f"log-probabilities would depend on the rows beside it. Set at most {longest}."
+        )
+    return problems
 
 
 def _adapted(spec: LoraSpec | None, shapes: ModelShapes, policy: PolicyConfig) -> tuple[AdaptedModule, ...]:
@@ -175,7 +257,30 @@ def _sizes(config: MasterConfig, shapes: ModelShapes, adapted: Sequence[AdaptedM
     )
 
 
-def _effects(config: MasterConfig, spec: LoraSpec | None, shapes: ModelShapes) -> tuple[Effect, ...]:
+def chosen_sync(config: MasterConfig, spec: LoraSpec | None, adapted: Sequence[AdaptedModule], hf: Any) -> Chosen:
+    """What a sync of this run moves at its start, and why. `hf`: the model's transformers config."""
+    policy = config.policy
+    assert policy.generation is not None, "asked only where completions are generated"
+    settings = (
+        megatron_adam_settings(config, lora=spec is not None)
+        if policy.active_backend == "megatron"
+        else adam_settings(policy, lora=spec is not None)
+    )
+    rates = (settings.lr_at(step) for step in range(_WARMUP_STEPS))
+    return choose_sync(
+        policy,
+        chosen_engine(policy.generation.backend)[0],
+        spec,
+        adapted,
+        adapter_problems_of_vllm(policy.generation, spec, adapted),
+        lr=next((lr for lr in rates if lr > 0), 0.0),
+        typical_weight=getattr(hf, "initializer_range", None),
+    )
+
+
+def _effects(
+    config: MasterConfig, spec: LoraSpec | None, shapes: ModelShapes, adapted: Sequence[AdaptedModule]
+) -> tuple[Effect, ...]:
     effects = [_shared_prefix(config.policy, shapes)]
     if spec is not None and config.policy.active_backend == "dtensor":
         effects.insert(0, _kernels(config.policy, spec))
@@ -183,6 +288,9 @@ def _effects(config: MasterConfig, spec: LoraSpec | None, shapes: ModelShapes) -
         effects += _megatron_effects(config, has_experts=bool(shapes.stacked))
     if config.policy.generation is not None:
         effects.append(_generation(config.policy.generation.backend))
+        chosen, asked = chosen_sync(config, spec, adapted, shapes.config), config.policy.generation.asked_sync
+        reason = chosen.reason + ("; the first update decides again" if chosen.is_open else "")
+        effects.append(Effect(key=SYNC_KEY, requested=asked, effective=chosen.mode, reason=reason))
     return tuple(effects)
 
 
@@ -278,7 +386,7 @@ def _megatron(
             refuse_expert_targets(spec, family, lora_block_key(policy))
     except ValueError as error:
         return (), [str(error)]
-    num_processes = config.cluster.num_nodes * config.cluster.gpus_per_node
+    num_processes = config.cluster.num_processes
     problems = parallel_problems(family, megatron, num_processes)
     problems += adapter_problems(adapted, megatron, lora_block_key(policy))
     if family.experts is not None and spec is None and _engine(policy) == "in_process":
@@ -296,22 +404,36 @@ def _engine(policy: PolicyConfig) -> str | None:
     return None if policy.generation is None else chosen_engine(policy.generation.backend)[0]
 
 
-def _device_problems(config: MasterConfig) -> list[str]:
-    wanted, found = config.cluster.gpus_per_node, torch.cuda.device_count()
-    own = config.policy.generation is not None and not config.policy.generation.colocated.enabled
-    if not found or wanted + own <= found:  # on a CPU, processes share it
-        return []
-    engine = ", and the engine needs one of its own" if own else ""
-    return [
-        f"cluster.gpus_per_node={wanted}: this machine has {found} GPU(s){engine}. Set "
-        f"cluster.gpus_per_node={found - own}."
-    ]
-
-
 def _world_size(config: MasterConfig) -> Check:
-    processes = config.cluster.num_nodes * config.cluster.gpus_per_node
-    found = f"{processes} training {'process' if processes == 1 else 'processes'}"
-    return Check(name="world size", finding=f"{found} on {config.cluster.num_nodes} node(s)")
+    processes, sizes = config.cluster.num_processes, config.policy.dtensor_cfg
+    found = f"{processes} training {'process' if processes == 1 else 'processes'} on {config.cluster.num_nodes} node(s)"
+    if processes > 1 and config.policy.active_backend == "dtensor":
+        shards = processes // (sizes.dp_replicate_size * sizes.tensor_parallel_size)
+        found += f": {sizes.dp_replicate_size} x {shards} x {sizes.tensor_parallel_size} replicas, shards, tensor ranks"
+    return Check(name="world size", finding=found)
+
+
+def _engines(config: MasterConfig) -> list[Check]:
+    """How many engines sample, on what, and how each is shared."""
+    generation, engine = config.policy.generation, _engine(config.policy)
+    if generation is None or engine == "replay":
+        return []
+    if engine == "in_process" or generation.colocated.enabled:
+        return [Check(name="engines", finding=f"1 {engine}, in the trainer's process")]
+    gpus, size, ranks = torch.cuda.device_count(), generation.devices_per_engine, generation.vllm_cfg
+    device = "device" if joins_ray() else "GPU" if gpus else "CPU"
+    number = generation.known_engines
+    if number is None and not joins_ray():
+        number = max(1, (gpus - config.cluster.gpus_per_node) // size)  # 1 on a CPU
+    counted = "as many vllm as the cluster has devices for" if number is None else f"{number} vllm"
+    finding = f"{counted}, each in a process of its own on {size} {device}(s) of one node: "
+    finding += (
+        f"{ranks.tensor_parallel_size} tensor-parallel x {ranks.pipeline_parallel_size} pipeline-parallel rank(s)"
+    )
+    resources = generation.colocated.resources
+    if resources.gpus_per_node is not None:
+        finding += f", on {resources.num_nodes or 1} node(s) with {resources.gpus_per_node} of them"
+    return [Check(name="engines", finding=finding)]
 
 
 def _run_checks(checks: Sequence[NamedCheck]) -> tuple[list[Check], list[str]]:
@@ -320,7 +442,7 @@ def _run_checks(checks: Sequence[NamedCheck]) -> tuple[list[Check], list[str]]:
         try:
             finding = check()
         except ValueError as error:
-            problems.append(str(error))
+            problems += str(error).splitlines()
         else:
             passed += [] if finding is None else [Check(name=name, finding=finding)]
     return passed, list(dict.fromkeys(problems))  # a check that needs what another one lacks says the same

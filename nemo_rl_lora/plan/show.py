@@ -28,6 +28,7 @@ def render_plan(plan: Plan) -> RenderableType:
     parts += _effect_lines(plan)
     parts += _lines("Checked", [f"{check.name}: {check.finding}" for check in plan.checks])
     parts += _lines("Not checked", plan.unchecked)
+    parts += _lines("Advice", plan.advice)
     parts += _lines("Stops this run", plan.problems)
     return Group(*parts)
 

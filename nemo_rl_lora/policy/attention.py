@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.models.families import families_for, shortening_window
+from nemo_rl_lora.models.own_forward import unserved_argument
 from nemo_rl_lora.policy.microbatches import Segment
 
 NAME = "nemo_rl_lora_segments"
@@ -245,10 +246,11 @@ def segment_attention(
     dropout: float = 0.0,
     *,
     attention_plan: AttentionPlan,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """query [1, H, N, d], key and value [1, KV, N, d] -> ([1, N, H, d], None), for transformers' interface."""
     assert attention_mask is None, "segments need no mask"
+    assert unserved_argument(others) is None, unserved_argument(others)
     assert not dropout, dropout
     head_dim = query.shape[-1]
     scale = head_dim**-0.5 if scaling is None else scaling

@@ -1,24 +1,25 @@
 """How a logical batch is cut into microbatches and laid out as one flat run of tokens. Pure planning.
 
-A microbatch is a list of *segments*: contiguous tokens that attend to themselves causally, and to one whole parent
-segment where they have one. A plain sequence is a segment without a parent; a group with a shared prompt is one
-prompt segment and a child for each completion, whose positions continue the prompt's. So there is no padding in any
-linear layer, packed sequences cannot see each other, and a prompt is computed once for its group. Exact, since
-attention is causal. This module does not run a model and knows nothing of attention kernels.
+A batch is shared out among data-parallel ranks first: a rank's portion is its rows and how they are cut, so that no
+rank needs the rows of another. A microbatch is a list of *segments*: contiguous tokens that attend to themselves
+causally, and to one whole parent segment where they have one. A plain sequence is a segment without a parent; a group
+with a shared prompt is one prompt segment and a child for each completion, whose positions continue the prompt's. So
+there is no padding in any linear layer, packed sequences cannot see each other, and a prompt is computed once for its
+group. Exact, since attention is causal. This module does not run a model and knows nothing of attention kernels.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nemo_rl_lora.config.policy import PolicyConfig
-from nemo_rl_lora.distributed.ranks import ALONE, DataShare
+from nemo_rl_lora.distributed.ranks import DataShare
 from nemo_rl_lora.types import Batch
 
 
@@ -66,9 +67,12 @@ class MicrobatchPlan:
     round_to: int = 1  # the flat length becomes a multiple of this, by padding that nothing attends to
 
 
+Kind = Literal["train", "logprob"]
+
+
 def plan_from_config(
     config: PolicyConfig,
-    kind: Literal["train", "logprob"],
+    kind: Kind,
     *,
     max_rows: int,
     flat: bool,
@@ -104,27 +108,69 @@ class _Unit:
     shared: bool = False  # one prompt for all rows
 
 
-def plan_microbatches(batch: Batch, plan: MicrobatchPlan, share: DataShare = ALONE) -> list[Microbatch]:
-    """Cut a batch, or a rank's share of it. Every row is in exactly one microbatch of one share, and the rows of a unit
-    share their prompt. A microbatch without rows is there to keep step with other ranks."""
-    lengths = batch.sequence_length.tolist()
-    prompts = batch.prompt_length.tolist()
-    units = _units(batch, lengths, prompts, plan)
-    if share.number == 1:
-        bins = _bins(units, plan, batch.whole_groups)
-        return [_layout(batch, lengths, prompts, units_of_bin, plan.round_to) for units_of_bin in bins]
-    dealt = _deal(units, share.number)
-    if not share.in_step:
-        bins = _bins(dealt[share.index], plan, batch.whole_groups)
-        return [_layout(batch, lengths, prompts, units_of_bin, plan.round_to) for units_of_bin in bins]
-    everybodys = [_bins(own, plan, batch.whole_groups) for own in dealt]
-    microbatches = []
-    for index in range(max(map(len, everybodys))):
-        beside = [bins[index] if index < len(bins) else [] for bins in everybodys]
-        longest = max(sum(unit.num_tokens for unit in bin_) for bin_ in beside)
-        size = longest + -longest % plan.round_to
-        microbatches.append(_layout(batch, lengths, prompts, beside[share.index], size))
-    return microbatches
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A microbatch that is not laid out yet. Without units it is there to keep step with other ranks."""
+
+    units: tuple[_Unit, ...]
+    round_to: int  # its flat length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Portion:
+    """What one data-parallel rank has of a batch: its rows alone, and how they are cut into microbatches."""
+
+    rows: Tensor  # [b] int64, rising, indices into the batch
+    batch: Batch  # these rows; its denominators are the whole batch's
+    cuts: tuple[_Cut, ...]
+
+    def microbatches(self) -> list[Microbatch]:
+        """The microbatches, whose `rows` are indices into this portion's batch."""
+        lengths, prompts = self.batch.sequence_length.tolist(), self.batch.prompt_length.tolist()
+        return [_layout(self.batch, lengths, prompts, cut.units, cut.round_to) for cut in self.cuts]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cutting:
+    """How the ranks of a policy share batches: the same on all of them but for `share.index`."""
+
+    train: MicrobatchPlan
+    logprob: MicrobatchPlan
+    share: DataShare
+
+    def portions(self, batch: Batch, kind: Kind) -> list[Portion]:
+        """One for each data-parallel rank. Every row is in exactly one microbatch of one portion, and the rows of a
+        unit share their prompt."""
+        plan = self.train if kind == "train" else self.logprob
+        lengths, prompts = batch.sequence_length.tolist(), batch.prompt_length.tolist()
+        units = _units(batch, lengths, prompts, plan)
+        if self.share.number == 1:
+            cuts = tuple(_Cut(tuple(bin_), plan.round_to) for bin_ in _bins(units, plan, batch.whole_groups))
+            return [Portion(rows=torch.arange(len(lengths)), batch=batch, cuts=cuts)]
+        everybodys = [_bins(own, plan, batch.whole_groups) for own in _deal(units, self.share.number)]
+        most = max(map(len, everybodys))
+        if self.share.meets != "never":
+            everybodys = [bins + [[]] * (most - len(bins)) for bins in everybodys]
+        sizes = [plan.round_to] * most
+        if self.share.meets == "tokens":
+            longest = [
+                max(sum(unit.num_tokens for unit in bin_) for bin_ in beside)
+                for beside in zip(*everybodys, strict=True)
+            ]
+            sizes = [size + -size % plan.round_to for size in longest]
+        return [_portion(batch, bins, sizes) for bins in everybodys]
+
+
+def _portion(batch: Batch, bins: Sequence[Sequence[_Unit]], sizes: Sequence[int]) -> Portion:
+    """The rows of these bins, in the batch's order, and the bins by their places among them."""
+    rows = sorted(row for bin_ in bins for unit in bin_ for row in unit.rows)
+    place = {row: index for index, row in enumerate(rows)}
+    cuts = tuple(
+        _Cut(tuple(replace(unit, rows=tuple(place[row] for row in unit.rows)) for unit in bin_), size)
+        for bin_, size in zip(bins, sizes, strict=False)
+    )
+    index = torch.tensor(rows, dtype=torch.int64)
+    return Portion(rows=index, batch=batch.of_rows(index), cuts=cuts)
 
 
 def _bins(units: Sequence[_Unit], plan: MicrobatchPlan, whole_groups: bool) -> list[list[_Unit]]:

@@ -34,17 +34,33 @@ class LazyTensors(Mapping[str, Tensor]):
         return len(self._computations)
 
 
+class OfferedTensors(LazyTensors):
+    """Keeps, in `handed`, the digest of each tensor as its last reader got it: whole for A and B."""
+
+    def __init__(self, computations: Mapping[str, Callable[[], Tensor]], mode: SyncMode) -> None:
+        super().__init__(computations)
+        self._whole = mode == "adapter"
+        self.handed: dict[str, str] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = super().__getitem__(name)
+        self.handed[name] = tensors_digest({name: tensor}, whole=self._whole)
+        return tensor
+
+
 def offer(
     version: int,
     mode: SyncMode,
     tensors: Mapping[str, Tensor],
     *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
     adapted: Sequence[AdaptedModule] | None,
     weight_of: Callable[[str], Tensor],
     dtype: torch.dtype,
 ) -> WeightsRef:
     """merged: `<module>.weight` in `dtype`, merged when read; adapter: A and B, which are `tensors`, in fp32.
 
+    `shapes`: of tensors that are gathered when they are read; None: they are there.
     `adapted` None: there is no adapter, and `tensors`, every weight, are offered as merged.
     """
     if adapted is None and mode == "adapter":
@@ -55,20 +71,26 @@ def offer(
     computations: dict[str, Callable[[], Tensor]]
     if adapted is None or mode == "adapter":
         dtype = torch.float32 if mode == "adapter" else dtype
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        computations = {name: partial(tensor.detach().to, dtype) for name, tensor in tensors.items()}
+        shapes = shapes or {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        computations = {name: partial(_cast, tensors, name, dtype) for name in tensors}
     else:
         shapes = {f"{module.name}.weight": (module.out_features, module.in_features) for module in adapted}
         computations = {f"{module.name}.weight": partial(_merged, module, tensors, weight_of) for module in adapted}
     manifest = tuple(TensorInfo(name=name, shape=shape, dtype=dtype) for name, shape in shapes.items())
+    offered = OfferedTensors(computations, mode)
     return WeightsRef(
         version=version,
         mode=mode,
         manifest=manifest,
         digest=tensors_digest(tensors, whole=adapted is not None),
         num_bytes=sum(info.num_bytes for info in manifest),
-        tensors=LazyTensors(computations),
+        tensors=offered,
+        handed=offered.handed,
     )
+
+
+def _cast(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
+    return tensors[name].detach().to(dtype)
 
 
 def _merged(module: AdaptedModule, tensors: Mapping[str, Tensor], weight_of: Callable[[str], Tensor]) -> Tensor:

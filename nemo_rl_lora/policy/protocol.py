@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from nemo_rl_lora.config.optimizer_settings import AdamSettings
+from nemo_rl_lora.lora.files import AdapterBase
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
@@ -22,7 +23,8 @@ class PolicySetup:
     """What a policy is built from, beside its config."""
 
     model_path: Path
-    base_model_name: str  # written into adapter_config.json
+    base_model_name: str  # as the run names it
+    base: AdapterBase  # what a saved adapter says that it was trained on
     spec: LoraSpec | None  # None: full fine-tuning
     seed: int
     temperature: float

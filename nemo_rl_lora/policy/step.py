@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from nemo_rl_lora.algorithms.losses.policy import loss_inputs
@@ -28,6 +29,11 @@ def microbatch_loss(batch: Batch, micro: Microbatch, logprobs: Tensor, loss_fn: 
     loss, metrics = loss_fn(loss_inputs(batch, logprobs, micro.rows))
     values = {name: float(value) for name, value in metrics.items()}
     return loss, Share(loss.item(), values, micro.num_tokens, micro.num_padding_tokens)
+
+
+def empty_loss(hidden: Tensor, micro: Microbatch) -> tuple[Tensor, Share]:
+    """The same of a microbatch without rows, which keeps step with other ranks: 0, with a gradient of 0."""
+    return hidden.float().sum() * 0.0, Share(0.0, {}, micro.num_tokens, micro.num_padding_tokens)
 
 
 def step_output(shares: Sequence[Share], move: Callable[[float], tuple[float, float]]) -> StepOutput:
@@ -67,12 +73,20 @@ def copies_on_cpu(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def holding(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """The parameters hold these tensors for the time being."""
-    current = {name: p.data for name, p in parameters.items()}
-    for name, p in parameters.items():
-        p.data = tensors[name].to(p.device)
+    """The parameters hold these tensors for the time being, and the tensors what the parameters held.
+
+    Values are exchanged in place, one parameter at a time: whatever shares a parameter's memory sees them.
+    """
+    _exchange(parameters, tensors)
     try:
         yield
     finally:
-        for name, p in parameters.items():
-            p.data = current[name]
+        _exchange(parameters, tensors)
+
+
+@torch.no_grad()
+def _exchange(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    for name, p in parameters.items():
+        current = p.detach().to(tensors[name].device, copy=True)
+        p.copy_(tensors[name])
+        tensors[name].copy_(current)

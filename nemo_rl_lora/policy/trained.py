@@ -5,8 +5,8 @@ between them and canonical tensors, which are whole and have the names of Huggin
 it computes log-probabilities, `TrainedPolicy` makes the optimizer, the reference, what is published, and checkpoints.
 A checkpoint is thus the same whatever the backend and however the masters are sharded.
 
-Of the processes that share a model, each makes the same calls with the same whole batch; the first one writes files
-and has the weights that are published.
+Of the processes that share a model, each makes the same calls, with its own portion of a batch or with the whole one;
+the first one has the weights that are published, and writes files, but for those of which each writes its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,6 @@ from transformers import PreTrainedModel
 from nemo_rl_lora.config.lora import lora_block_key
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.distributed.ranks import Ranks
-from nemo_rl_lora.lora.dialects import spec_to_peft_config
 from nemo_rl_lora.lora.files import (
     ADAPTER_DIRECTORY,
     REFERENCE_DIRECTORY,
@@ -35,12 +33,13 @@ from nemo_rl_lora.lora.files import (
     write_adapter,
     write_moments,
 )
+from nemo_rl_lora.lora.peft_config import spec_to_peft_config
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets
 from nemo_rl_lora.models.families import has_tied_head
-from nemo_rl_lora.models.load import linear_modules
+from nemo_rl_lora.models.load import linear_modules, load_model
 from nemo_rl_lora.policy.adapter_state import AdapterSwitch
-from nemo_rl_lora.policy.microbatches import Microbatch, plan_from_config, plan_microbatches
+from nemo_rl_lora.policy.microbatches import Cutting, Kind, Portion, plan_from_config
 from nemo_rl_lora.policy.offer import offer
 from nemo_rl_lora.policy.optimizer import MasterAdam
 from nemo_rl_lora.policy.protocol import PolicySetup
@@ -65,9 +64,9 @@ class Trained(ABC):
         return self.masters()
 
     @abstractmethod
-    def canonical(self, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+    def canonical(self, of: Callable[[nn.Parameter], Tensor]) -> Mapping[str, Tensor]:
         """`of` every master (itself, its gradient, a moment), gathered under canonical names on the first process; on
-        others of the meta device."""
+        others of the meta device. Each may be gathered when it is read, so that all processes read in one order."""
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -76,6 +75,9 @@ class Trained(ABC):
     @abstractmethod
     def masters_from(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Every master of this process with its part of canonical tensors. ValueError where they do not fit."""
+
+    def take_gradients(self) -> None:  # noqa: B027 (nothing to do where they are the masters' own)
+        """Bring the gradients of a backward pass to the masters."""
 
     def apply(self) -> None:  # noqa: B027 (nothing to do where the layers read the masters)
         """Bring the masters, which have moved, into the parameters."""
@@ -94,6 +96,12 @@ def adapted_modules(
     )
 
 
+def load_base(config: PolicyConfig, setup: PolicySetup) -> PreTrainedModel:
+    """The base model without adapters, loaded once more in this process, for an engine that decodes from it."""
+    overrides = dict(config.hf_config_overrides)
+    return load_model(setup.model_path, dtype=torch_dtype(config.precision), config_overrides=overrides)
+
+
 class TrainedPolicy(ABC):
     """A Policy (policy/protocol.py) without the computation of log-probabilities and of a step."""
 
@@ -104,18 +112,48 @@ class TrainedPolicy(ABC):
         self._reference = copies_on_cpu(trained.parameters()) if setup.copies_reference else None
         self._optimizer = MasterAdam(list(trained.masters().values()), setup.adam)
 
+    # A batch, of which this process has all rows or its own portion.
+
+    @property
     @abstractmethod
+    def cutting(self) -> Cutting:
+        """How this process shares batches with the others."""
+
+    @property
+    def reports(self) -> bool:
+        """Whether what this process finds of its portion counts: of those that have the same, one reports."""
+        return self._ranks.reports
+
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] fp32, dropout off; 0.0 outside the loss mask."""
+        portion = self._portion(batch, "logprob")
+        out = torch.zeros(batch.token_ids.shape, dtype=torch.float32)
+        out[portion.rows] = self.logprobs_of(portion)
+        return self._ranks.total(out)
+
+    @abstractmethod
+    def logprobs_of(self, portion: Portion) -> Tensor:
+        """[b, T] fp32 of the portion's rows, in a process that reports; elsewhere zeros."""
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """The same with the adapter switched off, or with the copied reference in place."""
         with self._as_reference():
             return self.logprobs(batch)
 
-    @abstractmethod
+    def reference_logprobs_of(self, portion: Portion) -> Tensor:
+        with self._as_reference():
+            return self.logprobs_of(portion)
+
     def train_step(self, batch: Batch, loss_fn: LossFn) -> StepOutput:
         """All microbatches, then one optimizer step. FloatingPointError before the optimizer moves on bad numbers."""
+        return self.train_on(self._portion(batch, "train"), loss_fn)
+
+    @abstractmethod
+    def train_on(self, portion: Portion, loss_fn: LossFn) -> StepOutput:
+        """`train_step` with this process's portion of the batch; every process gives what the whole step did."""
+
+    def _portion(self, batch: Batch, kind: Kind) -> Portion:
+        return self.cutting.portions(batch, kind)[self._ranks.data_share.index]
 
     def publish(self, version: int, mode: SyncMode) -> WeightsRef:
         """merged: `<module>.weight` in the compute dtype, merged when read; adapter: A and B in fp32.
@@ -126,6 +164,7 @@ class TrainedPolicy(ABC):
             version,
             mode,
             self._trained.canonical(_itself),
+            shapes=self._trained.shapes(),
             adapted=None if self._setup.spec is None else self.adapted,
             weight_of=self._base_weight,
             dtype=self.compute_dtype,
@@ -134,38 +173,54 @@ class TrainedPolicy(ABC):
     def save(self, path: Path) -> None:
         """adapter/ (PEFT files) or weights/ (a Hugging Face model), reference_adapter/ if copied, and optimizer/."""
         if self._setup.spec is None:
-            tensors = self._trained.canonical(_itself)
-            if self._ranks.is_first:
-                self._write_weights(path / "weights", tensors)
-            del tensors
-        else:
-            self._write_adapter(path / ADAPTER_DIRECTORY, self._setup.spec)
-            if self._reference is not None:
-                with self._as_reference():
-                    self._write_adapter(path / REFERENCE_DIRECTORY, self._setup.spec)
-        first, second = (self._trained.canonical(partial(self._moment, index=index)) for index in (0, 1))
-        if self._ranks.is_first:
-            aliases = self._trained.aliases
-            moments = {name: (first[name], second[name]) for name in first if name not in aliases}
-            write_moments(path / "optimizer", moments, self._optimizer.num_steps, aliases=aliases)
+            self._save_all(path)
+            return
+        self._write_adapter(path / ADAPTER_DIRECTORY, self._setup.spec)
+        if self._reference is not None:
+            with self._as_reference():
+                self._write_adapter(path / REFERENCE_DIRECTORY, self._setup.spec)
+        self._save_moments(path / "optimizer")
 
     def load(self, path: Path) -> None:
         """Strictly what `save` of either backend wrote. Without moments the optimizer starts anew."""
         if self._setup.spec is None:
-            self._set_masters(path, self._read_weights(path / "weights"))
-        else:
-            if self._reference is not None:
-                self._read_adapter(path / REFERENCE_DIRECTORY)
-                self._reference = copies_on_cpu(self._trained.parameters())
-            self._read_adapter(path / ADAPTER_DIRECTORY)
-        if (path / "optimizer").is_dir():
-            moments, self._optimizer.num_steps = read_moments(
-                path / "optimizer", expected=self._trained.shapes().keys(), aliases=self._trained.aliases
-            )
-            first, second = ({name: pair[index] for name, pair in moments.items()} for index in (0, 1))
-            pairs = zip(self._trained.masters_from(first), self._trained.masters_from(second), strict=True)
-            for (master, one), (_, two) in pairs:
-                self._optimizer.set_moments(master, one, two)
+            self._load_all(path)
+            return
+        if self._reference is not None:
+            self._read_adapter(path / REFERENCE_DIRECTORY)
+            self._reference = copies_on_cpu(self._trained.parameters())
+        self._read_adapter(path / ADAPTER_DIRECTORY)
+        self._load_moments(path / "optimizer")
+
+    def _save_all(self, path: Path) -> None:
+        """Every weight, and what the optimizer has of it."""
+        tensors = dict(self._trained.canonical(_itself))
+        if self._ranks.is_first:
+            self._write_weights(path / "weights", tensors)
+        del tensors
+        self._save_moments(path / "optimizer")
+
+    def _load_all(self, path: Path) -> None:
+        self._set_masters(path, self._read_weights(path / "weights"))
+        self._load_moments(path / "optimizer")
+
+    def _save_moments(self, directory: Path) -> None:
+        first, second = (dict(self._trained.canonical(partial(self._moment, index=index))) for index in (0, 1))
+        if self._ranks.is_first:
+            aliases = self._trained.aliases
+            moments = {name: (first[name], second[name]) for name in first if name not in aliases}
+            write_moments(directory, moments, self._optimizer.num_steps, aliases=aliases)
+
+    def _load_moments(self, directory: Path) -> None:
+        if not directory.is_dir():
+            return
+        moments, self._optimizer.num_steps = read_moments(
+            directory, expected=self._trained.shapes().keys(), aliases=self._trained.aliases
+        )
+        first, second = ({name: pair[index] for name, pair in moments.items()} for index in (0, 1))
+        pairs = zip(self._trained.masters_from(first), self._trained.masters_from(second), strict=True)
+        for (master, one), (_, two) in pairs:
+            self._optimizer.set_moments(master, one, two)
 
     def close(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
@@ -196,19 +251,19 @@ class TrainedPolicy(ABC):
     def _read_weights(self, directory: Path) -> Mapping[str, Tensor]:
         """The canonical tensors of such a directory, in fp32."""
 
-    def _microbatches(
-        self, batch: Batch, kind: Literal["train", "logprob"], *, flat: bool, can_share: bool = True, round_to: int = 1
-    ) -> list[Microbatch]:
-        """This process's share of a batch; the layout as in `plan_from_config`."""
-        max_rows = self._config.train_micro_batch_size if kind == "train" else self._setup.logprob_rows
-        plan = plan_from_config(
-            self._config, kind, max_rows=max_rows, flat=flat, can_share=can_share, round_to=round_to
+    def _cutting(self, *, flat: bool, can_share: bool = True, round_to: int = 1) -> Cutting:
+        """Layouts as in `plan_from_config`."""
+        plan = partial(plan_from_config, self._config, flat=flat, can_share=can_share, round_to=round_to)
+        return Cutting(
+            train=plan("train", max_rows=self._config.train_micro_batch_size),
+            logprob=plan("logprob", max_rows=self._setup.logprob_rows),
+            share=self._ranks.data_share,
         )
-        return plan_microbatches(batch, plan, self._ranks.data_share)
 
     def _optimizer_step(self, shares: Sequence[Share]) -> StepOutput:
         """One step from the gradients and losses of this process's microbatches and those of the others."""
         everybodys = [share for of_rank in self._ranks.reported(shares) for share in of_rank]
+        self._trained.take_gradients()
         masters = self._trained.masters()
         self._ranks.sum_gradients(masters)
         output = step_output(everybodys, lambda loss: self._optimizer.move(loss, self._ranks.total_norm(masters)))
@@ -224,7 +279,8 @@ class TrainedPolicy(ABC):
     def _write_adapter(self, directory: Path, spec: LoraSpec) -> None:
         tensors = self._trained.canonical(_itself)
         if self._ranks.is_first:
-            write_adapter(directory, tensors, spec_to_peft_config(spec, self._setup.base_model_name, self.adapted))
+            base = self._setup.base
+            write_adapter(directory, dict(tensors), spec_to_peft_config(spec, base.name, self.adapted), base)
 
     def _read_adapter(self, directory: Path) -> None:
         self._set_masters(directory, read_adapter(directory, expected=self._trained.shapes().keys())[0])

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from nemo_rl_lora.run.control import EXIT_CONFIG, EXIT_OK, main_guard
+from nemo_rl_lora.run.control import EXIT_CONFIG, EXIT_OK, STARTED, main_guard
 
 if TYPE_CHECKING:
     from nemo_rl_lora.config.master import Algorithm, Driver
@@ -61,13 +63,29 @@ def run(name: str, *, program: str, argv: Sequence[str] | None = None) -> int:
     """A command by its name, in the program that was started; the exit code."""
 
     def call() -> int:
+        given = sys.argv[1:] if argv is None else argv
+        started = _started(name, given)
+        from nemo_rl_lora.config.cluster_rules import refuse_launcher
         from nemo_rl_lora.run.drivers import silence_vendors
 
-        arguments = parse(name, sys.argv[1:] if argv is None else argv, program)
+        arguments = parse(name, given, program)
+        arguments.started = started
+        if COMMANDS[name].driver is not None:
+            refuse_launcher()
         silence_vendors()
         return import_module(COMMANDS[name].module).main(arguments)
 
     return main_guard(call)
+
+
+def _started(name: str, argv: Sequence[str]) -> float:
+    """When this process started, by time.monotonic. A driver says a word, since its imports take some seconds."""
+    process, _, seconds = os.environ.pop(STARTED, "").partition(":")
+    if process == str(os.getpid()):  # it started itself again
+        return float(seconds)
+    if COMMANDS[name].driver is not None and "torch" not in sys.modules and not {"-h", "--help"} & {*argv}:
+        sys.stderr.write(f"{name} is starting: torch is imported, then all that the run needs is checked\n")
+    return time.monotonic()
 
 
 def parse(name: str, argv: Sequence[str], program: str) -> argparse.Namespace:

@@ -1,8 +1,8 @@
 """What a person sees of a run: a line for each step, a live bar below it, and a summary at the end.
 
-Contract: on a terminal the bar shows the step, what is being done, elapsed and remaining time and the trend
-of the first key metric; without a terminal there are only plain lines. Nothing here is a record: run/metrics.py
-keeps those.
+Contract: on a terminal the bar is one line, as long as there is room: the step, what is being done, the key metric,
+remaining and elapsed time, and the metric's trend; without a terminal there are only plain lines. Nothing here is a
+record: run/metrics.py keeps those.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from nemo_rl_lora.run.metrics import RolloutSample
 
 _TREND = "▁▂▃▄▅▆▇█"
 _TREND_WIDTH = 24
+_BAR_WIDTHS = range(24, 3, -4)
+_TITLE_WIDTH = 24
 _SHOWN_TEXT = 600
 
 
@@ -90,13 +92,25 @@ class LiveConsole(ABC):
         """What the bar shows, from left to right."""
 
     def _bar(self) -> Table:
+        """One line: where there is little room the bar is short, and then the last cells are left out."""
+        cells = [cell for cell in self._cells() if isinstance(cell, ProgressBar) or cell.plain]
+        for cell in cells:
+            if isinstance(cell, Text):
+                cell.no_wrap, cell.overflow = True, "ellipsis"
+        bar = next(cell for cell in cells if isinstance(cell, ProgressBar))
+        room = self.console.width - sum(cell.cell_len + 2 for cell in cells if isinstance(cell, Text))
+        bar.width = next((width for width in _BAR_WIDTHS if width <= room), _BAR_WIDTHS[-1])
+        while len(cells) > 3 and room < bar.width:
+            left_out = cells.pop()
+            room += left_out.cell_len + 2 if isinstance(left_out, Text) else 0
         row = Table.grid(padding=(0, 2))
-        row.add_row(*self._cells())
+        row.add_row(*cells)
         return row
 
     def _progress(self, title: str, done: int, total: int) -> list[Text | ProgressBar]:
-        bar = ProgressBar(total=total, completed=done, width=24)
-        return [Text(title, style="bold"), bar, Text(f"{done}/{total}")]
+        short = Text(title, style="bold")
+        short.truncate(_TITLE_WIDTH, overflow="ellipsis")
+        return [short, ProgressBar(total=total, completed=done), Text(f"{done}/{total}")]
 
     @property
     def _elapsed(self) -> float:
@@ -140,7 +154,8 @@ class TrainingConsole(LiveConsole):
         """Show a finished step."""
         self._step = step
         took = f"{seconds:.1f} s" if seconds is not None else ""
-        self._line(f"step {step}/{self._num_steps}", "train", step, metrics, (took, self._remaining_text()))
+        left = "" if self.console.is_terminal else self._remaining_text()  # which the bar says
+        self._line(f"step {step}/{self._num_steps}", "train", step, metrics, (took, left))
 
     def validation(self, step: int, metrics: Mapping[str, float], *, seconds: float | None = None) -> None:
         """Show a validation."""
@@ -163,8 +178,9 @@ class TrainingConsole(LiveConsole):
         checkpoint: Path | None = None,
         best_checkpoint: Path | None = None,
         continue_command: str | None = None,
+        restarts: Sequence[str] = (),
     ) -> None:
-        """The table of the key metrics, where the results are, and how to continue.
+        """The table of the key metrics, where the results are, how to continue, and a line for each restart.
 
         `outcome` is "completed", "stopped by SIGINT", ...; `checkpoint` the newest; `continue_command` None for a run
         with nothing left to do.
@@ -179,6 +195,7 @@ class TrainingConsole(LiveConsole):
             ("Checkpoint", checkpoint),
             ("Best checkpoint", best_checkpoint),
             ("Continue with", continue_command),
+            *(("Restart", restart) for restart in restarts),
         ):
             if value is not None:
                 self.say(f"{label + ':':<17}{value}")
@@ -202,13 +219,14 @@ class TrainingConsole(LiveConsole):
         cells = [
             *self._progress(self._title, self._step, self._num_steps),
             Text(self._stage, style="cyan"),
-            Text(f"{format_seconds(self._elapsed)} elapsed"),
             Text(self._remaining_text()),
+            Text(f"{format_seconds(self._elapsed)} elapsed"),
         ]
         first = self._metrics[0] if self._metrics else None
         values = [value for _, value in self._history.get((first.split, first.name), [])] if first else []
         if first and values:
-            cells.append(Text(f"{first.title} {trend(values)} {format_value(values[-1])}", style="green"))
+            cells.insert(4, Text(f"{first.title} {format_value(values[-1])}", style="green"))
+            cells.append(Text(trend(values), style="green"))
         return cells
 
     def _row(self, metric: KeyMetric) -> Sequence[str]:

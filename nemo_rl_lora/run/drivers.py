@@ -9,18 +9,20 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_rl_lora.config.cluster_rules import missing_env_vars
 from nemo_rl_lora.config.load import load_config, resolved_yaml
 from nemo_rl_lora.config.master import MasterConfig
-from nemo_rl_lora.run.control import EXIT_CONFIG, EXIT_OK
+from nemo_rl_lora.run.control import EXIT_CONFIG, EXIT_OK, STARTED, RunFailedError, RunLostError
 
 if TYPE_CHECKING:
     from nemo_rl_lora.algorithms.loop import RunResult
     from nemo_rl_lora.run.preflight import Start
+    from nemo_rl_lora.run.restarts import Restarts
 
 logger = logging.getLogger(__name__)
 
@@ -42,37 +44,54 @@ def main(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides, arguments.driver)
     if arguments.plan:
         return show_plan(config)
-    prepare_process()
-    return train(config, continue_command(sys.argv)).exit_code
+    variables = missing_env_vars(config.policy) if config.cluster.num_processes == 1 else {}
+    prepare_process(variables, arguments.started)
+    return train(config, continue_command(sys.argv), arguments.started).exit_code
 
 
-def train(config: MasterConfig, command: str | None = None) -> RunResult:
-    """Train as the configuration says, or continue its run. `command` is shown as the way to continue.
+def train(config: MasterConfig, command: str | None = None, started: float | None = None) -> RunResult:
+    """Train as the configuration says, or continue its run. `command` is shown as the way to continue; `started`: when
+    the process started, by time.monotonic.
 
     ValueError where the run cannot start, before a weight is loaded; control.RunFailedError where it fails later.
     """
-    from nemo_rl_lora.algorithms.loop import RunResult
+    from nemo_rl_lora.distributed.shared_memory import remove_leftovers
     from nemo_rl_lora.run.console import setup_logging
-    from nemo_rl_lora.run.preflight import check_start
+    from nemo_rl_lora.run.restarts import Restarts
 
     setup_logging()
-    start = check_start(config)
-    with contextlib.closing(start.checkpointer):
-        if start.resume is None or not start.is_finished:
-            return _train(start, command)
+    remove_leftovers()
+    restarts = Restarts(config, command, started)
+    while True:
+        start = restarts.start()
+        try:
+            with contextlib.closing(start.checkpointer):
+                return _finished(start) or _train(start, restarts, command)
+        except RunFailedError as failed:
+            if not isinstance(failed.__cause__, RunLostError) or not failed.__cause__.starts_again:
+                raise
+
+
+def _finished(start: Start) -> RunResult | None:
+    """What a run says that was finished before; None for one that is to be trained."""
+    from nemo_rl_lora.algorithms.loop import RunResult
+
+    if start.resume is None or not start.is_finished:
+        return None
     step, path = start.resume.step, start.resume.path
     sys.stdout.write(
-        f"The run in {path} is finished: {step} steps. For more steps raise {config.algorithm}.max_num_steps; for "
-        "another run set checkpointing.checkpoint_dir or checkpointing.load_path=none.\n"
+        f"The run in {path} is finished: {step} steps. For more steps raise {start.config.algorithm}.max_num_steps; "
+        "for another run set checkpointing.checkpoint_dir or checkpointing.load_path=none.\n"
     )
     return RunResult(outcome="was finished", is_complete=True, step=step, checkpoint=path, log_directory=None)
 
 
-def _train(start: Start, command: str | None) -> RunResult:
+def _train(start: Start, restarts: Restarts, command: str | None) -> RunResult:
     from nemo_rl_lora.algorithms.loop import TrainingLoop
     from nemo_rl_lora.run.console import setup_logging
     from nemo_rl_lora.run.control import running
     from nemo_rl_lora.run.metrics import RunLog
+    from nemo_rl_lora.run.restarts import LOSSES
     from nemo_rl_lora.run.start import build_run
 
     config = start.config
@@ -82,16 +101,27 @@ def _train(start: Start, command: str | None) -> RunResult:
         if draw is not None:
             cleanup.callback(draw, log.directory)
         cleanup.callback(log.close)
-        run = build_run(start, log, cleanup)
-        setup_logging(run.console.console)
-        with run.console:
-            result = TrainingLoop(run, start.algorithm).run(stop)
+        restarts.record(log, start)
+        loop = None
+        try:
+            with stop.starting():
+                run = build_run(start, log, cleanup)
+            setup_logging(run.console.console)
+            with run.console:
+                loop = TrainingLoop(run, start.algorithm, restarts.started)
+                result = loop.run(stop)
+        except LOSSES as error:
+            lost = restarts.lost(error, start, None if loop is None else loop.step, stop)
+            if lost is None:
+                raise
+            raise lost from error
     run.console.summary(
         result.outcome,
         log_directory=log.directory,
         checkpoint=result.checkpoint,
         best_checkpoint=start.checkpointer.best_step(),
         continue_command=None if result.is_complete or result.checkpoint is None else command,
+        restarts=restarts.lines,
     )
     return replace(result, exit_code=stop.exit_code)
 
@@ -127,25 +157,33 @@ def show_plan(config: MasterConfig) -> int:
     return EXIT_CONFIG if plan.problems else EXIT_OK
 
 
-def prepare_process() -> None:
-    """Settings of the C libraries that have to stand before torch is imported; a value of the user's own stays.
+def prepare_process(variables: Mapping[str, str] | None = None, started: float | None = None) -> None:
+    """Settings of the C libraries that have to stand before torch is imported, where a value of the user's own stays,
+    and further variables that the configuration asks for. `started`: when this process started.
 
     glibc hands freed memory back to the kernel at once, which costs a training loop on a CPU dear: keep it. OpenMP's
     waiting threads spin, which on a machine that does something else too costs several times the work: let them
     sleep. Both are read when a process starts, so the process starts itself again, once.
     """
     missing = {name: value for name, value in _C_SETTINGS.items() if name not in os.environ}
+    missing |= variables or {}
     if "torch" in sys.modules or not missing:
         return
     os.environ.update(missing)
+    if started is not None:
+        os.environ[STARTED] = f"{os.getpid()}:{started}"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def silence_vendors() -> None:
-    """Keep what importing the vendors says about packages that a CPU does not need off the screen."""
+    """Keep off the screen what the vendors say of packages that a CPU does not need, and of their own deprecations."""
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex", category=UserWarning)
     for name in ("torch.utils._pytree", "torch.utils.cpp_extension"):
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)  # torch resets the level
+    for name in ("transformers.configuration_utils", "transformers.modeling_utils"):
+        logging.getLogger(name).addFilter(lambda record: "is deprecated" not in record.getMessage())
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category)
 
 
 _C_SETTINGS = {

@@ -20,7 +20,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +37,7 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 ROLLOUTS_FILE = "rollouts.md"
 RUN_LOG_FILE = "run.log"
-Split = Literal["train", "validation", "checkpoint", "ray"]  # "ray": the machines, under NeMo RL's name
+Split = Literal["train", "validation", "checkpoint", "restart", "ray"]  # "ray": the machines, under NeMo RL's name
 TIMING = "timing/"
 
 _EXPERIMENT = re.compile(r"exp_(\d+)")
@@ -173,9 +173,9 @@ class RunLog:
             return
         if self._gpus is not None:
             self._gpus.close()
-        self._file.close()
-        for sink in self._sinks:
-            sink.close()
+        for close in (self._file.close, *(sink.close for sink in self._sinks)):
+            with suppress(OSError):  # on a full disk; the line that did not fit has ended the run
+                close()
 
     def _warn_not_finite(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

@@ -1,16 +1,20 @@
 """What is checked before a weight is loaded, by `--plan` and by every start.
 
-Contract: PREFLIGHT is the one list. A start stops at the first ValueError; a plan collects them all. A plan takes
+Contract: PREFLIGHT is the one list, and a start says as much as a plan: everything that is wrong, at once. A plan takes
 nothing: it does not lock the checkpoints' directory, and the base's weights need not be there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from nemo_rl_lora.algorithms.algorithm import Algorithm
 from nemo_rl_lora.algorithms.dpo import Dpo
@@ -18,16 +22,30 @@ from nemo_rl_lora.algorithms.grpo import Grpo
 from nemo_rl_lora.algorithms.sft import Sft
 from nemo_rl_lora.checkpoints.durable_files import probe_directory
 from nemo_rl_lora.checkpoints.steps import Checkpointer, ResumePoint, is_finished
+from nemo_rl_lora.config.errors import did_you_mean
 from nemo_rl_lora.config.load import resolved_tree
 from nemo_rl_lora.config.lora import lora_spec_from_policy
-from nemo_rl_lora.config.master import MasterConfig
-from nemo_rl_lora.config.policy import ModelConfig
+from nemo_rl_lora.config.master import GrpoMaster, MasterConfig
+from nemo_rl_lora.config.support import check_runnable
+from nemo_rl_lora.data.chat import reads_clock, stop_clock
 from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.lora.spec import LoraSpec
-from nemo_rl_lora.models.source import ModelSource, base_digest, load_tokenizer, resolve_model
-from nemo_rl_lora.plan.plan import Plan, make_plan
+from nemo_rl_lora.models.load import described_model
+from nemo_rl_lora.models.source import ModelSource, base_digest, resolve_model
+from nemo_rl_lora.plan.plan import Plan, machine_problems, make_plan
 from nemo_rl_lora.run.metrics import check_sinks
+from nemo_rl_lora.run.model_checks import (
+    check_base,
+    check_megatron_base,
+    check_saved_files,
+    label_of,
+    positions_warning,
+    rank_warning,
+    tokenizer_of,
+)
 from nemo_rl_lora.run.warm_start import InitialAdapter, check_initial_adapter
+
+logger = logging.getLogger(__name__)
 
 ALGORITHMS: dict[str, type[Algorithm[Any]]] = {"sft": Sft, "dpo": Dpo, "grpo": Grpo}
 
@@ -50,12 +68,38 @@ class Start:
         return resolve_model(self.config.policy.model_name, weights=self.plan is not None)
 
     @cached_property
-    def tokenizer(self) -> Any:
-        return tokenizer_of(self.config.policy, self.source)
+    def model(self) -> PreTrainedModel:
+        """What the base's config.json describes, on the meta device."""
+        policy = self.config.policy
+        return described_model(self.source.path, policy.hf_config_overrides, label_of(policy))
 
     @cached_property
+    def tokenizer(self) -> Any:
+        return tokenizer_of(self.config.policy, self.source, self.model)
+
+    @cached_property
+    def clock(self) -> str | None:
+        """When the clock of the chat template stands, so that a resume has the very rows; None where it reads none."""
+        if not reads_clock(self.tokenizer):
+            return None
+        saved = None if self.resume is None else self.resume.info.clock
+        return saved or datetime.now().astimezone().isoformat(timespec="seconds")
+
+    @property
     def loader(self) -> RowLoader[Any]:
-        return self.algorithm.load_data(self.tokenizer)
+        if isinstance(self._loaded, ValueError):
+            raise self._loaded
+        return self._loaded
+
+    @cached_property
+    def _loaded(self) -> RowLoader[Any] | ValueError:
+        """The rows, read and checked once; why they cannot be used, where that is so."""
+        try:
+            if self.clock is not None:
+                stop_clock(self.tokenizer, self.clock)
+            return self.algorithm.load_data(self.tokenizer)
+        except ValueError as error:
+            return error
 
     @property
     def num_steps(self) -> int:
@@ -73,8 +117,14 @@ class Start:
 
     @cached_property
     def base_digest(self) -> str | None:
-        """Of the weights in `source`; None where they are not in safetensors files."""
-        return base_digest(self.source.path)
+        """Of the weights in `source`; None where they are not in safetensors files, or for a plan not there or whole,
+        which the check of the base says."""
+        try:
+            return base_digest(self.source.path)
+        except ValueError:
+            if self.plan is not None:
+                raise
+            return None
 
     @cached_property
     def initial_adapter(self) -> InitialAdapter | None:
@@ -82,6 +132,12 @@ class Start:
         if self.resume is not None or self.spec is None:
             return None
         return check_initial_adapter(self.config.policy, self.spec, self.source, self.base_digest)
+
+    def warn(self, text: str | None) -> str | None:
+        """A finding for the plan, which a start logs."""
+        if text is not None and self.plan is not None:
+            logger.warning(text)
+        return text
 
     @property
     def is_finished(self) -> bool:
@@ -98,13 +154,57 @@ def _engine(start: Start) -> None:
         check_replay(Path(engine.replay_path))
 
 
+def _base(start: Start) -> str | None:
+    what = start.config.policy, start.source, start.model
+    found = check_base(*what, partial=start.plan is None)
+    if found is not None and start.config.policy.active_backend == "megatron":
+        check_megatron_base(*what, partial=start.plan is None)
+    return found
+
+
+def _positions(start: Start) -> str | None:
+    return start.warn(positions_warning(start.config.policy, start.model))
+
+
+def _rank(start: Start) -> str | None:
+    return start.spec and start.warn(rank_warning(start.config.policy, start.spec, start.model))
+
+
+def _saved_files(start: Start) -> None:
+    if start.config.checkpointing.enabled:
+        check_saved_files(start.config.policy, start.spec, start.source, start.model, start.tokenizer)
+
+
 def _tokenizer(start: Start) -> str:
     return f"{len(start.tokenizer)} tokens, end of sequence {start.tokenizer.eos_token!r}"
 
 
 def _data(start: Start) -> str:
     loader = start.loader
-    return f"{start.algorithm.describe_data()} ({loader.num_batches_per_epoch} steps an epoch)"
+    clock = "" if start.clock is None else f"; the chat template's clock stands at {start.clock}"
+    return f"{start.algorithm.describe_data()} ({loader.num_batches_per_epoch} steps an epoch){clock}"
+
+
+def _validation(start: Start) -> None:
+    """What steps are ranked by, and what ends a run early, has to be measured."""
+    config, loop = start.config, start.algorithm.loop
+    _ = start.loader  # reads the validation rows
+    measured = start.algorithm.validation_metrics if loop.val_period > 0 or loop.val_at_start or loop.val_at_end else ()
+    wanted = {}
+    ranked_by = config.checkpointing.metric_name
+    if config.is_set("checkpointing.metric_name") and ranked_by is not None and ranked_by.startswith("val:"):
+        wanted["checkpointing.metric_name"] = ranked_by
+    if isinstance(config, GrpoMaster) and config.grpo.stop_at_validation_metric is not None:
+        wanted["grpo.stop_at_validation_metric"] = config.grpo.stop_at_validation_metric
+    problems = []
+    for key, value in wanted.items():
+        name = value.removeprefix("val:")
+        if not {name, name.partition("/")[0]} & set(measured):  # after the slash stands one of several datasets
+            known = f"{did_you_mean(name, measured)}Validation measures {', '.join(measured)}."
+            remedy = known if measured else f"Set data.validation and {config.algorithm}.val_period, or leave it out."
+            problems.append(f"{key}={value!r}: no validation of this run measures it. {remedy}")
+    if problems:
+        raise _together(problems)
 
 
 def _directories(start: Start) -> str:
@@ -113,14 +213,14 @@ def _directories(start: Start) -> str:
     if not checkpointing.enabled:
         return f"{logger.log_dir} can be written"
     if start.plan is None:
-        probe_directory(Path(checkpointing.checkpoint_dir), "checkpointing.checkpoint_dir")
+        start.checkpointer.check(required_bytes=make_plan(start.config).sizes.checkpoint_bytes)
     else:
         start.checkpointer.prepare(required_bytes=start.plan.sizes.checkpoint_bytes)
     return f"{logger.log_dir} and {checkpointing.checkpoint_dir} can be written"
 
 
 def _resume(start: Start) -> str | None:
-    resume = start.resume
+    resume, go_on = start.resume, start.config.data.on_change == "continue"
     if resume is None:
         return None
     if start.is_finished:
@@ -128,6 +228,9 @@ def _resume(start: Start) -> str | None:
     start.checkpointer.refuse_without_optimizer(resume)
     if start.base_digest is not None or start.plan is not None:
         start.checkpointer.refuse_other_base(resume, start.base_digest)
+    num_rows = start.loader.state()["num_rows"]
+    start.checkpointer.refuse_other_data(resume, start.algorithm.data_digests(), num_rows, go_on=go_on)
+    start.checkpointer.say_other_rewards(resume, start.algorithm.reward_digests())
     return f"the run continues after step {resume.step}, from {resume.path}"
 
 
@@ -135,38 +238,58 @@ def _resume(start: Start) -> str | None:
 PREFLIGHT: tuple[tuple[str, Callable[[Start], str | None]], ...] = (
     ("sinks", lambda start: check_sinks(start.config.logger)),
     ("engine", _engine),
+    ("base", _base),
     ("tokenizer", _tokenizer),
+    ("positions", _positions),
+    ("rank", _rank),
     ("data", _data),
+    ("validation", _validation),
     ("directories", _directories),
+    ("saved files", _saved_files),
     ("checkpoint", _resume),
     ("initial adapter", lambda start: start.initial_adapter and str(start.initial_adapter)),
 )
 
 
 def plan_run(config: MasterConfig) -> Plan:
-    """What this run would do, and everything that stops it."""
+    """What this run would do, and everything that stops it. ValueError where there is no model to plan with; it says
+    everything else that is wrong, too."""
     start = Start(config)
-    return make_plan(config, [(name, partial(check, start)) for name, check in PREFLIGHT])
+    try:
+        return make_plan(config, [(name, partial(check, start)) for name, check in PREFLIGHT])
+    except ValueError as error:
+        raise _together([str(error), *check_runnable(config), *_failures(start)]) from error
 
 
 def check_start(config: MasterConfig) -> Start:
-    """Everything that can be known without weights, and the checkpoints' directory taken. ValueError names the first
-    thing that is wrong."""
-    plan = make_plan(config)
-    if plan.problems:
-        raise ValueError("\n".join(plan.problems))
-    start = Start(config, plan)
+    """Everything that can be known without weights, and the checkpoints' directory taken. ValueError says everything
+    that is wrong; then nothing is taken."""
+    plan, problems = None, check_runnable(config)
+    try:
+        plan = make_plan(config)
+        problems = [*plan.problems, *machine_problems(config, plan)]
+    except ValueError as error:
+        problems = [str(error), *problems]
+    start = Start(config, None if problems else plan)
     with ExitStack() as failed:
         failed.callback(start.checkpointer.close)
-        for _, check in PREFLIGHT:
-            check(start)
+        if problems := problems + _failures(start):
+            raise _together(problems)
         failed.pop_all()
     return start
 
 
-def tokenizer_of(config: ModelConfig, source: ModelSource) -> Any:
-    """The tokenizer that the policy's config names."""
-    section = config.tokenizer
-    if config.tokenizer_name != config.model_name:
-        source = resolve_model(config.tokenizer_name, "policy.tokenizer.name", weights=False)
-    return load_tokenizer(source, section.chat_template, section.chat_template_kwargs)
+def _failures(start: Start) -> list[str]:
+    """What the checks say against this start. From the first failure on nothing is taken."""
+    problems = []
+    for _, check in PREFLIGHT:
+        try:
+            check(start)
+        except ValueError as error:
+            problems.append(str(error))
+            start.plan = None
+    return problems
+
+
+def _together(problems: Sequence[str]) -> ValueError:
+    return ValueError("\n".join(dict.fromkeys(problems)))  # a check that needs what another one lacks says the same

@@ -7,20 +7,33 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from nemo_rl_lora.algorithms.algorithm import Run
 from nemo_rl_lora.checkpoints.record import TrainingInfo
+from nemo_rl_lora.config.cluster import joins_ray
+from nemo_rl_lora.config.cluster_rules import refuse_missing_env_vars
+from nemo_rl_lora.config.errors import ConfigError
 from nemo_rl_lora.config.generation import GenerationConfig, chosen_engine
+from nemo_rl_lora.config.lora import kernels_off_because
+from nemo_rl_lora.config.master import GrpoMaster
 from nemo_rl_lora.config.optimizer_settings import adam_settings, constant, megatron_adam_settings
 from nemo_rl_lora.generation.protocol import Generation
+from nemo_rl_lora.generation.sync_mode import SyncChoice, stored_weight
+from nemo_rl_lora.lora.files import AdapterBase
+from nemo_rl_lora.models.stored import BadWeightsError
+from nemo_rl_lora.plan.plan import chosen_sync
 from nemo_rl_lora.policy.backends import build_policy
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.run.console import TrainingConsole
 from nemo_rl_lora.run.metrics import RunLog
 from nemo_rl_lora.run.preflight import Start
+from nemo_rl_lora.types import SyncMode
 
 if TYPE_CHECKING:
+    from nemo_rl_lora.distributed.engine_process import EngineProcesses
     from nemo_rl_lora.distributed.policy_group import PolicyGroup
     from nemo_rl_lora.policy.dtensor.policy import DTensorPolicy
     from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
@@ -34,7 +47,11 @@ def build_run(start: Start, log: RunLog, cleanup: ExitStack) -> Run:
     """Load the weights, and attach the algorithm to its run. What has to be closed is registered with `cleanup`."""
     config, engine, algorithm = start.config, start.config.policy.generation, start.algorithm
     cleanup.callback(algorithm.close)
-    policy = _build_policy(start)
+    processes = _engine_processes(start, engine, cleanup)
+    try:
+        policy = _build_policy(start)
+    except BadWeightsError as error:
+        raise ConfigError(str(error)) from error
     cleanup.callback(policy.close)
     console = TrainingConsole(
         title=f"{config.algorithm.upper()} {config.policy.model_name}",
@@ -42,13 +59,14 @@ def build_run(start: Start, log: RunLog, cleanup: ExitStack) -> Run:
         metrics=algorithm.key_metrics,
         first_step=0 if start.resume is None else start.resume.step,
     )
-    generation = None if engine is None else _build_generation(start, policy, engine)
+    generation, sync = (None, None) if engine is None else _build_generation(start, policy, engine, processes)
     if generation is not None:
         cleanup.callback(generation.close)
     run = Run(
         config=config,
         policy=policy,
         generation=generation,
+        sync=sync,
         loader=start.loader,
         tokenizer=start.tokenizer,
         num_steps=start.num_steps,
@@ -59,6 +77,7 @@ def build_run(start: Start, log: RunLog, cleanup: ExitStack) -> Run:
         console=console,
     )
     algorithm.attach(run)
+    cleanup.callback(algorithm.detach)
     return run
 
 
@@ -75,17 +94,21 @@ def _origin(start: Start) -> TrainingInfo:
         base_digest=start.base_digest,
         spec=None if start.spec is None else asdict(start.spec),
         initial_adapter=initial_adapter,
+        data_digests=start.algorithm.data_digests(),
+        reward_digests=start.algorithm.reward_digests(),
+        clock=start.clock,
     )
 
 
 def _build_policy(start: Start) -> RunPolicy:
-    config = start.config.policy
-    num_processes = start.config.cluster.num_nodes * start.config.cluster.gpus_per_node
+    config, source = start.config.policy, start.source
+    cluster, checkpointing = start.config.cluster, start.config.checkpointing
     lora, is_megatron = start.spec is not None, config.active_backend == "megatron"
     adam = megatron_adam_settings(start.config, lora=lora) if is_megatron else adam_settings(config, lora=lora)
     setup = PolicySetup(
-        model_path=start.source.path,
+        model_path=source.path,
         base_model_name=config.model_name,
+        base=AdapterBase(name=source.found_by, source=source.description, digest=start.base_digest),
         spec=start.spec,
         seed=start.algorithm.loop.seed,
         temperature=start.algorithm.temperature,
@@ -95,49 +118,90 @@ def _build_policy(start: Start) -> RunPolicy:
         initial_adapter=None if start.initial_adapter is None else start.initial_adapter.directory,
         reference=config.adapter.reference or "base",
     )
+    _say_why_kernels_are_off(start)
+    if start.config.layers.without_effect:
+        logger.info(f"keys of NeMo RL that change nothing here: {', '.join(start.config.layers.without_effect)}")
     if start.initial_adapter is not None:
         logger.info(f"policy.adapter.init_from: {start.initial_adapter}")
-    if num_processes > 1:
+    if cluster.num_processes > 1:
         from nemo_rl_lora.distributed.policy_group import PolicyGroup
 
-        return PolicyGroup(config, setup, num_processes)
+        saved = Path(checkpointing.checkpoint_dir) if checkpointing.enabled else None
+        return PolicyGroup(config, setup, cluster, checkpoint_dir=saved)
+    refuse_missing_env_vars(config)
     return build_policy(config, setup)
 
 
-def _build_generation(start: Start, policy: RunPolicy, config: GenerationConfig) -> Generation:
-    """The engine for the policy that is trained."""
+def _say_why_kernels_are_off(start: Start) -> None:
+    config, spec = start.config.policy, start.spec
+    if spec is None or config.active_backend != "dtensor":
+        return
+    cuda = torch.cuda.is_available() or joins_ray()  # on the nodes of a cluster that this one knows nothing about
+    if (reason := kernels_off_because(config, spec, cuda=cuda)) is not None:
+        logger.warning(reason)
+
+
+def _engine_processes(start: Start, config: GenerationConfig | None, cleanup: ExitStack) -> EngineProcesses | None:
+    """The places of engines in processes of their own, before a weight is loaded; None where there are none."""
+    if config is None or config.colocated.enabled:
+        return None
+    from nemo_rl_lora.distributed.engine_process import EngineProcesses
+
+    processes = EngineProcesses(config, start.config.cluster)
+    cleanup.callback(processes.close)
+    return processes
+
+
+def _build_generation(
+    start: Start, policy: RunPolicy, config: GenerationConfig, processes: EngineProcesses | None
+) -> tuple[Generation, SyncChoice]:
+    """The engine for the policy that is trained, and the form in which it gets its weights."""
     backend, reason = chosen_engine(config.backend)
     logger.info(f"policy.generation.backend={config.backend!r}: {backend} ({reason})")
+    chosen = chosen_sync(start.config, start.spec, policy.adapted, start.model.config)
     if backend == "replay":
         from nemo_rl_lora.generation.replay import ReplayGeneration
 
         assert config.replay_path is not None, "checked by GenerationConfig"
-        return ReplayGeneration(Path(config.replay_path), start.tokenizer)
+        return ReplayGeneration(Path(config.replay_path), start.tokenizer), SyncChoice(chosen)
     if backend == "vllm":
-        return _build_vllm(start, policy.adapted, config)
+        weight_of = partial(stored_weight, start.source.path)
+        sync = SyncChoice(chosen, policy.adapted, weight_of, config.vllm_cfg.precision)
+        return _build_vllm(start, policy.adapted, config, sync.mode, processes), sync
     from nemo_rl_lora.generation.in_process.engine import InProcessGeneration
 
-    return InProcessGeneration(
-        policy.base_model(),
+    base = policy.base_model()
+    sync = SyncChoice(chosen, policy.adapted, base.get_parameter, start.config.policy.precision, takes_both=True)
+    engine = InProcessGeneration(
+        base,
         tokenizer=start.tokenizer,
         spec=start.spec,
         adapted=policy.adapted,
         compute_dtype=policy.compute_dtype,
         max_concurrent_sequences=config.max_concurrent_sequences,
     )
+    return engine, sync
 
 
-def _build_vllm(start: Start, adapted: Any, config: GenerationConfig) -> Generation:
+def _updates_in_flight(start: Start) -> Literal["keep", "recompute"] | None:
+    """What becomes of the keys and values of a completion that goes on under new weights; None: none does."""
+    ahead = start.config.grpo.async_grpo if isinstance(start.config, GrpoMaster) else None
+    if ahead is None or not (ahead.num_steps_ahead and ahead.in_flight_weight_updates):
+        return None
+    return "recompute" if ahead.recompute_kv_cache_after_weight_updates else "keep"
+
+
+def _build_vllm(
+    start: Start, adapted: Any, config: GenerationConfig, mode: SyncMode, processes: EngineProcesses | None
+) -> Generation:
     from nemo_rl_lora.generation.vllm.generation import ServedModel, VllmGeneration, engine_settings, start_engine
 
     policy = start.config.policy
     model = ServedModel(
         path=start.source.path, name=policy.model_name, tokenizer=start.tokenizer, spec=start.spec, adapted=adapted
     )
-    settings = engine_settings(config, model, policy.hf_config_overrides)
-    if config.colocated.enabled:
+    settings = engine_settings(config, model, policy.hf_config_overrides, mode, _updates_in_flight(start))
+    if processes is None:
         return VllmGeneration(model, settings, partial(start_engine, settings))
-    from nemo_rl_lora.distributed.engine_process import EngineProcess
-
-    process = partial(EngineProcess, settings, config.timeout_seconds)
-    return VllmGeneration(model, settings, process, config.max_generation_failures)
+    number, process = len(processes.nodes), partial(processes.start, settings)
+    return VllmGeneration(model, settings, process, config.max_generation_failures, number)

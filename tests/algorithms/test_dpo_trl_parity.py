@@ -20,7 +20,7 @@ from nemo_rl_lora.config.dpo import DpoConfig
 from nemo_rl_lora.lora.files import adapter_tensor_name
 from nemo_rl_lora.policy.dtensor.policy import DTensorPolicy
 from nemo_rl_lora.types import Batch, StepOutput
-from tests.policy.dtensor.test_policy import make_policy, spec
+from tests.policy.dtensor.test_policy import adapters_of, make_policy, spec
 
 BETA = 0.5
 PAIRS = [
@@ -87,7 +87,7 @@ class Rig:
         """By canonical name."""
         return {
             adapter_tensor_name(name, side): factor.weight
-            for name, linear in self.policy.named_adapters()
+            for name, linear in adapters_of(self.policy)
             for side, factor in (("A", linear.lora_A), ("B", linear.lora_B))
         }
 

@@ -297,7 +297,8 @@ def test_the_kl_term_equals_trl(rig: Rig, monkeypatch, second_step: Tensor, case
     }
     args = args | {"use_bias_correction_kl": unbiased}
     trl = trl_loss(rig, monkeypatch, attributes | {"beta": 0.4}, args, extra)
-    settings = settings | {"reference_policy_kl_penalty": 0.4, "use_unbiased_kl_estimate": unbiased}
+    form = {"use_unbiased_kl_estimate": True} if unbiased else {"kl_gradient": "paper"}
+    settings = settings | {"reference_policy_kl_penalty": 0.4, **form}
     assert_equal(our_loss(rig, settings, old=second_step, reference=reference)[:2], trl)
 
 

@@ -43,9 +43,8 @@ def test_a_step_from_before_a_key_existed_continues_where_the_key_has_its_defaul
 
 def test_a_step_with_a_key_that_has_no_effect_any_more_continues(tmp_path, config):
     older = without(config.model_dump(mode="json", by_alias=True), "grpo.keep_surplus_groups")
-    older["data"]["num_workers"] = older["data"]["train"]["repeat"] = 1
+    older["data"]["num_workers"] = 1
     assert resume(tmp_path, config, older).step == 1
-    assert not config_differences({"data": {"train": [{"rate": 2, "repeat": 1}]}}, {"data": {"train": [{"rate": 2}]}})
 
 
 def test_a_key_that_is_newer_than_the_step_and_has_another_value_is_named(tmp_path):
@@ -65,6 +64,14 @@ def test_a_key_that_this_version_does_not_have_is_named(tmp_path, config):
 def test_a_section_that_is_absent_may_differ_where_all_of_its_keys_may():
     assert not config_differences({}, {"checkpointing": {"save_period": 3}, "logger": {"log_dir": "x"}})
     assert config_differences({}, {"checkpointing": {"metric_name": "val:accuracy"}})
+
+
+def test_how_a_reward_runs_may_differ_and_which_it_is_may_not():
+    before = {"env": {"mine": {"reward_function": "a.py:f", "num_workers": 0, "on_failure": "error"}}}
+    after = {"env": {"mine": {"reward_function": "a.py:f", "num_workers": 2, "on_failure": 0.0}}}
+    assert not config_differences(before, after)
+    after["env"]["mine"]["reward_function"] = "b.py:f"
+    assert config_differences(before, after) == {"env.mine.reward_function": ("a.py:f", "b.py:f")}
 
 
 def test_the_page_lists_exactly_what_may_differ():

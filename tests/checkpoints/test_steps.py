@@ -3,17 +3,21 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import yaml
 
+from nemo_rl_lora.checkpoints.durable_files import make_unfinished
 from nemo_rl_lora.checkpoints.record import TrainingInfo, config_differences
 from nemo_rl_lora.checkpoints.steps import Checkpointer, CheckpointWriteError, SaveDeadline, is_finished
 from nemo_rl_lora.config.checkpointing import CheckpointingConfig
+from tests.children import exit_code, started
 
 CONFIG = {
     "policy": {"lr": 1e-5, "lora": {"dim": 8, "targets": ["q_proj"]}},
@@ -254,18 +258,104 @@ def test_another_configuration_is_no_damage(tmp_path):
         checkpointer(tmp_path, changed(policy__lr=1e-5), on_damage="previous").find_resume()
 
 
+def _killed_while_it_replaces(directory: Path) -> None:
+    rename = Path.rename
+
+    def killed(path, name):  # the name was taken away, and not yet given to the new one
+        if path.name == "tmp_step_1":
+            os._exit(9)
+        return rename(path, name)
+
+    keeper = checkpointer(directory)
+    keeper.save(info(1), write_policy)
+    Path.rename = killed
+    keeper.save(info(1), write_policy)
+
+
 def test_a_kill_while_a_step_is_replaced_keeps_it(tmp_path):
+    assert exit_code(started(_killed_while_it_replaces, tmp_path)) == 9
+    assert {path.name for path in tmp_path.iterdir()} == {"tmp_old_step_1", "tmp_step_1"}
     keeper = checkpointer(tmp_path)
-    keeper.save(info(1), write_policy).rename(tmp_path / "tmp_old_step_1")  # its name was taken away
-    (tmp_path / "tmp_step_1").mkdir()  # and not yet given to this
     keeper.prepare()
     assert keeper.find_resume().step == 1
-    assert not list(tmp_path.glob("tmp_*"))
+    assert {path.name for path in tmp_path.iterdir()} == {"step_1", ".lock"}
+
+
+# What a user may have in checkpoint_dir, under any name that a save uses.
+OWN = (
+    "tmp_notes/a",
+    "tmp_step_3/a",
+    "tmp_old_step_2/a",
+    "tmp_removed_step_1/a",
+    "tmp_export_x/a",
+    "step_4/a",
+    "step_9/a",
+)
+
+
+def test_only_what_this_product_began_is_removed(tmp_path, caplog):
+    for name in OWN:
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "tmp_file").write_text("mine")
+    (tmp_path / "tmp_step_2").symlink_to(tmp_path / "tmp_notes")
+    (tmp_path / "tmp_dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "step_5").write_text("mine")
+    keeper = checkpointer(tmp_path, keep_top_k=1)
+    keeper.prepare()
+    assert keeper.find_resume() is None
+
+    for step in range(1, 7):
+        keeper.save(info(step), write_policy)
+
+    moved = tmp_path / "set_aside_001" / "step_4" / "a", tmp_path / "set_aside_002" / "step_5"
+    kept = [tmp_path / name for name in (*OWN, "tmp_file", "tmp_step_2/a") if name != "step_4/a"]
+    assert [path.read_text() for path in (*kept, *moved)] == ["mine"] * (len(kept) + 2)
+    assert (tmp_path / "tmp_dangling").is_symlink()
+    assert checkpointer(tmp_path).find_resume().step == 6
+    assert saved_steps(tmp_path) == [6, 9]
+    assert f"{tmp_path / 'step_9'} has the name of a checkpoint and is none: it is left alone" in caplog.text
+
+
+def test_copies_of_a_step_and_of_an_unfinished_one_are_their_makers(tmp_path):
+    keeper = checkpointer(tmp_path, keep_top_k=1)
+    first = keeper.save(info(1), write_policy)
+    for name in ("step_8", "tmp_best", "tmp_step_1", "tmp_old_step_1"):
+        shutil.copytree(first, tmp_path / name)
+    shutil.copytree(make_unfinished(tmp_path / "tmp_step_2"), tmp_path / "tmp_rescued")
+    names = {path.name for path in tmp_path.iterdir()}
+
+    keeper.prepare()
+    for step in (2, 3):
+        keeper.save(info(step), write_policy)
+
+    assert {path.name for path in tmp_path.iterdir()} == names - {"step_1", "tmp_step_2"} | {"step_3", ".lock"}
+
+
+def test_a_step_of_another_product_is_no_step(tmp_path):
+    (tmp_path / "step_2").mkdir()
+    (tmp_path / "step_2" / "training_info.json").write_text('{"epoch": 0, "step": 2}')
+    assert checkpointer(tmp_path).find_resume() is None
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        checkpointer(tmp_path, load_path=str(tmp_path / "step_2")).find_resume()
+
+
+@pytest.mark.parametrize("contents", ["mine", None])
+def test_a_file_in_the_place_of_the_lock_is_left_alone(tmp_path, contents, caplog):
+    own = tmp_path / "own"
+    own.write_text("mine")
+    if contents is None:
+        (tmp_path / ".lock").symlink_to(own)
+    else:
+        (tmp_path / ".lock").write_text(contents)
+    keeper = checkpointer(tmp_path)
+    keeper.prepare()
+    keeper.close()
+    assert [own.read_text(), (tmp_path / ".lock").read_text()] == ["mine", "mine"]
+    assert "is no lock of this product's" in caplog.text
 
 
 def test_after_the_damaged_step_is_removed_the_one_before_is_found(tmp_path):
-    import shutil
-
     keeper = checkpointer(tmp_path)
     keeper.save(info(1), write_policy)
     shutil.rmtree(keeper.save(info(2), write_policy))
@@ -407,6 +497,11 @@ def test_the_deadline_leaves_room_for_a_step_and_its_save():
     assert not deadline.is_near(10.0)  # 50 s passed
     assert deadline.is_near(10.0)  # 90.5 s passed
     assert not SaveDeadline(None).is_near(1e9)
+
+
+def test_the_deadline_counts_from_the_first_start_of_a_run():
+    assert SaveDeadline(100.0, now=lambda: 190.5, started=100.0).is_near(10.0)
+    assert not SaveDeadline(100.0, now=lambda: 190.5, started=None).is_near(10.0)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("00:03:45:00", 13500.0), ("2:00:00:05", 172805.0), (None, None)])

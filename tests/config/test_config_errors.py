@@ -14,7 +14,7 @@ OVERRIDES = {
     "train_micro_batch_size=4": "train_micro_batch_size=4: unknown key. Did you mean 'policy.train_micro_batch_size'? "
     "Keys of the top level: checkpointing, cluster, data, env, grpo, logger, loss_fn, policy.",
     "+cluster.gpu_per_node=1": "cluster.gpu_per_node=1: unknown key. Did you mean 'gpus_per_node'? Keys of cluster: "
-    "gpus_per_node, master_port_range_high, master_port_range_low, num_nodes, segment_size.",
+    "gpus_per_node, max_restarts, num_nodes, ",
     "policy.lora.dim.x=3": "policy.lora.dim.x=3: unknown key. Keys of policy.lora.dim: none.",
     "policy.precision=bfloat": "policy.precision='bfloat': must be one of 'float32' or 'bfloat16'. "
     "Did you mean 'bfloat16'?",
@@ -29,8 +29,8 @@ OVERRIDES = {
     "policy.shared_prefix.enabled=sometimes": "policy.shared_prefix.enabled='sometimes': must be one of 'auto' or "
     "true or false. Correct the value (the schema's default is 'auto').",
     "policy.dtensor_cfg=3": "policy.dtensor_cfg=3: must be a mapping. Its keys: _v2, activation_checkpointing, ",
-    "policy.dtensor_cfg.cpu_offload=true": "policy.dtensor_cfg.cpu_offload=True: only False is supported. "
-    "Weights stay on their device: remove the key.",
+    "policy.megatron_cfg.optimizer.optimizer_cpu_offload=true": "policy.megatron_cfg.optimizer.optimizer_cpu_offload="
+    "True: only False is supported. Activations and optimizer state stay on their device: remove the key.",
     "policy.optimizer.name=torch.optim.SGD": "policy.optimizer.name='torch.optim.SGD': only 'torch.optim.AdamW' is "
     "supported. Leave the name out and set policy.optimizer.kwargs.",
     "policy.megatron_cfg.enabled=true": "policy.megatron_cfg.enabled=True: one backend trains, and "
@@ -68,10 +68,15 @@ OVERRIDES = {
     "grpo.seed=1,2": "grpo.seed=1,2: one run takes one value. For a list write grpo.seed=[1,2].",
     "grpo.seed": "grpo.seed: this override cannot be read (missing EQUAL at '<EOF>'). "
     "Write key=value, +key=value, ++key=value or ~key.",
+    "policy.model_name=/a b(1)": "policy.model_name=/a b(1): this override cannot be read (mismatched input '(' "
+    "expecting <EOF>). Put the value in quotes of its own: 'policy.model_name=\"/a b(1)\"'.",
+    "data.train={dataset_name: squad, low: 3, input_key: x}": "data.train.input_key='x': has no meaning with "
+    "dataset_name='squad' (nor have low=3), whose own keys are data_path, split, subset. Remove it; what another file "
+    "set goes with `_override_: true` in this block.",
     "=3": "=3: this override names no key. Write key=value, +key=value, ++key=value or ~key.",
     "grpo@x=1": "grpo@x=1: overrides have no package ('@'). Write key=value, +key=value, ++key=value or ~key.",
     "~cluster.gpus": "~cluster.gpus: there is nothing to delete. Keys of cluster: gpus_per_node, "
-    "master_port_range_high, master_port_range_low, num_nodes, segment_size.",
+    "master_port_range_high, master_port_range_low, ",
     "~grpo.seed=1": "~grpo.seed=1: the value is 42. Leave the value out to delete it.",
     "+grpo.seed=1": "+grpo.seed=1: the key exists, with the value 42. Leave the '+' out to change it, or write '++'.",
 }
@@ -102,6 +107,15 @@ def test_wrong_override_says(override: str) -> None:
     expected = OVERRIDES[override]
     said = str(raised.value)
     assert said == expected or (expected.endswith((": ", ", ")) and said.startswith(expected)), said
+
+
+@pytest.mark.parametrize("place", ["models/x", "a b/(c), d=e [f]"])
+def test_a_path_below_the_home_directory_is_expanded_on_the_command_line_and_in_files(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "own.yaml"
+    file.write_text(f"defaults: {QUICK}\ncheckpointing: {{checkpoint_dir: '~/{place}'}}\n")
+    config = load_config(file, [f"policy.model_name=~/{place}"], "grpo")
+    assert config.policy.model_name == config.checkpointing.checkpoint_dir == f"{tmp_path}/{place}"
 
 
 @pytest.mark.parametrize("text", FILES)

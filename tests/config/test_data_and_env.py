@@ -86,7 +86,7 @@ def test_list_of_datasets_takes_the_defaults_and_their_rates():
             "data.validation=[{dataset_name: squad, rate: 2}]",
             "data.validation.0.rate=2.0: has no meaning here, since rates mix a list of training datasets. Remove it.",
         ),
-        ("data.train=squad", "data.train='squad': must be a mapping. Correct the value"),
+        ("data.train=squad", "data.train='squad': must be a mapping. Its keys: chat_key"),
     ],
 )
 def test_wrong_list_is_named_by_its_element(override, message):
@@ -133,6 +133,15 @@ def test_built_in_environments_are_always_there_and_own_ones_are_added():
         ({"mine": {"reward_function": "a.py"}}, "should match pattern"),
         ({"mine": {"reward_function": "a.py:f", "timeout": 3}}, "Extra inputs are not permitted"),
         ({"math": {"num_workers": 0}}, "greater than or equal to 1"),
+        ({"mine": {"reward_function": "a.py:f", "num_workers": -1}}, "greater than or equal to 0"),
+        ({"mine": {"reward_function": "a.py:f", "timeout_seconds": 0}}, "greater than 0"),
+        ({"mine": {"reward_function": "a.py:f", "timeout_seconds": "inf"}}, "finite number"),
+        ({"mine": {"reward_function": "a.py:f", "on_failure": "nan"}}, "finite number"),
+        ({"mine": {"reward_function": "a.py:f", "on_failure": "ignore"}}, "'error'"),
+        (
+            {"mine": {"reward_function": "a.py:f", "num_workers": 4, "concurrency": 2}},
+            "concurrency=2: must be num_workers=4 or more",
+        ),
     ],
 )
 def test_environment_that_cannot_be_meant_is_refused(block, message):

@@ -63,7 +63,7 @@ def test_sampling_keys_of_training_lead_to_those_of_evaluation() -> None:
 
 @pytest.mark.parametrize("key", sorted(DataConfig.model_fields))
 def test_a_key_of_data_is_read_or_refused(key: str) -> None:
-    if key in ("validation", "default", "max_input_seq_length", "on_long_prompt"):
+    if key in ("validation", "default", "max_input_seq_length", "on_long_prompt", "keep_nulls"):
         return
     value = {"train": "{dataset_name: generated_sums}"}.get(key, "false")
     assert refused(f"data.{key}={value}").startswith(f"data.{key}=")

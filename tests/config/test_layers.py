@@ -252,6 +252,18 @@ def test_inherited_keys_of_another_dataset_give_way(algorithm, override, kept):
     assert {key: getattr(section, key) for key in kept} == kept
 
 
+def test_inherited_sizes_of_megatrons_groups_give_way_in_one_process():
+    base, on_megatron = CONFIG_DIR / "dpo.yaml", ["policy.backend=megatron", "policy.megatron_cfg.peft.enabled=true"]
+    size, shared = "policy.megatron_cfg.tensor_model_parallel_size", "policy.megatron_cfg.sequence_parallel"
+    for overrides, expected in (
+        ([], (1, False)),
+        (["cluster.gpus_per_node=2"], (2, True)),
+        ([f"{size}=2", f"{shared}=true"], (2, True)),
+    ):
+        megatron = load_config(base, [*on_megatron, *overrides], "dpo").policy.megatron_cfg
+        assert (megatron.tensor_model_parallel_size, megatron.sequence_parallel) == expected
+
+
 def test_keys_of_another_dataset_that_the_user_set_are_refused():
     with pytest.raises(ConfigError, match=r"^data.train.low=3: has no meaning with dataset_name='OpenMathInstruct-2'"):
         quick("data.train.dataset_name=OpenMathInstruct-2", "data.train.low=3")

@@ -6,9 +6,15 @@ import pytest
 import torch
 
 from nemo_rl_lora.config.errors import ConfigError
-from nemo_rl_lora.config.load import CONFIG_DIR, load_config
+from nemo_rl_lora.config.layers import Layers
+from nemo_rl_lora.config.load import CONFIG_DIR, load_config, resolved_tree
 from nemo_rl_lora.config.megatron import MegatronSchedulerConfig
-from nemo_rl_lora.config.optimizer_settings import adam_settings, megatron_adam_settings, megatron_lr
+from nemo_rl_lora.config.optimizer_settings import (
+    adam_settings,
+    effective_values,
+    megatron_adam_settings,
+    megatron_lr,
+)
 from nemo_rl_lora.config.support import check_runnable, megatron_problems
 
 MEGATRON = ["policy.backend=megatron", "policy.lora.dim=4"]
@@ -67,6 +73,43 @@ def test_recipes_of_megatron_have_their_own_values():
     assert megatron_problems(config) == []
 
 
+def test_without_an_optimizer_of_the_policy_megatrons_is_the_one(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        f"defaults: {CONFIG_DIR}/sft.yaml\n"
+        "policy:\n  optimizer: null\n  megatron_cfg: {enabled: true, optimizer: {lr: 2.0e-5}}\n"
+        "  dtensor_cfg: {enabled: false}\n"
+    )
+    config = load_config(file, [], "sft")
+    settings, there = megatron_adam_settings(config, lora=False), config.policy.megatron_cfg
+    assert (settings.lr_at(50), settings.weight_decay_at(0)) == (2e-5, 0.1)
+    assert (settings.betas, settings.eps) == ((0.9, 0.98), 1e-5)
+    assert settings.lr_at(0) == there.scheduler.lr_warmup_init
+    assert check_runnable(config) == []
+    both = load_config(file, ["policy.scheduler=null"], "sft")
+    assert megatron_adam_settings(both, lora=False).lr_at(0) == there.scheduler.lr_warmup_init
+    own = load_config(file, ["policy.scheduler={name: constant}"], "sft")
+    assert megatron_adam_settings(own, lora=False).lr_at(0) == 2e-5
+    later = load_config(file, ["policy.optimizer.kwargs.lr=1e-3"], "sft")
+    settings = megatron_adam_settings(later, lora=False)
+    assert (settings.lr_at(50), settings.betas, settings.eps) == (1e-3, (0.9, 0.98), 1e-5)
+    with pytest.raises(ConfigError, match=r"^policy.optimizer=None: the DTensor backend has no other description"):
+        load_config(None, ["policy.optimizer=null"], "sft")
+
+
+def test_a_run_without_an_optimizer_of_the_policy_continues_as_one_with_the_same_values(tmp_path):
+    file = tmp_path / "x.yaml"
+    values = "weight_decay: 0.1, adam_beta1: 0.9, adam_beta2: 0.98, adam_eps: 1.0e-5, lr: 2.0e-5"
+    megatron = f"megatron_cfg: {{enabled: true, optimizer: {{{values}}}}}\n  dtensor_cfg: {{enabled: false}}\n"
+    trees = []
+    for optimizer in ("optimizer: null", "optimizer: {kwargs: {foreach: null}}"):
+        file.write_text(f"defaults: {CONFIG_DIR}/sft.yaml\npolicy:\n  {optimizer}\n  {megatron}")
+        trees.append(resolved_tree(load_config(file, [], "sft")))
+    first, second = (effective_values(tree, Layers()) for tree in trees)
+    kwargs = {key for key in second if key.startswith("policy.optimizer.kwargs.f")}
+    assert first == {key: value for key, value in second.items() if key not in kwargs}
+
+
 @pytest.mark.parametrize("style", ["constant", "linear", "cosine", "inverse-square-root"])
 @pytest.mark.parametrize("warmup", [0, 7])
 def test_learning_rates_are_megatron_cores(style, warmup):
@@ -119,7 +162,10 @@ def test_what_is_not_run_is_refused_by_name(overrides, error):
 
 @pytest.mark.parametrize(
     "override",
-    [f"{OPTIMIZER}.use_precision_aware_optimizer=false", "policy.megatron_cfg.recompute_granularity=selective"],
+    [
+        f"{OPTIMIZER}.params_dtype=bfloat16",
+        "policy.megatron_cfg.distributed_data_parallel_config.grad_reduce_in_fp32=true",
+    ],
 )
 def test_what_the_backend_has_no_setting_for_is_refused_when_the_file_is_loaded(override):
     with pytest.raises(

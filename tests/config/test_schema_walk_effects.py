@@ -42,6 +42,7 @@ from tests.tiny_models import make_character_llama
 # Keys whose accepted values mean the same here, and why that is no silence.
 SAME_MEANING = {
     "policy.dtensor_cfg._v2": "NeMo RL's choice between two workers; there is one, and false is refused with LoRA",
+    "cluster.segment_size": "one node is a group of its own; of several, tests/distributed/test_placement.py chooses",
     "grpo.skip_reference_policy_logprobs_calculation": "asserts what the KL coefficient decides; refused against it",
 }
 LORA = "policy.dtensor_cfg.lora_cfg.enabled=true"
@@ -135,6 +136,11 @@ def runs(tmp_path_factory):
             "grpo.batch_multiplier=2",
             "grpo.reward_shaping.enabled=true",
             "grpo.reward_scaling.enabled=true",
+        ],
+        "rollouts ahead": [
+            LORA,
+            "grpo.async_grpo.enabled=true",
+            "grpo.async_grpo.in_flight_weight_updates=true",
         ],
         "penalty for what was cut": [
             LORA,
@@ -346,7 +352,8 @@ def test_a_key_set_to_its_inherited_value_changes_nothing_or_is_honoured_or_refu
         traces.append(
             (found.keys, [{k: v for k, v in line.items() if "tim" not in k and "_per_" not in k} for line in lines])
         )
-    assert traces[0] == traces[1]
+    assert traces[0][0] ^ traces[1][0] == set(), "read by one of them alone"
+    assert traces[0][1] == traces[1][1]
 
 
 def _checked(file, overrides):
@@ -389,6 +396,7 @@ LOSS_CHANGES = [
     ((PENALTY,), {"loss_fn.kl_output_clamp_value": 0.1}),
     ((PENALTY,), {"loss_fn.use_on_policy_kl_approximation": True}),
     ((PENALTY,), {"loss_fn.use_unbiased_kl_estimate": True}),
+    ((PENALTY,), {"loss_fn.kl_gradient": "paper"}),
     ((), {"loss_fn.ratio_clip_min": 0.05}),
     ((), {"loss_fn.ratio_clip_max": 0.05}),
     ((), {"loss_fn.ratio_clip_c": 1.1}),
@@ -580,6 +588,10 @@ RUN_CHANGES = {
     "policy.generation.temperature": ("0.5", lambda run: run.algorithm.source.params.sampling.temperature),
     "policy.generation.stop_token_ids": ("[7]", lambda run: run.algorithm.source.params.sampling.stop_token_ids),
     "policy.generation.stop_strings": ("['x']", lambda run: run.algorithm.source.params.sampling.stop_strings),
+    "policy.generation.skip_special_tokens": (
+        "false",
+        lambda run: run.algorithm.source.params.sampling.skip_special_tokens,
+    ),
     "policy.generation.val_temperature": ("0.3", lambda run: run.algorithm.validation_params.sampling.temperature),
     "policy.generation.val_top_p": ("0.5", lambda run: run.algorithm.validation_params.sampling.top_p),
     "policy.generation.val_top_k": ("5", lambda run: run.algorithm.validation_params.sampling.top_k),

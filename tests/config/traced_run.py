@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,9 @@ def traced_run(
         reads.watch(config)
         return config
 
-    arguments = argparse.Namespace(driver=algorithm, config=file, overrides=overrides, plan=plan)
+    arguments = argparse.Namespace(
+        driver=algorithm, config=file, overrides=overrides, plan=plan, started=time.monotonic()
+    )
     with pytest.MonkeyPatch.context() as patch, reads.recording():
         patch.setattr(drivers, "load_config", load_and_watch)
         patch.setattr("nemo_rl_lora.run.console.setup_logging", lambda *_: None)  # pytest has its own handlers

@@ -46,6 +46,35 @@ def test_row_limit_takes_the_first_rows(tmp_path):
     assert [r.question for r in rows] == ["q0", "q1"]
 
 
+def test_nemo_rls_name_of_the_row_limit_means_the_same(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", *({"input": f"q{i}"} for i in range(5)))
+    section = {"dataset_name": "jsonl", "data_path": path, "max_samples": 3}
+    assert [r.question for r in rows_of(**section)] == ["q0", "q1", "q2"]
+    assert len(rows_of(**section, max_num_rows=3)) == 3
+    with pytest.raises(ValueError, match="max_samples=3: is NeMo RL's name of max_num_rows, which is 2"):
+        rows_of(**section, max_num_rows=2)
+
+
+@pytest.mark.parametrize("name", ["DeepScaler", "AIME2024"])
+def test_competition_problems_have_their_final_answers(name, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", {"problem": "1 + 1?", "answer": "2", "solution": "It is 2."})
+    (row,) = rows_of(dataset_name=name, data_path=path)
+    assert (row.question, dict(row.row)) == ("1 + 1?", {"question": "1 + 1?", "answer": "2"})
+
+
+@pytest.mark.parametrize("name", ["DAPOMath17K", "DAPOMathAIME2024"])
+def test_dapos_rows_have_their_problem_in_the_first_message(name, tmp_path):
+    stored = {"prompt": [{"role": "user", "content": "1 + 1?"}], "reward_model": {"ground_truth": "2", "style": "rule"}}
+    (row,) = rows_of(dataset_name=name, data_path=write_lines(tmp_path / "a.jsonl", stored))
+    assert (row.question, dict(row.row)) == ("1 + 1?", {"question": "1 + 1?", "answer": "2"})
+    for wrong in ({"prompt": []}, {"prompt": "1 + 1?"}, {"reward_model": {}}, {"reward_model": "2"}):
+        path = write_lines(tmp_path / "b.jsonl", stored | wrong)
+        with pytest.raises(
+            ValueError, match=r"^data.train.data_path: line 1 of .*b.jsonl has (prompt=|no 'reward_model')"
+        ):
+            rows_of(dataset_name=name, data_path=path)
+
+
 def test_parquet_reads_like_jsonl(tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -77,14 +106,16 @@ def test_missing_file_empty_file_and_wrong_kind_are_refused(tmp_path):
         rows_of(dataset_name="jsonl", data_path="absent.jsonl")
     with pytest.raises(ValueError, match=r"data.train: .*empty.jsonl has no rows"):
         rows_of(dataset_name="jsonl", data_path=write_lines(tmp_path / "empty.jsonl"))
-    with pytest.raises(ValueError, match=r"a .jsonl or .parquet file is needed"):
+    with pytest.raises(ValueError, match=r"a file that ends with .jsonl, .json, .parquet, .* is needed"):
         rows_of(dataset_name="jsonl", data_path=write_lines(tmp_path / "a.csv", "x"))
 
 
 def test_directory_needs_a_file_of_the_splits_name(tmp_path):
     write_lines(tmp_path / "test.jsonl", {"input": "x"})
     assert rows_of(dataset_name="jsonl", data_path=str(tmp_path), split="test")[0].question == "x"
-    with pytest.raises(ValueError, match=r"no train.jsonl or train.parquet, only test.jsonl. Set data.train.split"):
+    with pytest.raises(
+        ValueError, match=r"no rows of the split 'train'.*, only test.jsonl. Set data.train.split to one of: test."
+    ):
         rows_of(dataset_name="jsonl", data_path=str(tmp_path))
     with pytest.raises(ValueError, match=r"data.train.split='test': has no meaning where data_path is a file"):
         rows_of(dataset_name="jsonl", data_path=str(tmp_path / "test.jsonl"), split="test")

@@ -1,6 +1,8 @@
 import json
+import logging
 from pathlib import Path
 
+import datasets
 import pytest
 
 from nemo_rl_lora.data.catalog import names_for
@@ -120,22 +122,30 @@ def test_other_keys_of_a_message_reach_the_template(load, smol, write):
     assert written(smol, rows[0])[0] == "[]Hi[2 + 2]4"
 
 
-@pytest.mark.parametrize("limits", [{"max_total": 30}, {"max_total": 512, "max_input_seq_length": 30}])
+@pytest.mark.parametrize("limits", [{"max_total": 50}, {"max_total": 512, "max_input_seq_length": 50}])
 def test_long_row_is_cut_at_the_smaller_limit_and_says_by_how_much(load, write, limits):
     section = {"dataset_name": "jsonl", "data_path": write({"input": "Hi", "output": "one two three " * 30})}
     (rows,), _ = load(section, max_total=512)
     (cut,), _ = load(section, **limits)
     whole = rows[0]
-    assert (len(cut[0].token_ids), len(cut[0].loss_mask)) == (30, 30)
-    assert cut[0].token_ids == whole.token_ids[:30]
-    assert cut[0].num_cut_tokens == len(whole.token_ids) - 30
+    assert (len(cut[0].token_ids), len(cut[0].loss_mask)) == (50, 50)
+    assert cut[0].token_ids == whole.token_ids[:50]
+    assert cut[0].num_cut_tokens == len(whole.token_ids) - 50
 
 
-def test_row_whose_answer_is_cut_away_stays_with_nothing_to_learn(load, write):
-    (rows,), _ = load({"dataset_name": "jsonl", "data_path": write({"input": "Hi", "output": "Ho"})}, max_total=5)
-    assert len(rows) == 1
-    assert sum(rows[0].loss_mask) == 0
-    assert rows[0].num_cut_tokens > 5
+def test_rows_whose_answers_are_cut_away_are_left_out_and_counted(load, write, caplog):
+    short, long = {"input": "Hi", "output": "Ho"}, {"input": "Hi " * 60, "output": "Ho"}
+    section = {"dataset_name": "jsonl", "data_path": write(short, long, short)}
+    with caplog.at_level(logging.WARNING):
+        (rows,), _ = load(section, max_total=50)
+    assert [sum(row.loss_mask) > 0 for row in rows] == [True, True]
+    limits = "50 tokens (data.max_input_seq_length=None, policy.max_total_sequence_length=50)"
+    assert f"data.train: 1 of 3 rows are left out, nothing of their answers being within {limits}" in caplog.text
+    with pytest.raises(ValueError, match="data.train: all 3 rows are left out, nothing of their answers"):
+        load(section, max_total=5)
+    _, (validation,) = load(section, validation={**section, "data_path": write(long, name="v.jsonl")}, max_total=50)
+    assert len(validation) == 0
+    assert "data.validation: all 1 rows are left out" in caplog.text
 
 
 def test_keys_of_the_data_block_change_the_tokens(load, smol, write, sft_template):
@@ -161,10 +171,10 @@ def test_mixture_has_a_set_for_each_dataset_with_its_rate_and_name(load, smol, w
 def test_held_out_rows_and_training_rows_are_all_rows_and_follow_the_seed(load):
     def split(**section):
         gsm8k = {"dataset_name": "gsm8k", "data_path": "examples/data/gsm8k", "split": "test", **section}
-        (train,), (held_out,) = load({"split_validation_size": 0.25, **gsm8k}, max_total=64)
+        (train,), (held_out,) = load({"split_validation_size": 0.25, **gsm8k}, max_total=512)
         return [row.token_ids for row in train], [row.token_ids for row in held_out]
 
-    (every,), _ = load({"dataset_name": "gsm8k", "data_path": "examples/data/gsm8k", "split": "test"}, max_total=64)
+    (every,), _ = load({"dataset_name": "gsm8k", "data_path": "examples/data/gsm8k", "split": "test"}, max_total=512)
     train, held_out = split()
     assert (len(train), len(held_out)) == (48, 16)
     assert sorted(train + held_out) == sorted(row.token_ids for row in every)
@@ -205,3 +215,85 @@ def test_every_row_of_the_real_gsm8k_learns_its_whole_answer(load, smol):
     assert len(train) == len(rows) == 1319
     for example, row in zip(train, rows, strict=True):
         assert written(smol, example)[1] == row["answer"] + "<|im_end|>\n"
+
+
+CALLS = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"function": {"name": "weather", "arguments": {"c": "P"}}}],
+}
+TOOL_CHAT = [
+    {"role": "user", "content": "Weather?"},
+    CALLS,
+    {"role": "tool", "name": "weather", "content": "sunny"},
+    {"role": "assistant", "content": "Sunny."},
+]
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), None, []])
+@pytest.mark.parametrize("kind", ["jsonl", "content left out", "parquet"])
+def test_tool_calls_are_learned_where_the_template_has_them(load, smol, tmp_path, tools, kind):
+    chat = [{key: value for key, value in m.items() if kind != "content left out" or value} for m in TOOL_CHAT]
+    row, path = {"messages": chat, "tools": tools}, tmp_path / ("rows.parquet" if kind == "parquet" else "rows.jsonl")
+    if kind == "parquet":
+        datasets.Dataset.from_list([row]).to_parquet(path)
+    else:
+        path.write_text(json.dumps(row) + "\n")
+    (rows,), _ = load({"dataset_name": "openai_format", "data_path": str(path)}, template=TOOL_TEMPLATE)
+    calls = '[{"function": {"name": "weather", "arguments": {"c": "P"}}}]'
+    expected = smol(TOOL_TEMPLATE).apply_chat_template(TOOL_CHAT, tools=TOOLS if tools else None, tokenize=False)
+    assert ("<|im_start|>system" in expected) is bool(tools)
+    assert written(smol, rows[0]) == (expected, f"{calls}<|im_end|>\nSunny.<|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "what"),
+    [
+        (
+            TOOL_TEMPLATE.replace("tools", "other"),
+            {"messages": TOOL_CHAT[:1] + TOOL_CHAT[3:], "tools": TOOLS},
+            "the tools",
+        ),
+        (TOOL_TEMPLATE.replace("m.tool_calls", "m.x"), {"messages": TOOL_CHAT}, "the tool_calls"),
+        (
+            TOOL_TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"),
+            {"messages": TOOL_CHAT},
+            "the messages of the role tool",
+        ),
+        ("default", {"messages": TOOL_CHAT}, "the tool_calls"),
+    ],
+)
+def test_a_template_that_leaves_tools_out_is_refused(load, write, template, row, what):
+    with pytest.raises(ValueError, match=f"^policy.tokenizer.chat_template: does not write {what} of line 1 of"):
+        load({"dataset_name": "openai_format", "data_path": write(row)}, template=template)
+
+
+def test_tools_are_read_under_tool_key_or_not_at_all(load, smol, write):
+    section = {"dataset_name": "openai_format", "data_path": write({"messages": TOOL_CHAT, "functions": TOOLS})}
+    for key, shown in (("functions", True), ("tools", False), (None, False)):
+        (rows,), _ = load({**section, "tool_key": key}, template=TOOL_TEMPLATE)
+        assert ('"type": "function"' in smol().decode(rows[0].token_ids)) is shown
+
+
+def test_a_template_that_cannot_join_null_is_blamed_and_not_the_program(load, write):
+    template = "{% for m in messages %}{{ m.role + ' ' + m.content }}{{ m.tool_calls }}{% endfor %}"
+    with pytest.raises(ValueError, match="^policy.tokenizer.chat_template: cannot render the roles user and assistant"):
+        load({"dataset_name": "openai_format", "data_path": write({"messages": TOOL_CHAT})}, template=template)
+
+
+def test_alpaca_rows_are_asked_whole(load, smol, write):
+    rows = [
+        {"instruction": "Add.", "input": "2 and 2", "output": "4"},
+        {"instruction": "Name a fruit.", "input": "", "output": "Fig"},
+        {"instruction": "Name a fruit.", "output": "Fig"},
+    ]
+    (read,), _ = load({"dataset_name": "alpaca", "data_path": write(*rows)})
+    said = [smol().decode(example.token_ids).split("<|im_start|>user\n")[1] for example in read]
+    fig = "Name a fruit.<|im_end|>\n<|im_start|>assistant\nFig<|im_end|>\n"
+    assert said == ["Add.\n\n2 and 2<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n", fig, fig]

@@ -125,14 +125,26 @@ def test_equal_rates_are_meant_where_none_are_given():
 
 def test_position_in_other_data_is_refused_by_name():
     state = loader_of().state()
-    with pytest.raises(ValueError, match=r"^data.train: .* with num_rows=\[21\], and now num_rows=\[20\]. Continue"):
-        loader_of().from_state({**state, "num_rows": [21]})
     with pytest.raises(ValueError, match="seed=3, and now seed=4"):
         loader_of(seed=4).from_state(state)
     with pytest.raises(ValueError, match="shuffle=True, and now shuffle=False"):
         loader_of(shuffle=False).from_state(state)
     with pytest.raises(ValueError, match=r"rates=\[1.0, 2.0, 5.0\], and now rates=\[1.0, 2.0, 4.0\]"):
         mixed(rates=[1.0, 2.0, 4.0]).from_state(mixed().state())
+
+
+def test_position_in_data_that_has_other_rows_now_stays_in_its_epoch_at_its_place():
+    def moved(num_rows_before, num_rows_now, num_batches):
+        before, now = (loader_of([list(range(num))], shuffle=False) for num in (num_rows_before, num_rows_now))
+        for _ in range(num_batches):
+            next(before)
+        now.from_state(before.state())
+        return [next(now) for _ in range(3)]
+
+    num = len(next(loader_of()))
+    same, grown = moved(20, 20, 2), moved(20, 40, 2)
+    assert same[0] == grown[0] == list(range(2 * num, 3 * num))
+    assert moved(20, num, 2)[0] == list(range(num))  # the place is beyond the end: the next epoch
 
 
 def test_batch_of_more_rows_than_there_are_is_refused_by_its_key():

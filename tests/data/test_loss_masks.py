@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from nemo_rl_lora.config.data import DataConfig
-from nemo_rl_lora.data.loss_masks import encode_conversation, token_rules
+from nemo_rl_lora.data.chat import end_ids
+from nemo_rl_lora.data.loss_masks import encode_conversation, learns_end, token_rules
 
 GSM8K = Path(__file__).resolve().parents[2] / "examples" / "data" / "gsm8k"
 SMOL_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -222,6 +223,61 @@ def test_long_conversation_is_cut_at_its_end_and_counted(smol):
     assert (cut.token_ids, cut.loss_mask, cut.num_cut_tokens) == (whole.token_ids[:-5], whole.loss_mask[:-5], 5)
     nothing = encoded(tokenizer, CHAT, max_length=3)
     assert (sum(nothing.loss_mask), len(nothing.token_ids), nothing.num_cut_tokens) == (0, 3, len(whole.token_ids) - 3)
+
+
+TWO_MARKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content[:3] }}{% endgeneration %}|{% generation %}{{ m.content[3:] }}<|im_end|>"
+    "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("num_turns", [1, 2, 3])
+def test_the_whole_last_turn_is_learned_of_a_template_that_marks_it_in_pieces(smol, num_turns):
+    tokenizer = smol(TWO_MARKS)
+    turn = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "One two"}]
+    tokens = encoded(tokenizer, turn * num_turns, only_final=True)
+    assert learned_texts(tokenizer, tokens) == ["One", " two<|im_end|>"]
+    every = encoded(tokenizer, turn * num_turns)
+    assert learned_texts(tokenizer, every) == ["One", " two<|im_end|>"] * num_turns
+    assert tokens.token_ids == every.token_ids
+
+
+ENDS_OUTSIDE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}END\n{% endfor %}"
+)
+NEVER_ENDS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "ends", "last"),
+    [
+        (MARKS, True, "8<|im_end|>"),
+        (ENDS_OUTSIDE.replace("END", "<|im_end|>"), False, "four and four</think>8<|im_end|>"),
+        (ENDS_OUTSIDE.replace("END", "\n<|endoftext|>"), False, "four and four</think>8<|endoftext|>\n<|im_end|>"),
+        (ENDS_OUTSIDE.replace("END", ""), False, "four and four</think>8<|im_end|>"),
+        (NEVER_ENDS, False, "8<|im_end|>"),
+    ],
+)
+def test_what_is_learned_ends_the_turn_with_add_eos(smol, template, ends, last):
+    tokenizer = smol(template)
+    special = end_ids(tokenizer)
+    assert learns_end(tokenizer, encoded(tokenizer, THOUGHTS, only_final=True), special) is ends
+    tokens = encoded(tokenizer, THOUGHTS, only_final=True, add_eos=True)
+    assert learns_end(tokenizer, tokens, special)
+    assert learned_texts(tokenizer, tokens)[-1].endswith(last)
+
+
+def test_a_row_of_which_nothing_is_marked_is_refused_and_no_length_is_blamed(smol):
+    with pytest.raises(ValueError) as error:
+        encoded(smol(MARKS.replace("'assistant'", "'model'")), CHAT, max_length=20)
+    assert str(error.value) == (
+        "policy.tokenizer.chat_template: nothing is learned of row 7 of rows.jsonl, since the template has "
+        "{% generation %} blocks, of which none is reached there, or they are empty. Put them around what the "
+        "assistant says."
+    )
 
 
 def test_bos_and_eos_are_added_where_they_are_not(smol, sft_template):

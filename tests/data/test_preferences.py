@@ -186,7 +186,7 @@ def test_side_of_just_the_limit_stays(load, write):
     (pairs,), _ = load(section)
     limit = len(pairs[0].prompt_ids) + len(pairs[0].rejected_ids)
     assert len(load(section, max_total=limit)[0][0]) == 1
-    with pytest.raises(ValueError, match=f"all 1 pairs have a side longer than {limit - 1} tokens"):
+    with pytest.raises(ValueError, match=f"all 1 pairs are left out, a side being longer than {limit - 1} tokens"):
         load(section, max_total=limit - 1)
 
 
@@ -231,3 +231,11 @@ def test_every_marked_solution_of_the_real_file_is_paired(load):
     rows = [json.loads(line) for line in SHARED_SOLUTIONS.read_text().splitlines()]
     marks = [[value["is_correct"] for value in row.values() if isinstance(value, dict)] for row in rows]
     assert len(pairs) == sum(mark.count(True) * mark.count(False) for mark in marks)
+
+
+@pytest.mark.parametrize("blanks", ["\n", "\n\n", " ", "\n \n", "\t", "\r\n", "   ", "\u3000", "\n\n\n\n"])
+def test_an_answer_may_begin_with_blanks_that_the_tokenizer_joins_to_the_prompt(load, smol, write, blanks):
+    row = {"prompt": CONTEXT, "chosen": f"{blanks}Yes", "rejected": "No"}
+    (pairs,), _ = load({"dataset_name": "BinaryPreferenceDataset", "data_path": write(row)})
+    assert texts(smol, pairs[0]) == (kind(), f"{blanks}Yes<|im_end|>\n", "No<|im_end|>\n")
+    assert list(pairs[0].prompt_ids) == smol()(kind())["input_ids"]

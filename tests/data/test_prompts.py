@@ -33,6 +33,18 @@ def test_prompt_file_and_system_prompt_file_are_put_around_the_question(tokenize
     assert list(train[0].token_ids)[: len(start)] == tokenizer.convert_tokens_to_ids(start)
 
 
+def test_repeated_rows_are_prompts_of_their_own(tokenizer, make_config):
+    section = {**SUMS, "num_rows": 4, "repeat": 3, "split_validation_size": 0.25}
+    train, validation = load_prompt_sets(
+        make_config(section, validation={**SUMS, "num_rows": 2, "repeat": 2}), tokenizer
+    )
+    assert [prompt.index for prompt in train] == list(range(9))
+    assert [prompt.text for prompt in train] == [prompt.text for prompt in train[:3]] * 3
+    texts = [prompt.text for prompt in validation]
+    assert (len(texts), texts[1:3]) == (5, texts[3:])
+    assert texts[0] not in {prompt.text for prompt in train}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("no place", "found none"), ("{} {}", "found {}, {}"), ("{name}", "found {name}"), ("{", "braces do not match")],
@@ -58,14 +70,16 @@ def test_prompt_that_is_too_long_is_refused_or_dropped(tokenizer, make_config, t
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     section = {"dataset_name": "jsonl", "data_path": str(tmp_path / "a.jsonl")}
     for limits in ({"max_input_seq_length": 9}, {"max_total": 10}):
-        with pytest.raises(ValueError, match=r"data.max_input_seq_length=.*1 of 3 prompts.*row 1 with 10 tokens"):
+        with pytest.raises(
+            ValueError, match=r"data.on_long_prompt='error': 1 of 3 prompts.*line 2 of .*with 10 tokens"
+        ):
             load_prompt_sets(make_config(section, **limits), tokenizer)
     assert len(load_prompt_sets(make_config(section, max_input_seq_length=10, max_total=11), tokenizer)[0]) == 3
     with caplog.at_level(logging.WARNING):
         config = make_config(section, max_input_seq_length=9, on_long_prompt="drop")
         train, _ = load_prompt_sets(config, tokenizer)
     assert [(p.index, p.text) for p in train] == [(0, "1"), (1, "2")]
-    assert "1 of 3 rows are left out" in caplog.text
+    assert "1 of 3 prompts are left out" in caplog.text
     with pytest.raises(ValueError, match="all 3 prompts"):
         load_prompt_sets(make_config(section, max_input_seq_length=2, on_long_prompt="drop"), tokenizer)
 

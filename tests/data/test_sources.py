@@ -1,5 +1,8 @@
 """Files, directories and hub datasets as rows, for every algorithm."""
 
+import gzip
+import json
+
 import datasets
 import pytest
 from huggingface_hub import constants
@@ -114,3 +117,136 @@ def test_file_that_is_not_what_its_name_says_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"input": "\xff"}\n')
     with pytest.raises(ValueError, match=r"^data.train.data_path: .*/a.jsonl is no text in UTF-8 \(.*\). Convert it.$"):
         table_of(data_path=str(tmp_path / "a.jsonl"))
+
+
+ROWS = [{"input": f"q{i}", "output": str(i)} for i in range(5)]
+
+
+def questions(**section):
+    return [row.values["input"] for row in table_of(**section)]
+
+
+def as_lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write_shards(directory, suffix, *, split="train", tail=""):
+    """Five rows in two shards, as the hub names them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for number, rows in enumerate((ROWS[:3], ROWS[3:])):
+        path = directory / f"{split}-0000{number}-of-00002{tail}{suffix}"
+        if suffix == ".parquet":
+            datasets.Dataset.from_list(rows).to_parquet(path)
+        elif suffix.endswith(".gz"):
+            path.write_bytes(gzip.compress(as_lines(rows).encode()))
+        else:
+            path.write_text(as_lines(rows))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json", ".jsonl.gz"])
+@pytest.mark.parametrize("below", ["", "data"])
+@pytest.mark.parametrize("tail", ["", "-a09b74b3ef9c3b56"])
+def test_shards_of_a_split_are_one_set_of_rows(tmp_path, suffix, below, tail):
+    write_shards(tmp_path / below, suffix, tail=tail)
+    write_shards(tmp_path / below, suffix, split="test", tail=tail)
+    table = table_of(data_path=str(tmp_path))
+    assert [row.values for row in table] == ROWS
+    assert [table[i].values for i in range(-5, 5)] == [*ROWS, *ROWS]
+    word = "row 0" if suffix == ".parquet" else "line 1"
+    assert table[3].place == f"{word} of {tmp_path / below}/train-00001-of-00002{tail}{suffix}"
+    for limit in (2, 3, 4, 9):
+        assert questions(data_path=str(tmp_path), max_num_rows=limit) == [row["input"] for row in ROWS[:limit]]
+
+
+def test_shards_that_are_missing_or_doubled_are_refused(tmp_path):
+    write_shards(tmp_path / "a", ".parquet")
+    (tmp_path / "a" / "train-00000-of-00002.parquet").unlink()
+    with pytest.raises(ValueError, match="of the 2 shards of train, 1 are missing, the first of them number 00000"):
+        table_of(data_path=str(tmp_path / "a"))
+    write_shards(tmp_path / "b", ".parquet")
+    write_shards(tmp_path / "b" / "data", ".jsonl")
+    with pytest.raises(ValueError, match="several files that could be the split 'train'"):
+        table_of(data_path=str(tmp_path / "b"))
+    write_shards(tmp_path / "c", ".parquet", split="test")
+    with pytest.raises(ValueError, match=r"no rows of the split 'train'.* Set data.train.split to one of: test.$"):
+        table_of(data_path=str(tmp_path / "c"))
+
+
+def test_one_shard_by_its_name_is_said_to_be_one_of_several(tmp_path, caplog):
+    write_shards(tmp_path, ".parquet")
+    name = "train-00000-of-00002"
+    for section in ({"data_path": f"{tmp_path}/{name}.parquet"}, {"data_path": str(tmp_path), "split": name}):
+        caplog.clear()
+        assert questions(**section) == ["q0", "q1", "q2"]
+        assert "train-00000-of-00002.parquet is one of 2 shards of train, and only its rows are used" in caplog.text
+
+
+def test_files_of_a_directory_of_the_splits_name_are_one_set(tmp_path):
+    (tmp_path / "train").mkdir()
+    for number, rows in enumerate((ROWS[:2], ROWS[2:])):
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train" / f"000{number}.parquet")
+    assert questions(data_path=str(tmp_path)) == [row["input"] for row in ROWS]
+
+
+def test_saved_datasets_are_read(tmp_path):
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk(tmp_path / "one", num_shards=2)
+    datasets.DatasetDict({"train": saved, "test": saved.select([4])}).save_to_disk(tmp_path / "splits")
+    assert questions(data_path=str(tmp_path / "one")) == [row["input"] for row in ROWS]
+    assert questions(data_path=str(tmp_path / "one"), max_num_rows=2) == ["q0", "q1"]
+    assert questions(data_path=str(tmp_path / "splits")) == [row["input"] for row in ROWS]
+    assert questions(data_path=str(tmp_path / "splits"), split="test") == ["q4"]
+    assert questions(data_path=str(tmp_path / "splits" / "test")) == ["q4"]
+    with pytest.raises(ValueError, match=r"split='dev': .* has no split 'dev', only train, test"):
+        table_of(data_path=str(tmp_path / "splits"), split="dev")
+    with pytest.raises(ValueError, match="has no meaning where data_path is one split that was saved to disk"):
+        table_of(data_path=str(tmp_path / "one"), split="train")
+    next((tmp_path / "one").glob("*.arrow")).unlink()
+    with pytest.raises(ValueError, match="is no dataset that was saved to disk"):
+        table_of(data_path=str(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
+def test_a_json_array_is_rows(tmp_path, name, indent):
+    data = ("\ufeff" + json.dumps(ROWS, indent=indent)).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    table = table_of(data_path=str(tmp_path / name))
+    assert [row.values for row in table] == ROWS
+    assert table[4].place == f"row 4 of {tmp_path / name}"
+    assert len(table_of(data_path=str(tmp_path / name), max_num_rows=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.json", b'[{"input": "a"}, 3]', r"row 1 of .*a.json is a JSON int, and an object is needed. Correct it.$"),
+        ("a.json", b'[\n{"input": "a"},\n{"input" 4}]', r"a.json is not valid JSON \(Expecting.*, line 3, column 10\)"),
+        ("a.json", b'{\n "rows": []\n}', r"line 1 of .*a.json is not valid JSON"),
+        ("a.jsonl.gz", b"no gzip", r"a.jsonl.gz cannot be read \(Not a gzipped file"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"input": "a"}' * 99)[:-9],
+            r"a.jsonl.gz cannot be read \(Compressed file ended",
+        ),
+        ("a.parquet.gz", b"", r"a file that ends with .jsonl, .json, .parquet, .jsonl.gz, .json.gz is needed"),
+    ],
+)
+def test_file_that_holds_no_rows_is_refused(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        table_of(data_path=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_keys_that_a_message_does_not_have_stay_absent(tmp_path, kind):
+    chats = [
+        {"n": None, "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"n": 1, "messages": [{"role": "user", "content": "a", "calls": [{"name": "f"}, {"args": {"x": 1}}]}]},
+    ]
+    stored, path = datasets.Dataset.from_list(chats), tmp_path / "rows.parquet"
+    stored.to_parquet(path) if kind == "parquet" else stored.save_to_disk(path)
+    section = DatasetConfig.model_validate({"dataset_name": "jsonl", "data_path": str(path)})
+    assert [row.values for row in read_table(section, "data.train")] == chats
+    kept = [row.values for row in read_table(section, "data.train", keep_nulls=True)]
+    assert kept[0]["messages"][0] == {"role": "user", "content": "a", "calls": None}

@@ -10,18 +10,26 @@ import ray
 import torch
 
 from nemo_rl_lora.algorithms.losses.policy import make_policy_loss
+from nemo_rl_lora.config.cluster import ClusterConfig
 from nemo_rl_lora.config.loss_fn import LossFnConfig
+from nemo_rl_lora.config.megatron import MegatronConfig
+from nemo_rl_lora.distributed.lost import ProcessesLost
 from nemo_rl_lora.distributed.policy_group import PolicyGroup
 from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
 from nemo_rl_lora.tensors import tensors_digest
+from tests.distributed.processes import assert_loopback_alone, own_processes
 from tests.policy.dtensor.test_policy import make_policy, relative, spec
 from tests.policy.megatron.twins import distance, random_adapter, set_masters
 
 GRPO = make_policy_loss(LossFnConfig(reference_policy_kl_penalty=0.0))
 
 
+VARIABLE = "NRL_TEST_VARIABLE"
+
+
 def two_processes(config, setup) -> PolicyGroup:
-    return PolicyGroup(config.model_copy(update={"backend": "megatron"}), setup, 2)
+    asked = {"backend": "megatron", "megatron_cfg": MegatronConfig(env_vars={VARIABLE: "seen"})}
+    return PolicyGroup(config.model_copy(update=asked), setup, ClusterConfig(gpus_per_node=2))
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +69,17 @@ def test_what_is_published_lies_in_a_file_until_the_next(twins, mode):
     assert not ref.path.exists()
 
 
+def test_what_another_node_published_is_brought_to_this_one(twins, monkeypatch, tmp_path):
+    one, group = twins
+    monkeypatch.setattr(group, "_is_apart", True)
+    monkeypatch.setattr(group, "_directory", tmp_path, raising=False)
+    expected, ref = one.publish(5, "merged"), group.publish(5, "merged")
+    assert ref.path.parent == tmp_path
+    assert all(torch.equal(ref.tensors[name], expected.tensors[name]) for name in expected.tensors)
+    group.publish(6, "adapter")
+    assert [file.name for file in tmp_path.iterdir()] == ["version_6_adapter.safetensors"]
+
+
 def test_a_step_and_a_checkpoint_are_those_of_one_process(twins, groups_batch, tmp_path):
     one, group = twins
     for _ in range(2):
@@ -74,6 +93,15 @@ def test_a_step_and_a_checkpoint_are_those_of_one_process(twins, groups_batch, t
     weights, others = (policy._trained.canonical(lambda master: master) for policy in (resumed, one))
     assert distance(weights, others) <= 1e-4
     assert resumed._optimizer.num_steps == 2
+
+
+def test_all_sockets_listen_on_the_loopback_interface(twins):
+    assert_loopback_alone()  # Ray's, those of gloo and of torch's store
+
+
+def test_processes_start_with_the_environment_that_was_asked_for(twins):
+    ranks = [process for process in own_processes() if "RankProcess" in " ".join(process.cmdline())]
+    assert [process.environ().get(VARIABLE) for process in ranks] == ["seen"] * 2
 
 
 def test_numbers_that_are_not_finite_stop_every_process_and_end_none(twins, groups_batch):
@@ -93,6 +121,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused_as_by_one_process(twins, tmp_
 
 def test_a_process_that_ends_is_named(twins, groups_batch):  # last: it ends the group
     _, group = twins
-    ray.kill(group._ranks[1])
-    with pytest.raises(RuntimeError, match="training process 1 of 2 ended"):
+    ray.kill(group._members.actors[1])
+    with pytest.raises(ProcessesLost, match=r"training process 1 \(node 127.0.0.1\) of 2 was lost in 'logprobs_of'"):
         group.logprobs(groups_batch)

@@ -9,17 +9,9 @@ import pytest
 
 from nemo_rl_lora.config.env import EnvConfig
 from nemo_rl_lora.environments.registry import check_prompts, make_environment, make_environments
-from nemo_rl_lora.types import Prompt
+from tests.environments.own_rewards import environment_of, own, prompt_of, wait_until
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "rewards"
-
-
-def prompt_of(environment="mine", index=0, text="ask", **row):
-    return Prompt(index=index, token_ids=(1,), text=text, row=row, environment=environment)
-
-
-def environment_of(name, **block):
-    return make_environment(name, EnvConfig.model_validate({name: block}))
 
 
 # last_number
@@ -123,7 +115,7 @@ def patient_environment():
 def test_mathematically_equal_answers_count(patient_environment, answer, text, reward):
     scores = patient_environment.score([prompt_of(answer=answer)], [text])
     assert scores.rewards == (reward,)
-    assert scores.metrics == {"math_verify_timeouts": 0.0}
+    assert scores.metrics == {"math_verify_timeouts": 0.0, "math_unreadable_answers": 0.0}
 
 
 def test_endless_verification_costs_its_time_and_is_counted_while_others_score(math_environment):
@@ -132,7 +124,7 @@ def test_endless_verification_costs_its_time_and_is_counted_while_others_score(m
     start = time.monotonic()
     scores = math_environment.score(prompts, ["7", "\\boxed{(10^{10^{9}}) \\mod 11}", "8", "7"])
     assert scores.rewards == (1.0, 0.0, 0.0, 1.0)
-    assert scores.metrics == {"math_verify_timeouts": 1.0}
+    assert scores.metrics["math_verify_timeouts"] == 1.0
     assert time.monotonic() - start < 10
 
 
@@ -147,10 +139,9 @@ def test_math_scores_outside_the_main_thread(math_environment):
 
 def test_worker_that_died_is_replaced(math_environment):
     math_environment.score([prompt_of(answer="7")] * 4, ["7"] * 4)
-    for worker in math_environment._workers:
-        if worker._process is not None:
-            os.kill(worker._process.pid, 9)
-            worker._process.wait()
+    for pid in math_environment._workers.pids():
+        os.kill(pid, 9)
+    wait_until(lambda: not math_environment._workers.pids())
     assert math_environment.score([prompt_of(answer="7")] * 4, ["7"] * 4).rewards == (1.0,) * 4
 
 
@@ -158,6 +149,58 @@ def test_math_row_without_an_answer_is_named(math_environment):
     for row in ({}, {"answer": "  "}):
         with pytest.raises(ValueError, match="env.math: row 3 has answer="):
             math_environment.check([prompt_of(index=3, **row)])
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ("50%", ["\\boxed{50\\%}", "It is 50%.", "50 percent", "50", "0.5", "\\frac{1}{2}"], ["5000%", "5", "0.5%"]),
+        ("\\boxed{50\\%}", ["\\boxed{50\\%}", "$50\\%$", "\\boxed{50}"], ["\\boxed{5}"]),
+        ("50", ["\\boxed{50\\%}", "50%"], ["\\boxed{5\\%}"]),
+        ("0.5", ["50%"], ["50"]),
+        ("33 1/3 %", ["\\boxed{33\\frac{1}{3}\\%}"], ["33"]),
+        ("7.", ["\\boxed{7}", "so 7.", "\\boxed{7.}"], ["\\boxed{8}"]),
+        (
+            "1 1/2",
+            ["\\boxed{\\frac{3}{2}}", "1.5", "It is 1 1/2.", "\\boxed{1 1/2}"],
+            ["1", "1/2", "\\boxed{\\frac12}"],
+        ),
+        ("-2½", ["-2.5", "\\boxed{-2 1/2}"], ["2.5", "-1.5"]),
+        ("1", ["1"], ["\\boxed{1 1/2}", "1 1/2"]),
+        ("$12", ["\\boxed{\\$12}", "costs \\$12.", "12 dollars", "$12"], ["\\boxed{1}"]),
+        ("1,234", ["\\boxed{1{,}234}", "1234", "\\boxed{1 234}"], ["1", "234"]),
+        ("3/4", ["0.75", "\\boxed{\\frac{3}{4}}"], ["3", "4"]),
+        ("x=5", ["\\boxed{5}", "$x = 5$", "5"], ["\\boxed{y=5}", "6"]),
+        ("(2, 3)", ["\\boxed{(2,3)}", "$(2, 3)$"], ["\\boxed{(3,2)}"]),
+        ("7 apples", ["\\boxed{7}", "7 apples", "\\boxed{7 apples}"], ["8 apples"]),
+        ("1.5e3", ["1500", "\\boxed{1.5e3}"], ["1.5"]),
+        ("so\n#### 9", ["9"], ["3"]),
+        ("sqrt(2)/2", ["\\boxed{\\frac{1}{\\sqrt{2}}}", "\\boxed{√2/2}"], ["2"]),
+        ("\\text{Friday}", ["\\boxed{\\text{Friday}}"], ["\\boxed{\\text{Monday}}"]),
+    ],
+)
+def test_answers_are_read_as_people_write_them(patient_environment, answer, right, wrong):
+    texts = [*right, *wrong]
+    scores = patient_environment.score([prompt_of(answer=answer)] * len(texts), texts)
+    assert dict(zip(texts, scores.rewards, strict=True)) == {**dict.fromkeys(right, 1.0), **dict.fromkeys(wrong, 0.0)}
+
+
+def test_answers_that_cannot_be_read_are_counted_and_named_at_the_start(patient_environment, caplog):
+    answers = ["7", "seven", "50%", "yes", "abc", "True", "seven", "\\frac{", "\\text{no}"]
+    rows = [prompt_of(index=i, answer=answer) for i, answer in enumerate(answers)]
+    with caplog.at_level("WARNING"):
+        patient_environment.check(rows)
+    assert "env.math: 5 of 9 rows have an answer that cannot be read as mathematics" in caplog.text
+    assert "row 1 has 'seven'; row 3 has 'yes'; row 5 has 'True'; row 7 has '\\\\frac{'." in caplog.text
+    scores = patient_environment.score(rows[:2], ["7", "\\boxed{seven}"])
+    assert scores.rewards == (1.0, 0.0)
+    assert scores.metrics["math_unreadable_answers"] == 1.0
+
+
+def test_rows_of_which_no_answer_can_be_read_are_refused(patient_environment):
+    rows = [prompt_of(index=i, answer=answer) for i, answer in enumerate(["seven", "eight"])]
+    with pytest.raises(ValueError, match="env.math: 2 of 2 rows have an answer that cannot be read"):
+        patient_environment.check(rows)
 
 
 def test_verification_process_imports_no_torch():
@@ -170,11 +213,6 @@ def test_verification_process_imports_no_torch():
 
 
 # reward functions of one's own
-
-
-def own(tmp_path, source, reference="reward"):
-    (tmp_path / "mine.py").write_text(source)
-    return environment_of("mine", reward_function=f"{tmp_path / 'mine.py'}:{reference}")
 
 
 def test_own_function_gets_prompt_completion_and_row(tmp_path):
@@ -202,8 +240,15 @@ def test_function_of_a_package_is_found_by_its_dotted_name(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return float('nan')", "returned nan for row 7 and the completion 'text'"),
-        ("return None", "returned None for row 7"),
+        ("return float('nan')", "returned nan for row 7 and the completion 'text'. Return a finite number, or None"),
+        ("return [1.0]", r"returned \[1.0\] for row 7"),
+        ("return '1.0'", "returned '1.0' for row 7"),
+        ("return 10 ** 400", "returned 1000.* for row 7"),
+        ("return 1j", "returned 1j for row 7"),
+        ("import sys; sys.exit(0)", r"mine.py:reward': raised SystemExit \(0\) for row 7 and the completion 'text'"),
+        ("import sys; sys.exit('no')", r"raised SystemExit \(no\) for row 7"),
+        ("raise GeneratorExit", "raised GeneratorExit"),
+        ("raise type('Halt', (KeyboardInterrupt,), {})('now')", r"raised Halt \(now\) for row 7"),
         ("return row['absent']", r"raised KeyError \('absent'\) for row 7"),
     ],
 )
@@ -211,6 +256,88 @@ def test_reward_that_is_no_number_and_function_that_raises_name_the_row(tmp_path
     environment = own(tmp_path, f"def reward(prompt, completion, row):\n    {body}\n")
     with pytest.raises(ValueError, match=message):
         environment.score([prompt_of(index=7)], ["text"])
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["1", "True", "numpy.float32(1)", "numpy.float64(1)", "numpy.int64(1)", "numpy.bool_(True)", "numpy.array(1.0)",
+     "torch.tensor(1.0)", "torch.tensor([1.0])", "torch.tensor(True)", "fractions.Fraction(1)", "decimal.Decimal(1)"],
+)  # fmt: skip
+def test_whatever_is_a_number_is_a_reward(tmp_path, value):
+    source = (
+        "import decimal, fractions, numpy, torch\n\ndef reward(prompt, completion, row):\n    return " + value + "\n"
+    )
+    rewards = own(tmp_path, source).score([prompt_of()], ["text"]).rewards
+    assert rewards == (1.0,)
+    assert type(rewards[0]) is float
+
+
+def test_none_is_worth_nothing_and_counted_but_never_for_a_whole_rollout(tmp_path):
+    environment = own(tmp_path, "def reward(prompt, completion, row):\n    return len(completion) or None\n")
+    scores = environment.score([prompt_of()] * 3, ["ab", "", "a"])
+    assert scores.rewards == (2.0, 0.0, 1.0)
+    assert scores.metrics == {"mine_unscored": 1.0}
+    with pytest.raises(ValueError, match="returned None for all 2 completions of a rollout"):
+        environment.score([prompt_of()] * 2, ["", ""])
+
+
+def test_ctrl_c_is_no_failure_of_the_function(tmp_path):
+    environment = own(tmp_path, "def reward(prompt, completion, row):\n    raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        environment.score([prompt_of()], ["text"])
+
+
+def test_neighbours_of_the_file_are_imported_at_once_and_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "first_neighbour.py").write_text("ONE = 1.0\n")
+    (tmp_path / "second_neighbour.py").write_text("TWO = 2.0\n")
+    source = "from first_neighbour import ONE\n\ndef reward(prompt, completion, row):\n"
+    assert own(tmp_path, source + "    from second_neighbour import TWO\n    return ONE + TWO\n").score(
+        [prompt_of()], [""]
+    ).rewards == (3.0,)
+
+
+def test_parameters_are_given_by_their_names(tmp_path):
+    source = "def reward(*, row, completion, prompt, token_ids):\n    return row['k'] * len(prompt) + token_ids[-1]\n"
+    scores = own(tmp_path, source).score([prompt_of(text="abc", k=2)], ["x"], [(5, 9)])
+    assert scores.rewards == (15.0,)
+    source = "def reward(completion, prompt, row):\n    return float(completion == 'c') + 2 * float(prompt == 'p')\n"
+    assert own(tmp_path, source).score([prompt_of(text="p")], ["c"]).rewards == (3.0,)
+
+
+@pytest.mark.parametrize(
+    "signature", ["prompts, completions, **kwargs", "completions, answer, completion_ids", "completions, **kwargs"]
+)
+def test_functions_of_trl_get_lists(tmp_path, signature):
+    answers = "answer" if "answer" in signature else "kwargs['answer']"
+    ids = "completion_ids" if "completion_ids" in signature else "kwargs['completion_ids']"
+    source = f"import numpy\n\ndef reward({signature}):\n    found = zip(completions, {answers}, {ids}, strict=True)\n"
+    source += "    return [None if a is None else numpy.float32(float(c == a) + i[0]) for c, a, i in found]\n"
+    rows = [prompt_of(index=i, answer=answer) for i, answer in enumerate(["x", "y", None])]
+    scores = own(tmp_path, source).score(rows, ["x", "x", "x"], [(10,), (20,), (30,)])
+    assert scores.rewards == (11.0, 20.0, 0.0)
+    assert scores.metrics == {"mine_unscored": 1.0}
+
+
+@pytest.mark.parametrize("body", ["return 1.0", "return [1.0]", "return None"])
+def test_a_list_function_that_returns_something_else_is_refused(tmp_path, body):
+    with pytest.raises(ValueError, match="takes `completions`, a list, and returned .* for 2 of them. Return a list"):
+        own(tmp_path, f"def reward(completions, **kwargs):\n    {body}\n").score([prompt_of()] * 2, ["", ""])
+
+
+def test_functions_of_verl_get_the_expected_answer(tmp_path):
+    source = "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+    source += "    return {'score': float(solution_str == ground_truth), 'acc': data_source, 'more': extra_info}\n"
+    environment = own(tmp_path, source, "compute_score")
+    rows = [
+        prompt_of(reward_model={"style": "rule", "ground_truth": "x"}, data_source="d", extra_info={"i": 1}),
+        prompt_of(ground_truth="x"),
+        prompt_of(answer="y"),
+    ]
+    environment.check(rows)
+    assert environment.score(rows, ["x"] * 3).rewards == (1.0, 1.0, 0.0)
+    with pytest.raises(ValueError, match="takes ground_truth as verl's functions do, and row 4 has neither"):
+        environment.check([prompt_of(index=4, label="x")])
 
 
 def test_function_that_cannot_be_had_is_refused_at_the_start(tmp_path):
@@ -224,10 +351,15 @@ def test_function_that_cannot_be_had_is_refused_at_the_start(tmp_path):
         own(tmp_path, "def reward(completion):\n    return 1.0\n")
     with pytest.raises(ValueError, match="raised SyntaxError"):
         own(tmp_path, "def reward(:\n")
+    with pytest.raises(ValueError, match=r"importing .*mine.py raised SystemExit \(0\). Correct the file"):
+        own(tmp_path, "import sys\nsys.exit(0)\n")
+    with pytest.raises(ValueError, match="but missing a required argument: 'style'"):
+        own(tmp_path, "def reward(prompt, completion, row, style):\n    return 1.0\n")
 
 
-def test_shipped_example_scores_word_counts():
-    environment = environment_of("words", reward_function=f"{EXAMPLES / 'word_count.py'}:reward")
+@pytest.mark.parametrize("file", ["word_count.py", "word_count_program.py"])
+def test_shipped_examples_score_word_counts(file):
+    environment = environment_of("words", reward_function=f"{EXAMPLES / file}:reward")
     texts = ["one two three four", "one two", "", "a b c d e f g h i"]
     assert environment.score([prompt_of(num_words=4)] * 4, texts).rewards == (1.0, 0.5, 0.0, 0.0)
 

@@ -174,6 +174,24 @@ def test_a_killed_export_leaves_no_output_and_the_next_one_clears_up(trained_run
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("kind", ["directory", "file", "link"])
+def test_what_lies_where_an_export_is_made_and_is_no_export_stays(trained_run, tmp_path, kind):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "notes").write_text("mine")
+    place = tmp_path / "tmp_export_out"
+    if kind == "link":
+        place.symlink_to(own)
+    else:
+        own.rename(place) if kind == "directory" else place.write_text("mine")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    for flags in ([], ["--adapter-only"]):
+        ended = convert(trained_run.checkpoints / "step_1", tmp_path / "out", *flags)
+        assert ended.code == 2
+        assert f"is made in {place}, which is there and was not left by an export" in ended.err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
 def test_an_interrupted_export_leaves_nothing(trained_run, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from tests.evaluation.evaluation_runs import save_peft_adapter
 from tests.export.exports import convert, converted, tensors_of, write_tensors
+from tests.tiny_models import save_random_model
 
+PARTS = ("gate", "up", "down")
 ROOT = Path(__file__).parents[2]
 
 
@@ -187,11 +191,35 @@ def test_a_weight_that_is_no_float_is_refused(adapter, bf16_llama, tmp_path):
     refused(adapter, tmp_path / "out", "--base-ckpt", str(other), says=f"{name} is stored as F8_E4M3")
 
 
+def expert_base(directory: Path, *, stacked: bool) -> dict[str, torch.Tensor]:
+    """Make a directory's model one of two layers, the first of two experts, and return its tensors."""
+    config = Qwen3MoeConfig(
+        hidden_size=48,
+        intermediate_size=80,
+        moe_intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=2,
+        num_experts_per_tok=1,
+        mlp_only_layers=[1],
+        vocab_size=64,
+    )
+    save_random_model(config, directory)
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors_of(directory).items()}
+    if stacked:
+        experts = "model.layers.0.mlp.experts"
+        parts = {part: [tensors.pop(f"{experts}.{i}.{part}_proj.weight") for i in (0, 1)] for part in PARTS}
+        gate_up = [torch.cat(pair) for pair in zip(parts["gate"], parts["up"], strict=True)]
+        tensors |= {f"{experts}.gate_up_proj": torch.stack(gate_up), f"{experts}.down_proj": torch.stack(parts["down"])}
+    write_tensors(directory, tensors)
+    return tensors
+
+
 @pytest.mark.parametrize("module", ["mlp.experts.1.gate_proj", "mlp.experts"])
 def test_an_adapter_on_stacked_experts_is_refused_by_name(bf16_llama, adapter, tmp_path, module):
     other = shutil.copytree(bf16_llama, tmp_path / "other")
-    stacked = {"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(2, 160, 48, dtype=torch.bfloat16)}
-    write_tensors(other, tensors_of(bf16_llama) | stacked)
+    expert_base(other, stacked=True)
 
     def to_experts(tensors):
         for side in "AB":
@@ -205,21 +233,28 @@ def test_an_adapter_on_stacked_experts_is_refused_by_name(bf16_llama, adapter, t
 
 def test_experts_that_the_base_stores_one_by_one_are_merged(bf16_llama, tmp_path):
     other = shutil.copytree(bf16_llama, tmp_path / "other")
-    experts = {f"model.layers.0.mlp.experts.{i}.gate_proj.weight": torch.randn(80, 48).bfloat16() for i in (0, 1)}
-    write_tensors(other, tensors_of(bf16_llama) | experts)
+    tensors = expert_base(other, stacked=False)
+    experts = {name: tensor for name, tensor in tensors.items() if ".experts." in name and "gate_proj" in name}
     adapter = save_peft_adapter(bf16_llama, tmp_path / "adapter", 4, r=4, target_modules=["q_proj"])
     change_config(adapter, target_modules=["q_proj", "gate_proj"])
     shapes = {"A": (4, 48), "B": (80, 4)}
     prefix = "base_model.model.model.layers"
-    outside = {f"{prefix}.{i}.mlp.gate_proj.lora_{s}.weight": torch.randn(shapes[s]) for i in (0, 1) for s in "AB"}
+    outside = {f"{prefix}.1.mlp.gate_proj.lora_{s}.weight": torch.randn(shapes[s]) for s in "AB"}
     change_tensors(adapter, lambda tensors: tensors.update(outside))
     out = tensors_of(converted(adapter, tmp_path / "passed", "--base-ckpt", str(other)))
     assert all(torch.equal(out[name], weight) for name, weight in experts.items())
-    moved = {name: tensor for name, tensor in outside.items() if "layers.0.mlp" in name}
-    inside = {name.replace(".mlp.", f".mlp.experts.{i}."): t.clone() for i in (0, 1) for name, t in moved.items()}
+    inside = {name.replace(".1.mlp.", f".0.mlp.experts.{i}."): t.clone() for i in (0, 1) for name, t in outside.items()}
     change_tensors(adapter, lambda tensors: tensors.update(inside))
     out = tensors_of(converted(adapter, tmp_path / "merged", "--base-ckpt", str(other)))
     assert not any(torch.equal(out[name], weight) for name, weight in experts.items())
+
+
+def test_a_base_that_is_not_one_model_is_refused_by_name(adapter, bf16_llama, tmp_path):
+    other = shutil.copytree(bf16_llama, tmp_path / "other")
+    tensors = tensors_of(bf16_llama)
+    name = "model.layers.1.mlp.up_proj.weight"
+    write_tensors(other, {each: tensor for each, tensor in tensors.items() if each != name})
+    refused(adapter, tmp_path / "out", "--base-ckpt", str(other), says=f"config.json describes (1 missing: {name})")
 
 
 def test_a_base_that_is_nowhere_lists_the_places(adapter, tmp_path):
@@ -254,8 +289,9 @@ def test_logits_need_a_tokenizer(adapter, tiny_model, tmp_path):
     refused(other, tmp_path / "out", "--verify-logits", says="has no tokenizer to write prompts with")
 
 
-def test_the_command_shows_help_and_needs_its_two_paths():
-    tool = [sys.executable, "tools/convert_lora_to_hf.py"]
+@pytest.mark.parametrize("script", ["tools/convert_lora_to_hf.py", "examples/converters/convert_lora_to_hf.py"])
+def test_the_command_shows_help_and_needs_its_two_paths(script):
+    tool = [sys.executable, script]
     shown = subprocess.run([*tool, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert shown.returncode == 0
     for flag in ("--adapter-ckpt", "--base-ckpt", "--hf-model-name", "--hf-ckpt-path", "--adapter-only", "--all"):
@@ -263,3 +299,32 @@ def test_the_command_shows_help_and_needs_its_two_paths():
     without = subprocess.run([*tool, "--all"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert without.returncode == 2
     assert "--adapter-ckpt, --hf-ckpt-path" in without.stderr
+
+
+@pytest.mark.parametrize("flags", [(), ("--adapter-only",)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("lora_alpha", float("nan")), ("modules_to_save", ["lm_head"]), ("r", 3), ("alpha_pattern", {"(": 2})],
+)
+def test_the_configuration_is_checked_alike_with_and_without_a_base(adapter, tmp_path, flags, field, value):
+    change_config(adapter, **{field: value})
+    says = f"adapter_config.{field}=" if field != "r" else "is [4, 80], and [3, 80] is needed there"
+    refused(adapter, tmp_path / "out", *flags, says=says)
+
+
+@pytest.mark.parametrize("flags", [(), ("--adapter-only",)])
+def test_a_regular_expression_of_targets_is_read_as_peft_reads_it(bf16_llama, tmp_path, flags):
+    adapter = save_peft_adapter(bf16_llama, tmp_path / "adapter", 4, r=4, target_modules=r".*\.(q|v)_proj")
+    out = converted(adapter, tmp_path / "out", *flags)
+    if flags:
+        assert json.loads((out / "adapter_config.json").read_text())["target_modules"] == r".*\.(q|v)_proj"
+        return
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bf16_llama), adapter).merge_and_unload()
+    for name, tensor in tensors_of(out).items():
+        torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=1e-2, atol=1e-2)
+
+
+def test_tensors_that_no_target_reaches_are_named_without_a_base(adapter, tmp_path):
+    change_config(adapter, target_modules=["q_proj"])
+    says = "the adapter changes model.layers.0.mlp.down_proj and 11 other modules, which it does not have or"
+    refused(adapter, tmp_path / "out", "--adapter-only", says=says)

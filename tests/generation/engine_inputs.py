@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nemo_rl_lora.lora.targets import AdaptedModule
+from nemo_rl_lora.policy.offer import OfferedTensors
 from nemo_rl_lora.types import GroupRequest, Prompt, SamplingParams, SyncMode, TensorInfo, WeightsRef
 from tests.tiny_models import ALL_LINEAR
 
@@ -56,8 +58,15 @@ def merged_tensors(model: PreTrainedModel, adapter: Mapping[str, Tensor]) -> dic
 
 def ref(tensors: Mapping[str, Tensor], mode: SyncMode = "merged", version: int = 1) -> WeightsRef:
     manifest = tuple(TensorInfo(name=n, shape=tuple(t.shape), dtype=t.dtype) for n, t in tensors.items())
+    offered = OfferedTensors({name: partial(tensors.__getitem__, name) for name in tensors}, mode)
     return WeightsRef(
-        version=version, mode=mode, manifest=manifest, digest=f"digest {version}", num_bytes=0, tensors=tensors
+        version=version,
+        mode=mode,
+        manifest=manifest,
+        digest=f"digest {version}",
+        num_bytes=0,
+        tensors=offered,
+        handed=offered.handed,
     )
 
 

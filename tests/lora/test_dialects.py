@@ -20,7 +20,7 @@ from nemo_rl_lora.config.lora import (
     unified_from_spec,
 )
 from nemo_rl_lora.config.schema import field_map
-from nemo_rl_lora.lora.dialects import spec_from_peft_config, spec_to_peft_config
+from nemo_rl_lora.lora.peft_config import spec_from_peft_config, spec_to_peft_config
 from nemo_rl_lora.lora.spec import LoraSpec
 from tests.lora.resolved import resolved
 from tests.tiny_models import small_llama

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_rl_lora.lora.merge import merged_weight
+from nemo_rl_lora.lora.merge import exact_weight_and_bound, merged_weight
 
 
 def _factors(out_features=48, in_features=32, dim=8):
@@ -62,3 +62,22 @@ def test_out_may_not_be_the_base():
 def test_no_gradient_is_recorded():
     weight, lora_a, lora_b = _factors()
     assert not merged_weight(weight, lora_a.requires_grad_(), lora_b, 1.0).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("dtype", "unit", "half_subnormal"),
+    [(torch.float32, 0.0, 0.0), (torch.bfloat16, 2.0**-8, 2.0**-134), (torch.float16, 2.0**-11, 2.0**-25)],
+)
+def test_the_bound_is_that_of_the_roundings(dtype, unit, half_subnormal):
+    """Of dim + 3 roundings to fp32 of every term, with what may underflow, and of one rounding of the result."""
+    weight, lora_a, lora_b = _factors()
+    exact, bound = exact_weight_and_bound(weight, lora_a, lora_b, -4.0, dtype)
+    for row, column in ((0, 0), (7, 30), (47, 31)):
+        products = [float(lora_b[row, k].double() * lora_a[k, column].double()) for k in range(8)]
+        value, terms = float(weight[row, column]), abs(float(weight[row, column]))
+        for product in products:
+            value, terms = value - 4.0 * product, terms + 4.0 * abs(product)
+        limit = terms * 11 * 2.0**-24 / (1 - 11 * 2.0**-24) + 8 * 2.0**-126
+        limit += (abs(value) + limit) * unit + half_subnormal
+        assert exact[row, column].item() == pytest.approx(value, rel=1e-12)
+        assert bound[row, column].item() == pytest.approx(limit, rel=1e-9)

@@ -1,11 +1,11 @@
 """Every other tool's description of an adapter comes to the LoraSpec that it means, or is refused by name."""
 
-import json
 import re
 
 import peft
 import pytest
 
+from nemo_rl_lora.config.translate import read_adapter_description
 from nemo_rl_lora.lora.other_tools import translate
 from nemo_rl_lora.lora.spec import LoraSpec
 from tests.lora.resolved import resolved
@@ -31,7 +31,7 @@ def test_a_config_made_by_peft_translates_to_what_peft_builds(tmp_path):
     wrapped = peft.get_peft_model(small_llama(), made)
     wrapped.save_pretrained(tmp_path)
     layers = {n: m for n, m in wrapped.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
-    spec = translate(json.loads((tmp_path / "adapter_config.json").read_text())).spec
+    spec = read_adapter_description(tmp_path / "adapter_config.json").spec
     assert {m.name: (m.dim, m.scale) for m in resolved(small_llama(), spec)} == {
         n: (m.r["default"], m.scaling["default"]) for n, m in layers.items()
     }
@@ -73,6 +73,48 @@ def test_theseus_adapts_every_kernel_and_draws_a_with_one_over_rank():
     some = translate({"optimization": {"lora": {"target_modules": ["attn/q"]}}}).spec
     assert (some.targets, some.A_init) == (("*attn.q*",), "normal(0.0625)")
     assert "adapts no module" in _message({"optimization": {"lora": {"target_modules": []}}})
+
+
+@pytest.mark.parametrize("names", [["kernel", "embedding"], ["embedding"], ["kernel", "scale"], ["wte/embed"]])
+def test_theseus_names_of_what_is_no_linear_layer_are_refused(names):
+    said = _message({"optimization": {"lora": {"rank": 4, "target_modules": names}}})
+    assert said.startswith(f"optimization.lora.target_modules={names!r}: {names[-1]!r} adapts what is no linear layer")
+
+
+def test_theseus_kernels_may_be_named_by_their_path():
+    assert translate({"optimization": {"lora": {"target_modules": ["attn/kernel"]}}}).spec.targets == ("*attn*",)
+    both = {"optimization": {"lora": {"target_modules": ["kernel", "attn/kernel"]}}}
+    assert translate(both).spec.targets == "all-linear"
+
+
+def test_verls_documented_megatron_block_and_the_one_of_its_two_ways_that_is_on():
+    frozen = {f"freeze_{part}": True for part in ("vision_model", "vision_projection", "language_model")}
+    block = {"rank": 16, "merge": False, "fully_sharded_loras": False, **frozen}
+    model = {"path": "x", "lora_rank": 0, "lora_alpha": 16, "lora": block}
+    found = translate({"actor_rollout_ref": {"model": model}})
+    assert (found.dialect, found.spec.dim) == ("verl (Megatron)", 16)
+    model |= {"lora_rank": 32, "lora": {**block, "rank": 0}}
+    found = translate({"actor_rollout_ref": {"model": model}})
+    assert (found.dialect, found.spec.dim) == ("verl", 32)
+    model |= {"lora": block}
+    assert "describes an adapter, and so does actor_rollout_ref.model (verl)" in _message(
+        {"actor_rollout_ref": {"model": model}}
+    )
+    model |= {"lora_rank": 0, "lora": {**block, "freeze_language_model": False}}
+    assert "freeze_language_model=False: is no part of" in _message({"actor_rollout_ref": {"model": model}})
+    assert "rank=0: means no adapter there" in _message({"model": {"lora_rank": 0, "lora": {"rank": 0}}})
+
+
+@pytest.mark.parametrize("written", [8, 8.0, "8", "8.0", "8e0"])
+def test_numbers_of_other_tools_are_read_as_ours(written):
+    spec = translate({"model": {"lora_rank": written, "lora_alpha": "1e1"}}).spec
+    assert (spec.dim, spec.alpha) == (8, 10)
+    assert type(spec.dim) is int
+
+
+@pytest.mark.parametrize("written", [True, 8.5, "8.5", "eight", [8]])
+def test_what_is_no_rank_is_refused(written):
+    assert _message({"model": {"lora_rank": written}}).startswith("model.lora_rank=")
 
 
 def test_a_document_without_an_adapter_says_what_can_be_read():

@@ -212,7 +212,7 @@ def test_packaged_model_without_its_packages_names_the_extra(monkeypatch, module
         resolve_model("SmolLM2-135M-Instruct")
 
 
-def _tokenizer_directory(path: Path, template: str | None) -> Path:
+def _tokenizer_directory(path: Path, template: str | dict[str, str] | None) -> Path:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -231,9 +231,32 @@ def test_template_is_the_models_own_by_default_and_null_joins_contents(tmp_path)
     path = _tokenizer_directory(tmp_path / "t", "own: {{ messages[0].content }}")
     assert load_tokenizer(path).apply_chat_template(MESSAGES, tokenize=False) == "own: hi"
     assert load_tokenizer(path, None).apply_chat_template(MESSAGES, tokenize=False) == "hi"
-    assert load_tokenizer(path, "T").apply_chat_template(MESSAGES, tokenize=False) == "T"
+    assert load_tokenizer(path, "{{ 'T' }}").apply_chat_template(MESSAGES, tokenize=False) == "T"
     (tmp_path / "x.jinja").write_text("file")
     assert load_tokenizer(path, "x.jinja").apply_chat_template(MESSAGES, tokenize=False) == "file"
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_tokenizer_may_have_several_templates_by_name(tmp_path, as_list):
+    templates = {"default": "own: {{ messages[0].content }}", "tool_use": "tools: {{ tools }}"}
+    path = _tokenizer_directory(tmp_path / "t", None if as_list else templates)
+    if as_list:  # as older repositories have them
+        config = json.loads((path / "tokenizer_config.json").read_text())
+        config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+        (path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(path).chat_template == templates["default"]
+    assert load_tokenizer(path, "tool_use").chat_template == templates["tool_use"]
+    assert load_tokenizer(path, None).apply_chat_template(MESSAGES, tokenize=False) == "hi"
+    with pytest.raises(ValueError, match=r"chat_template='rag': .*of that name \(it has default, tool_use\)"):
+        load_tokenizer(path, "rag")
+    load_tokenizer(path, "tool_use").save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").chat_template == templates["tool_use"]
+
+
+def test_several_templates_without_a_default_need_a_name(tmp_path):
+    path = _tokenizer_directory(tmp_path / "t", {"chat": "a {{ messages }}", "tool_use": "b {{ messages }}"})
+    with pytest.raises(ValueError, match=r"chat_template='default': .*\(it has chat, tool_use\)"):
+        load_tokenizer(path)
 
 
 def test_template_kwargs_reach_every_rendering_and_unread_ones_are_refused(tmp_path):
@@ -246,7 +269,7 @@ def test_template_kwargs_reach_every_rendering_and_unread_ones_are_refused(tmp_p
 
 def test_missing_template_broken_template_and_missing_file_are_named(tmp_path):
     path = _tokenizer_directory(tmp_path / "t", None)
-    with pytest.raises(ValueError, match="no chat template of its own"):
+    with pytest.raises(ValueError, match=r"chat_template='default': .* no chat template of that name \(it has none\)"):
         load_tokenizer(path)
     with pytest.raises(ValueError, match="not a valid Jinja template, line 1"):
         load_tokenizer(path, "{% if %}")

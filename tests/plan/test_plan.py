@@ -1,8 +1,11 @@
 """Plans against totals worked out by hand, against PEFT's own count, and against the bytes of real files."""
 
 import io
+import os
 import struct
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -12,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, Qwen3Co
 
 from nemo_rl_lora.config.load import CONFIG_DIR, load_config
 from nemo_rl_lora.lora.files import adapter_tensor_name, write_adapter, write_moments
-from nemo_rl_lora.plan.plan import make_plan
+from nemo_rl_lora.plan.plan import machine_problems, make_plan
 from nemo_rl_lora.plan.show import human_bytes, render_plan
 
 TINY = {
@@ -353,3 +356,64 @@ def test_the_megatron_recipe_of_another_architecture_is_counted_and_refused(tmp_
     assert plan.num_params > 0
     assert plan.num_trainable_params > 0
     assert any("its architecture is NemotronHForCausalLM" in problem for problem in plan.problems)
+
+
+def test_more_processes_than_this_machine_can_run_are_refused_before_one_starts(tiny_sft, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cores = os.cpu_count() or 1
+    number = 64 * cores
+    several = [
+        "policy.dtensor_cfg.lora_cfg.enabled=false",
+        "policy.lora={dim: 4}",
+        "policy.train_global_batch_size=640",
+    ]
+    for backend in ("megatron", "dtensor"):
+        refused = tiny_sft(*several, f"policy.backend={backend}", f"cluster.gpus_per_node={number}")
+        assert refused.code == 2
+        assert f"cluster.gpus_per_node={number}: this machine has no GPU and {cores} CPU core(s)" in refused.err
+        assert f"Set cluster.gpus_per_node={cores} or less." in refused.err
+        assert not list(tiny_sft.logs.glob("exp_*"))
+
+
+def test_processes_that_do_not_fit_into_the_free_memory_are_refused(tiny, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    overrides = [f"policy.model_name={tiny}", "policy.lora={dim: 4}", "cluster.gpus_per_node=2"]
+    for backend, parts in (("dtensor", ()), ("megatron", ("policy.megatron_cfg.tensor_model_parallel_size=2",))):
+        config = load_config(None, [*overrides, f"policy.backend={backend}", *parts], "sft")
+        plan = make_plan(config)
+        assert machine_problems(config, plan) == []
+        large = replace(
+            plan,
+            sizes=replace(plan.sizes, base_bytes=2**50),
+            rank_parts=tuple(replace(part, num_params=2**48) for part in plan.rank_parts),
+        )
+        (problem,) = machine_problems(config, large)
+        assert problem.startswith("cluster.gpus_per_node=2: a process holds ")
+        assert "GiB free. Set a lower cluster.gpus_per_node, or free some memory." in problem
+        monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+        assert machine_problems(config, large) == []
+        monkeypatch.delenv("RAY_ADDRESS")
+
+
+def test_a_plan_says_how_many_engines_sample_and_on_what(tiny, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    apart = ("policy.generation.backend=vllm", "policy.generation.colocated.enabled=false")
+
+    def said(*overrides):
+        (check,) = [check for check in _plan(tiny, *overrides).checks if check.name == "engines"]
+        return check.finding
+
+    assert said() == "1 in_process, in the trainer's process"
+    assert said(apart[0]) == "1 vllm, in the trainer's process"
+    one = "1 vllm, each in a process of its own on 1 CPU(s) of one node: "
+    assert said(*apart) == f"{one}1 tensor-parallel x 1 pipeline-parallel rank(s)"
+    assert said(*apart, "policy.generation.num_engines=3").startswith("3 vllm, each")
+    resources = "policy.generation.colocated.resources={num_nodes: 2, gpus_per_node: 4}"
+    found = said(*apart, resources, "policy.generation.vllm_cfg.tensor_parallel_size=2")
+    assert found.startswith("4 vllm, each in a process of its own on 2 CPU(s) of one node: 2 tensor-parallel")
+    assert found.endswith(", on 2 node(s) with 4 of them")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
+    assert said(*apart, "cluster.gpus_per_node=2").startswith("6 vllm, each in a process of its own on 1 GPU(s)")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert said(*apart).startswith("as many vllm as the cluster has devices for, each")

@@ -2,6 +2,8 @@
 
 import torch
 
+from nemo_rl_lora.distributed.ranks import ALONE
+from nemo_rl_lora.policy.microbatches import Cutting, Microbatch, MicrobatchPlan
 from nemo_rl_lora.types import Batch, Denominators
 from tests.tiny_models import VOCABULARY
 
@@ -29,3 +31,8 @@ def make_groups_batch() -> Batch:
         generation_logprobs=-torch.rand(shape, generator=generator) * loss_mask,
         advantages=torch.randn(7, generator=generator),
     )
+
+
+def microbatches_of(batch: Batch, plan: MicrobatchPlan) -> list[Microbatch]:
+    """How one process cuts a batch."""
+    return Cutting(train=plan, logprob=plan, share=ALONE).portions(batch, "train")[0].microbatches()

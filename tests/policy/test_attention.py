@@ -1,18 +1,25 @@
 """Segment layout and attention against transformers' own padded forward pass, values and gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_rl_lora.policy.attention import supports_segments
 from nemo_rl_lora.policy.forward import ForwardPass
-from nemo_rl_lora.policy.head import target_logprobs
-from nemo_rl_lora.policy.microbatches import MicrobatchPlan, plan_microbatches
+from nemo_rl_lora.policy.head import Head, target_logprobs
+from nemo_rl_lora.policy.microbatches import MicrobatchPlan
+from tests.policy.batches import microbatches_of
 
 FAMILIES = ["llama", "qwen2", "qwen3"]
 PLANS = {
     "rows": MicrobatchPlan(fill="rows", max_rows=3, max_tokens=60, share_prefix=False, max_shared_tokens=999),
     "rows, shared": MicrobatchPlan(fill="rows", max_rows=3, max_tokens=60, share_prefix=True, max_shared_tokens=999),
+    # both groups in one microbatch: the shorter prompt is padded, and its padding is nobody's key
+    "all rows, shared": MicrobatchPlan(
+        fill="rows", max_rows=7, max_tokens=60, share_prefix=True, max_shared_tokens=999
+    ),
     "sorted": MicrobatchPlan(fill="sorted", max_rows=3, max_tokens=60, share_prefix=False, max_shared_tokens=999),
     "sorted, shared": MicrobatchPlan(
         fill="sorted", max_rows=3, max_tokens=90, share_prefix=True, max_shared_tokens=999
@@ -39,6 +46,16 @@ def reference(model, batch, weights):
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layout_equals_padded_rows(tiny_model, groups_batch, family, plan):
+    assert_equals_padded_rows(tiny_model, groups_batch, family, plan)
+
+
+def test_prompts_of_other_lengths_share_a_microbatch(tiny_model, groups_batch):
+    """Their segments are padded to lengths of their own, in buckets of their own."""
+    batch = replace(groups_batch, prompt_length=torch.tensor([3, 3, 3, 14, 14, 14, 14]))
+    assert_equals_padded_rows(tiny_model, batch, "llama", PLANS["all rows, shared"])
+
+
+def assert_equals_padded_rows(tiny_model, groups_batch, family, plan):
     model = AutoModelForCausalLM.from_pretrained(tiny_model(family), dtype=torch.float32).eval()
     weights = torch.randn(groups_batch.token_ids.shape, generator=torch.Generator().manual_seed(2))
     expected, expected_gradients = reference(model, groups_batch, weights)
@@ -46,8 +63,8 @@ def test_every_layout_equals_padded_rows(tiny_model, groups_batch, family, plan)
     forward = ForwardPass(model=model, flat=True, temperature=1.0, chunk_tokens=16, autocast_dtype=None)
     forward.prepare()
     seen = torch.zeros_like(expected)
-    for micro in plan_microbatches(groups_batch, plan):
-        values = forward.logprobs(micro, groups_batch.token_ids.shape[1])
+    for micro in microbatches_of(groups_batch, plan):
+        values = forward(micro, groups_batch.token_ids.shape[1])
         (values * weights[micro.rows]).sum().backward()
         seen[micro.rows] = values.detach()
     # fp32 rounding through 3 layers: values on a scale of 5, gradients relative in L2
@@ -64,13 +81,20 @@ def test_padded_layout_serves_a_sliding_window(tiny_model, groups_batch):
     expected, _ = reference(model, groups_batch, weights)
     forward = ForwardPass(model=model, flat=False, temperature=1.0, chunk_tokens=16, autocast_dtype=None)
     forward.prepare()
-    for micro in plan_microbatches(groups_batch, PLANS["sorted"]):
-        values = forward.logprobs(micro, groups_batch.token_ids.shape[1])
+    for micro in microbatches_of(groups_batch, PLANS["sorted"]):
+        values = forward(micro, groups_batch.token_ids.shape[1])
         torch.testing.assert_close(values, expected[micro.rows], atol=5e-6, rtol=0)
 
 
+@pytest.mark.parametrize("plan", [plan for plan in PLANS.values() if plan.fill != "rows"])
+def test_no_microbatch_is_over_its_budget(groups_batch, plan):
+    found = microbatches_of(groups_batch, plan)
+    assert sorted(row for micro in found for row in micro.rows.tolist()) == list(range(7))
+    assert all(micro.num_tokens - micro.num_padding_tokens <= plan.max_tokens for micro in found)
+
+
 def test_sharing_computes_each_prompt_once(groups_batch):
-    shared, *rest = plan_microbatches(
+    shared, *rest = microbatches_of(
         groups_batch,
         MicrobatchPlan(fill="sorted", max_rows=1, max_tokens=10**6, share_prefix=True, max_shared_tokens=10**6),
     )
@@ -87,7 +111,7 @@ def test_chunked_head_equals_dense_log_softmax(temperature, train_head):
     weight = torch.randn(50, 12, generator=generator).requires_grad_(train_head)
     target = torch.randint(0, 50, (37,), generator=generator)
     outer = torch.randn(37, generator=generator)
-    values = target_logprobs(hidden, weight, target, temperature=temperature, chunk_tokens=8)
+    values = target_logprobs(hidden, Head(weight=weight, temperature=temperature, chunk_tokens=8), target)
     (values * outer).sum().backward()
     h64 = hidden.detach().double().requires_grad_()
     w64 = weight.detach().double().requires_grad_()

@@ -12,9 +12,10 @@ from nemo_rl_lora.algorithms.losses.policy import count_denominators
 from nemo_rl_lora.algorithms.losses.preference import PreferenceLoss, row_logprobs
 from nemo_rl_lora.config.dpo import DpoConfig
 from nemo_rl_lora.policy.dtensor.policy import DTensorPolicy
-from nemo_rl_lora.policy.microbatches import MicrobatchPlan, plan_microbatches
+from nemo_rl_lora.policy.microbatches import MicrobatchPlan
 from nemo_rl_lora.types import Batch, LossFn, StepOutput
-from tests.policy.dtensor.test_policy import make_policy, randomise_b, relative, spec
+from tests.policy.batches import microbatches_of
+from tests.policy.dtensor.test_policy import adapters_of, make_policy, randomise_b, relative, spec
 from tests.tiny_models import VOCABULARY
 
 PROMPTS = [9, 14, 5, 20]
@@ -83,7 +84,7 @@ def step(path, batch: Batch, loss_fn: LossFn, **settings) -> tuple[StepOutput, d
         batch = replace(batch, reference_logprobs=reference)
     output = policy.train_step(batch, loss_fn)
     gradients = {}
-    for name, linear in policy.named_adapters():
+    for name, linear in adapters_of(policy):
         gradients |= {f"{name}.A": linear.lora_A.weight.grad, f"{name}.B": linear.lora_B.weight.grad}
     return output, gradients
 
@@ -162,7 +163,7 @@ def plan(fill, max_rows: int, max_tokens: int, *, share: bool) -> MicrobatchPlan
 @pytest.mark.parametrize("max_tokens", [44, 60, 100, 10**6])
 @pytest.mark.parametrize("fill", ["rows", "sorted", "packed"])
 def test_every_fill_keeps_pairs_whole_and_in_order(pairs, fill, max_tokens, share):
-    microbatches = plan_microbatches(pairs, plan(fill, 3, max_tokens, share=share))
+    microbatches = microbatches_of(pairs, plan(fill, 3, max_tokens, share=share))
     rows = [micro.rows.tolist() for micro in microbatches]
     assert all(
         first % 2 == 0 and second == first + 1
@@ -176,11 +177,11 @@ def test_every_fill_keeps_pairs_whole_and_in_order(pairs, fill, max_tokens, shar
 
 
 def test_budget_of_rows_counts_pairs(pairs):
-    microbatches = plan_microbatches(pairs, plan("rows", 3, 1, share=True))
+    microbatches = microbatches_of(pairs, plan("rows", 3, 1, share=True))
     assert [len(micro.rows) for micro in microbatches] == [6, 2]
 
 
 @pytest.mark.parametrize(("share", "expected"), [(False, [3, 3, 2]), (True, [2, 2, 2, 2])])
 def test_budget_of_rows_counts_rows_where_groups_may_be_cut(pairs, share, expected):
-    microbatches = plan_microbatches(replace(pairs, whole_groups=False), plan("rows", 3, 1, share=share))
+    microbatches = microbatches_of(replace(pairs, whole_groups=False), plan("rows", 3, 1, share=share))
     assert [len(micro.rows) for micro in microbatches] == expected

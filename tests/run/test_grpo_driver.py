@@ -17,7 +17,7 @@ from nemo_rl_lora.generation.in_process import engine
 from nemo_rl_lora.generation.protocol import GenerationFailed
 from nemo_rl_lora.generation.replay import write_replay
 from nemo_rl_lora.run.drivers import continue_command
-from nemo_rl_lora.types import Completion, CompletionGroup, SyncReceipt
+from nemo_rl_lora.types import Completion, CompletionGroup
 from tests.driver import adapter, same, without_seconds
 
 ROOT = Path(__file__).parents[2]
@@ -264,15 +264,12 @@ def test_the_engine_samples_from_the_adapter_that_is_trained(tiny_run, mode):
     assert all(abs(line["token_mult_prob_error"] - 1) < 1e-4 for line in (first, *later))
 
 
-def test_an_engine_that_stays_on_the_base_shows_in_gen_kl_error(tiny_run, monkeypatch):
+def test_an_engine_that_goes_back_to_the_base_after_its_proof_shows_in_gen_kl_error(tiny_run, monkeypatch):
     class LeftBehind(engine.InProcessGeneration):
         def sync_weights(self, ref):
-            receipt = super().sync_weights(ref) if ref.version == 0 else self._receipt
-            self._receipt = receipt
-            self._version = ref.version  # it lies
-            return SyncReceipt(
-                version=ref.version, mode=ref.mode, digest=ref.digest, num_tensors=1, num_bytes=0, seconds=0.0
-            )
+            receipt = super().sync_weights(ref)
+            self._decoder.set_weights({})
+            return receipt
 
     monkeypatch.setattr(engine, "InProcessGeneration", LeftBehind)
 
@@ -324,6 +321,7 @@ def test_replayed_rollouts_train_as_the_recorded_run(tiny_run, monkeypatch, tmp_
     original, once, twice = (without_seconds(tiny_run.metrics(experiment=i)) for i in (1, 2, 3))
     for line in original:
         assert line["sync_bytes"] > 0
+        line.pop("sync_confirmed")  # nor do they prove any
     for line in (*original, *once, *twice):
         line.pop("sync_bytes")  # recorded rollouts need no weights
     assert original == once == twice
@@ -385,6 +383,30 @@ def test_an_engine_that_confirms_other_weights_stops_the_run(tiny_run, monkeypat
 
     assert ended.code == 1
     assert "policy.generation.lora_sync='merged': the engine confirmed version 0 (000000000000)" in ended.err
+    assert tiny_run.metrics() == []
+
+
+def test_one_of_several_engines_that_confirms_another_version_stops_the_run(tiny_run, monkeypatch):
+    from dataclasses import replace
+
+    from nemo_rl_lora.types import EngineReceipt
+
+    class Behind(engine.InProcessGeneration):
+        def sync_weights(self, ref):
+            receipt = super().sync_weights(ref)
+            of_one = {"where": "there", "num_ranks": 1, "verdict": "confirmed", "seconds": 0.1, "proof_seconds": 0.1}
+            engines = [
+                EngineReceipt(index=index, version=version, digest=receipt.digest, **of_one)
+                for index, version in enumerate((ref.version, ref.version - 1))
+            ]
+            return replace(receipt, engines=tuple(engines))
+
+    monkeypatch.setattr(engine, "InProcessGeneration", Behind)
+
+    ended = tiny_run()
+
+    assert ended.code == 1
+    assert "policy.generation.lora_sync='merged': engine 1 confirmed version -1 (" in ended.err
     assert tiny_run.metrics() == []
 
 

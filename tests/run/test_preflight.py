@@ -1,14 +1,20 @@
-"""The checks before weights load: one list, of which a start raises the first problem and a plan shows them all."""
+"""The checks before weights load: one list, of which a start says every problem, as a plan does."""
+
+import contextlib
+import shutil
+from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
 
+from nemo_rl_lora.checkpoints.steps import LOCK_FILE
 from nemo_rl_lora.config.load import load_config
 from nemo_rl_lora.run.drivers import train
-from nemo_rl_lora.run.preflight import check_start, plan_run
+from nemo_rl_lora.run.preflight import Start, check_start, plan_run
 from tests.driver import run_driver
 
 WRONG = {
-    "configuration": ["cluster.gpus_per_node=3"],
+    "configuration": ["policy.dtensor_cfg.context_parallel_size=2"],
     "engine": ["policy.generation.backend=replay", "policy.generation.replay_path={tmp}/none.jsonl"],
     "tokenizer": ["policy.tokenizer.name={tmp}/none"],
     "data": ["grpo.num_prompts_per_step=64"],
@@ -27,6 +33,81 @@ def test_a_plan_shows_what_a_start_raises(tiny_run, tmp_path, overrides):
     with pytest.raises(ValueError) as caught:
         check_start(config)
     assert plan_run(config).problems == tuple(str(caught.value).splitlines())
+
+
+def test_a_start_says_every_problem_at_once_and_takes_nothing(tiny_run, tmp_path):
+    overrides = [
+        "policy.dtensor_cfg.context_parallel_size=2",
+        f"policy.generation.replay_path={tmp_path}/none.jsonl",
+        "policy.generation.backend=replay",
+        "grpo.num_prompts_per_step=64",
+        f"policy.adapter.init_from={tmp_path}/none",
+        f"checkpointing.checkpoint_dir={tmp_path}/new",
+    ]
+    config = load_config(None, tiny_run.arguments(*overrides), "grpo")
+    with pytest.raises(ValueError) as caught:
+        check_start(config)
+    keys = [line.split(":")[0].split("=")[0] for line in str(caught.value).splitlines()]
+    assert keys == [
+        "policy.dtensor_cfg.context_parallel_size",
+        "policy.generation.replay_path",
+        "grpo.num_prompts_per_step",
+        "policy.adapter.init_from",
+    ]
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_without_a_model_the_rest_is_said_all_the_same(tiny_run, tmp_path):
+    overrides = [f"policy.model_name={tmp_path}/none", "policy.dtensor_cfg.context_parallel_size=2"]
+    config = load_config(None, tiny_run.arguments(*overrides), "grpo")
+    for start in (check_start, plan_run):
+        with pytest.raises(ValueError, match=r"(?s)^policy\.model_name=.*\npolicy\.dtensor_cfg\.context_parallel"):
+            start(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["checkpointing.metric_name=val:pass@k"], "checkpointing.metric_name='val:pass@k': no validation of this run"),
+        (
+            ["grpo.val_at_start=true", "grpo.stop_at_validation_metric=x", "grpo.stop_at_validation_threshold=1"],
+            "grpo.stop_at_validation_metric='x': no validation of this run measures it. Validation measures",
+        ),
+        (["checkpointing.metric_name=val:accuracy", "data.validation=null"], "Set data.validation and grpo.val_period"),
+        (["checkpointing.metric_name=val:accuracy", "grpo.val_period=0"], "Set data.validation and grpo.val_period"),
+    ],
+)
+def test_a_metric_that_no_validation_has_is_refused(tiny_run, overrides, said):
+    problems = plan_run(load_config(None, tiny_run.arguments(*overrides), "grpo")).problems
+    assert any(said in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "grpo"])
+def test_validation_measures_what_it_says(algorithm, tiny_run, tiny_sft, tiny_dpo):
+    run = {"sft": tiny_sft, "dpo": tiny_dpo, "grpo": tiny_run}[algorithm]
+    overrides = [f"{algorithm}.val_at_end=true", f"{algorithm}.max_num_steps=1", "checkpointing.enabled=false"]
+    start = Start(load_config(None, run.arguments(*overrides), algorithm))
+    assert start.loader.num_batches_per_epoch
+    assert run(*overrides).code == 0
+    measured = {name for name in run.metrics("validation")[-1] if not name.startswith(("timing/", "step", "split"))}
+    assert measured == set(start.algorithm.validation_metrics)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_plan_says_that_the_checkpoints_directory_is_in_use(tiny_run, held):
+    config = load_config(None, tiny_run.arguments(), "grpo")
+    check_start(config).checkpointer.close()
+    with FileLock(tiny_run.checkpoints / LOCK_FILE) if held else contextlib.nullcontext():
+        problems = plan_run(config).problems
+    assert [problem.partition(" (process")[0] for problem in problems] == [
+        f"checkpointing.checkpoint_dir='{tiny_run.checkpoints}': is in use by a run that is still alive"
+    ] * held
+
+
+def test_a_plan_says_that_a_checkpoint_does_not_fit_on_the_disk(tiny_run, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=2**40, used=2**40, free=1000))
+    (problem,) = plan_run(load_config(None, tiny_run.arguments("policy.dtensor_cfg.lora_cfg.dim=4"), "grpo")).problems
+    assert "has 1,000 bytes free, and one checkpoint needs" in problem
 
 
 def test_a_plan_shows_every_problem_once(tiny_run, tmp_path):

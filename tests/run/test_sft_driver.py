@@ -121,11 +121,11 @@ def test_rows_cut_at_the_limit_are_counted(tiny_sft):
     assert (first["num_cut_rows"], first["num_cut_tokens"]) == (3, 1 + 4 + 7)
 
 
-def test_a_batch_without_a_token_to_learn_is_refused_by_its_step(tiny_sft):
+def test_rows_without_a_token_to_learn_are_refused_before_weights_are_loaded(tiny_sft):
     ended = tiny_sft("policy.max_total_sequence_length=6", "data.max_input_seq_length=6")
 
-    assert ended.code == 1
-    assert "none of the 4 rows of step 1 has a token to learn within the limit. Raise it" in ended.err
+    assert ended.code == 2
+    assert "data.train: all 12 rows are left out, nothing of their answers being within 6 tokens" in ended.err
 
 
 def test_full_fine_tuning_saves_a_model(tiny_sft):

@@ -15,7 +15,7 @@ from tests.driver import Ended, TinyRun, run_driver
 
 QUICK_START = Path(__file__).parents[2] / "examples" / "configs" / "quickstart" / "grpo.yaml"
 LORA = "policy.dtensor_cfg.lora_cfg"
-VLLM = ("policy.generation.backend=vllm", "+policy.hf_config_overrides.head_dim=32")  # a size that vLLM takes
+VLLM = ("policy.generation.backend=vllm", "policy.model_name={vllm}")  # with heads that vLLM takes
 
 FILES = {
     "typo.yaml": f"defaults: {QUICK_START}\npolicy: {{presicion: float32}}\n",
@@ -61,18 +61,18 @@ WRONG = [
     ("an empty dataset", rows_of("empty.jsonl"),
      "data.train: {tmp}/empty.jsonl has no rows.", "Give a dataset with at least one."),
     ("a row without the key that is asked", rows_of("without_key.jsonl"),
-     "data.train.input_key: line 2 of {tmp}/without_key.jsonl has no 'input'; its keys are inptu.",
-     "Correct the row or the key."),
+     "data.train.input_key: line 2 of {tmp}/without_key.jsonl has no 'input'; its keys are inptu. Correct the row or "
+     "the key. Or leave such rows out, with data.on_bad_row=skip", "of the 2 looked at so far, 1 cannot be used."),
     ("a row that is no JSON", rows_of("not_json.jsonl"),
      "data.train.data_path: line 2 of {tmp}/not_json.jsonl is not valid JSON", "Correct it."),
     ("a row without what its environment scores",
      (*rows_of("without_answer.jsonl"), "data.default.env_name=last_number"),
-     "env.last_number: row 0 has answer=None, which is no integer.",
+     "env.last_number: line 1 of {tmp}/without_answer.jsonl has answer=None, which is no integer.",
      "or score with another environment (data.train.env_name)."),
     ("more prompts a step than rows", ("grpo.num_prompts_per_step=400", "policy.train_global_batch_size=1600"),
      "grpo.num_prompts_per_step=400: the training data has 32 rows.", "or more data."),
     ("prompts longer than the limit", ("data.max_input_seq_length=20",),
-     "data.max_input_seq_length=20: 32 of 32 prompts of data.train are longer than 20 tokens",
+     "data.on_long_prompt='error': 32 of 32 prompts of data.train cannot be asked, being longer than 20 tokens",
      "Raise the limits, or set data.on_long_prompt=drop."),
     ("an unknown environment", ("data.default.env_name=last_numbr",),
      "data.train.env_name='last_numbr': no environment scores these completions. Did you mean 'last_number'?",
@@ -113,18 +113,30 @@ WRONG = [
     ("both backends", ("policy.megatron_cfg.enabled=true",),
      "policy.megatron_cfg.enabled=True: one backend trains, and policy.dtensor_cfg.enabled is true as well.",
      "or one of the two flags to false."),
-    ("more processes than one", ("cluster.gpus_per_node=8",),
-     "cluster.gpus_per_node=8: the DTensor backend of this version trains in one process.",
-     "Set cluster.gpus_per_node=1, or policy.backend=megatron."),
+    ("ranks that one process does not have", ("policy.dtensor_cfg.tensor_parallel_size=2",),
+     "policy.dtensor_cfg.tensor_parallel_size=2: 2 tensor-parallel ranks x 1 replicas have to divide the number of",
+     "Change one of them."),
     ("an engine's own process without that engine", ("policy.generation.colocated.enabled=false",),
      "policy.generation.colocated.enabled=False: only vLLM runs in a process of its own",
      "or policy.generation.colocated.enabled=true."),
     ("attention heads that vLLM does not take", ("policy.generation.backend=vllm",),
      "policy.generation.backend='vllm': attention heads of 12 values, and vLLM takes (32, 64,",
      "Set policy.generation.backend=in_process."),
-    ("more devices for the engine than there are",
+    ("several ranks of an engine in the trainer's process",
      (*VLLM, "policy.generation.vllm_cfg.tensor_parallel_size=2"),
-     "policy.generation.vllm_cfg.tensor_parallel_size=2: this version serves on one device.", "Set it to 1."),
+     "policy.generation.vllm_cfg.tensor_parallel_size=2: its ranks are processes of their own, with a device each.",
+     "or policy.generation.vllm_cfg.tensor_parallel_size=1."),
+    ("ranks that do not divide the attention heads",
+     (*VLLM, "policy.generation.colocated.enabled=false", "policy.generation.vllm_cfg.tensor_parallel_size=32"),
+     "policy.generation.vllm_cfg.tensor_parallel_size=32: has to divide the model's", "Choose another."),
+    ("a pipeline of engine ranks",
+     (*VLLM, "policy.generation.colocated.enabled=false", "policy.generation.vllm_cfg.pipeline_parallel_size=2"),
+     "policy.generation.vllm_cfg.pipeline_parallel_size=2: ranks of an engine share weight matrices here, and not",
+     "for a model that one device cannot hold."),
+    ("several engines in the trainer's process",
+     (*VLLM, "policy.generation.num_engines=2"),
+     "policy.generation.num_engines=2: one engine shares the trainer's process.",
+     "or policy.generation.num_engines=1."),
     ("an engine for shorter sequences than the policy's",
      (*VLLM, "policy.generation.vllm_cfg.max_model_len=16"),
      "policy.generation.vllm_cfg.max_model_len=16: below policy.max_total_sequence_length=",
@@ -180,10 +192,10 @@ def assert_refused(ended: Ended, begins: str, ends: str) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "begins", "ends"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
-def test_wrong_input_is_refused_before_weights(tiny_run, no_weights, tmp_path, arguments, begins, ends):
+def test_wrong_input_is_refused_before_weights(tiny_run, vllm_llama, no_weights, tmp_path, arguments, begins, ends):
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
-    filled = [argument.format(tmp=tmp_path) for argument in arguments]
+    filled = [argument.format(tmp=tmp_path, vllm=vllm_llama) for argument in arguments]
 
     ended = run_driver(*filled) if filled[0].startswith("--config") else tiny_run(*filled)
 
@@ -191,13 +203,13 @@ def test_wrong_input_is_refused_before_weights(tiny_run, no_weights, tmp_path, a
     assert not tiny_run.steps()
 
 
-def test_vllm_without_its_extra_names_it(tiny_run, no_weights, monkeypatch):
+def test_vllm_without_its_extra_names_it(tiny_run, vllm_llama, no_weights, monkeypatch):
     import importlib.util
 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "vllm" else found(name, *more))
 
-    ended = tiny_run(*VLLM)
+    ended = tiny_run(VLLM[0], f"policy.model_name={vllm_llama}")
 
     begins = "policy.generation.backend='vllm': vLLM is not installed here. Run with its extra: `uv run --extra "
     assert_refused(ended, begins, "`uv run --extra vllm ...` on NVIDIA GPUs.")
@@ -323,3 +335,4 @@ def test_a_reward_function_that_raises_names_its_row(tiny_run, tmp_path):
     assert f"env.tiny.reward_function='{tmp_path}/raises.py:reward'" in ended.err
     assert "ZeroDivisionError" in ended.err
     assert "Traceback" not in ended.err
+    assert "return 1 / (row['a'] - row['a'])" in (tiny_run.logs / "exp_001" / "run.log").read_text()

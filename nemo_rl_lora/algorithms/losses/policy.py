@@ -131,19 +131,21 @@ class PolicyLoss:
     def _kl_per_token(self, terms: _PolicyTerms, inputs: LossInputs) -> Tensor:
         config = self.config
         assert inputs.reference_logprobs is not None, "loss_fn.reference_policy_kl_penalty needs reference logprobs"
-        kl = estimate_kl(
+        if config.use_unbiased_kl_estimate:
+            weights = terms.ratio
+        elif config.use_on_policy_kl_approximation:
+            assert inputs.generation_logprobs is not None, "the approximation needs generation logprobs"
+            weights = _finite_exp(inputs.logprobs - inputs.generation_logprobs)
+        else:
+            weights = (inputs.logprobs - inputs.logprobs.detach()).exp()
+        return estimate_kl(
             inputs.logprobs,
             inputs.reference_logprobs,
             config.reference_policy_kl_type,
+            weights=weights.detach() if config.kl_gradient == "paper" else weights,
             input_clamp=config.kl_input_clamp_value,
             output_clamp=config.kl_output_clamp_value,
         )
-        if config.use_unbiased_kl_estimate:
-            return kl * terms.ratio
-        if config.use_on_policy_kl_approximation:
-            assert inputs.generation_logprobs is not None, "the approximation needs generation logprobs"
-            return kl * (inputs.logprobs.detach() - inputs.generation_logprobs).exp()
-        return kl
 
     def _sampling_weights(self, inputs: LossInputs) -> Tensor:
         """[b, T] or [b, 1]: the importance weight of the trainer against the engine; 1 where it is off."""
@@ -172,13 +174,20 @@ def estimate_kl(
     reference_logprobs: Tensor,
     kind: str,
     *,
+    weights: Tensor | None = None,
     input_clamp: float | None = None,
     output_clamp: float | None = None,
 ) -> Tensor:
-    """KL(policy || reference) of every token, from samples of the policy: http://joschu.net/blog/kl-approx.html."""
+    """KL(policy || reference) of every token, from samples of the policy: http://joschu.net/blog/kl-approx.html.
+
+    `weights` of the samples multiply the estimate before the output clamp. Their gradient is that of having sampled the
+    token (arXiv 2506.09477). A token that a clamp cuts, input or output, has no gradient.
+    """
     difference = reference_logprobs - logprobs
     if input_clamp is not None:
+        is_kept = difference.abs() <= input_clamp
         difference = difference.clamp(-input_clamp, input_clamp)
+        weights = None if weights is None else torch.where(is_kept, weights, weights.detach())
     if kind == "k1":
         kl = -difference
     elif kind == "k2":
@@ -186,6 +195,7 @@ def estimate_kl(
     else:
         assert kind == "k3", kind
         kl = torch.expm1(difference) - difference
+    kl = kl if weights is None else kl * weights
     return kl if output_clamp is None else kl.clamp(-output_clamp, output_clamp)
 
 
@@ -258,27 +268,30 @@ def _engine_weights(inputs: LossInputs, config: LossFnConfig) -> Tensor:
     log_weight = inputs.old_logprobs - inputs.generation_logprobs
     if config.sequence_level_importance_ratios:
         log_weight = log_weight.sum(dim=1, keepdim=True)
-    return log_weight.exp()
+    return _finite_exp(log_weight)
+
+
+def _finite_exp(log_weight: Tensor) -> Tensor:
+    """An importance weight; 0 where it would be infinite or is not a number."""
+    return torch.where(log_weight.exp().isfinite(), log_weight, -math.inf).exp()
 
 
 def _bounded_weights(inputs: LossInputs, config: LossFnConfig) -> tuple[Tensor, Tensor]:
-    """The engine's weights as the correction uses them, and where they were out of bounds: each [b, T] or [b, 1].
+    """The engine's weights as the correction uses them, and which tokens or rows were out of bounds: [b, T] or [b, 1].
 
-    tis cuts a weight that is too large; icepop takes 0 for a token whose weight is out of bounds; seq-mask-tis takes 0
-    for every token of a row whose weights' geometric mean is.
+    tis cuts a weight at the bounds; icepop takes 0 for a token whose weight is out of them; seq-mask-tis takes 0 for
+    every token of a row whose weights' geometric mean is.
     """
     weights, kind = _engine_weights(inputs, config), config.truncated_importance_sampling_type
-    low, high = config.truncated_importance_sampling_ratio_min, config.truncated_importance_sampling_ratio
+    low, high = config.truncated_importance_sampling_ratio_min or 0.0, config.truncated_importance_sampling_ratio
     if kind is None or high is None:
         return weights, torch.zeros_like(weights, dtype=torch.bool)
-    if kind == "tis":
-        return weights.clamp(max=high), weights > high
     judged = weights
     if kind == "seq-mask-tis":
         assert inputs.generation_logprobs is not None
         judged = _row_mean(inputs.old_logprobs - inputs.generation_logprobs, inputs.loss_mask).exp().unsqueeze(1)
-    is_out = (judged > high) | (judged < (low or 0.0))
-    return torch.where(is_out, 0.0, weights), is_out
+    is_out = (judged > high) | (judged < low)
+    return weights.clamp(low, high) if kind == "tis" else torch.where(is_out, 0.0, weights), is_out
 
 
 def _ratio_metrics(terms: _PolicyTerms, inputs: LossInputs) -> dict[str, Tensor]:
@@ -312,12 +325,16 @@ def _generation_metrics(inputs: LossInputs, config: LossFnConfig) -> dict[str, T
         "js_divergence_error": _token_share(js_divergence, inputs),
         "approx_entropy": _token_share(entropy, inputs),
     }
-    if config.truncated_importance_sampling_type is not None:
-        metrics["is_oob_ratio"] = _token_share(is_out.to(weights.dtype).expand_as(trainer), inputs)
-    if config.sequence_level_importance_ratios:
+
+    def share_of_rows(values: Tensor) -> Tensor:
         has_tokens = inputs.loss_mask.any(dim=1)
-        share = weights.squeeze(1)[has_tokens].sum() / max(inputs.denominators.num_sequences, 1)
-    else:
-        share = _token_share(weights, inputs)
-    metrics["sampling_importance_ratio"] = share
+        return values.squeeze(1)[has_tokens].sum() / max(inputs.denominators.num_sequences, 1)
+
+    is_out = is_out.to(weights.dtype)
+    if config.truncated_importance_sampling_type == "seq-mask-tis":
+        metrics["is_oob_ratio"] = share_of_rows(is_out)
+    elif config.truncated_importance_sampling_type is not None:
+        metrics["is_oob_ratio"] = _token_share(is_out.expand_as(trainer), inputs)
+    by_row = config.sequence_level_importance_ratios
+    metrics["sampling_importance_ratio"] = share_of_rows(weights) if by_row else _token_share(weights, inputs)
     return metrics

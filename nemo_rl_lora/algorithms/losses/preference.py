@@ -69,6 +69,13 @@ class PreferenceLoss:
         """Whether `reference_logprobs` must be given; without the preference loss there are no rewards."""
         return self.config.preference_loss_weight > 0
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of what a call reports beside the loss."""
+        rewards = ("accuracy", "rewards_chosen_mean", "rewards_rejected_mean", "rewards_margin_mean")
+        likelihood = ("sft_loss",) if self.config.sft_loss_weight > 0 else ()
+        return (*(("preference_loss", *rewards) if self.needs_reference else ()), *likelihood)
+
     def __call__(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss with gradient, detached metrics), both scalars; this microbatch's share of the batch."""
         config, mask = self.config, inputs.loss_mask

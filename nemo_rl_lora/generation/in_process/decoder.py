@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from nemo_rl_lora.lora.adapter_tensors import AdapterTensors
+from nemo_rl_lora.lora.adapter_tensors import AdapterTensors, side_of
+from nemo_rl_lora.lora.files import module_of
 from nemo_rl_lora.models.families import families_for, rope_types_for, shortening_window
 
 PREFILL_TOKENS = 4096  # padded tokens in one prefill pass: bounds its activations
@@ -57,6 +58,15 @@ class Decoder(Protocol):
 
     def set_adapters(self, adapters: Mapping[str, AdapterTensors]) -> None:
         """Use these adapters, by module name, and no others."""
+        ...
+
+    def held(self, name: str) -> Tensor | None:
+        """What the next step reads under a parameter's name, or A and B's: unpacked. None where no adapter is used."""
+        ...
+
+    def multiply(self, name: str, x: Tensor) -> Tensor | None:
+        """Rows x times what stands under that name, as the next step multiplies: without bias, B with its scale. None
+        where no step multiplies by it (a norm, a bias, an embedding), or no adapter is used."""
         ...
 
 
@@ -107,12 +117,20 @@ class Projection:
         else:
             self.packed, self.weight = None, weight
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def held(self) -> Tensor:
+        """The weight as a plain tensor."""
+        held = self.weight if self.packed is None else self.packed.to_dense()
+        assert held is not None
+        return held
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.packed is not None:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        else:
-            assert self.weight is not None
-            y = F.linear(x, self.weight, self.bias)
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+        assert self.weight is not None
+        return F.linear(x, self.weight, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.multiply(x, self.bias)
         if self.adapter is None:
             return y
         return y + self.adapter.update(x).to(y.dtype)
@@ -174,6 +192,22 @@ class Layer:
     gate: Projection
     up: Projection
     down: Projection
+
+
+_PLACES = {
+    "input_layernorm": "input_norm",
+    "post_attention_layernorm": "post_norm",
+    "self_attn.q_norm": "q_norm",
+    "self_attn.k_norm": "k_norm",
+    "self_attn.q_proj": "q",
+    "self_attn.k_proj": "k",
+    "self_attn.v_proj": "v",
+    "self_attn.o_proj": "o",
+    "mlp.gate_proj": "gate",
+    "mlp.up_proj": "up",
+    "mlp.down_proj": "down",
+}
+"""Where a Layer has the weights of its modules."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,6 +316,35 @@ class CausalDecoder:
     def set_adapters(self, adapters: Mapping[str, AdapterTensors]) -> None:
         for name, projection in self.projections.items():
             projection.adapter = adapters.get(name)
+
+    def held(self, name: str) -> Tensor | None:
+        if (side := side_of(name)) is not None:
+            adapter = self._adapter(module_of(name))
+            return None if adapter is None else adapter.factor(side)
+        module, _, kind = name.rpartition(".")
+        used = self._used(module)
+        if isinstance(used, Projection):
+            return used.bias if kind == "bias" else used.held()
+        return used
+
+    def multiply(self, name: str, x: Tensor) -> Tensor | None:
+        if (side := side_of(name)) is not None:
+            adapter = self._adapter(module_of(name))
+            return None if adapter is None else adapter.product(side, x)
+        module, _, kind = name.rpartition(".")
+        used = self._used(module)
+        return used.multiply(x, None) if isinstance(used, Projection) and kind == "weight" else None
+
+    def _adapter(self, module: str) -> AdapterTensors | None:
+        used = self._used(module)
+        return used.adapter if isinstance(used, Projection) else None
+
+    def _used(self, module: str) -> Projection | Tensor | None:
+        """What `_body` and `_logits` read of a module."""
+        if module.startswith("model.layers."):
+            index, _, place = module.removeprefix("model.layers.").partition(".")
+            return getattr(self.layers[int(index)], _PLACES[place])
+        return {"model.embed_tokens": self.embedding, "model.norm": self.final_norm, "lm_head": self.head}[module]
 
     def admit(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
         """[P, V] logits after each prompt. Prompts of one pass are right-padded, so close lengths go together."""

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,9 +23,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nemo_rl_lora.generation.in_process.decoder import CausalDecoder, Decoder, unsupported_reason
 from nemo_rl_lora.generation.in_process.fallback import PlainDecoder
+from nemo_rl_lora.generation.in_process.inspection import Inspection
 from nemo_rl_lora.generation.in_process.sampling import sample, uniforms
 from nemo_rl_lora.generation.protocol import Ticket
-from nemo_rl_lora.generation.tickets import FinishReason, Ticketed
+from nemo_rl_lora.generation.tickets import FinishReason, Ticketed, one_more
+from nemo_rl_lora.generation.turns import Turns
 from nemo_rl_lora.lora.adapter_tensors import AdapterTensors, canonical_shapes
 from nemo_rl_lora.tensors import torch_dtype
 from nemo_rl_lora.types import CompletionGroup, GroupRequest, SyncReceipt, WeightsRef
@@ -34,6 +37,11 @@ if TYPE_CHECKING:
     from nemo_rl_lora.lora.targets import AdaptedModule
 
 logger = logging.getLogger(__name__)
+
+_NO_LIMIT = 2**31  # positions of a model without a table of them: ALiBi, recurrent layers
+_NUM_PROBE_STEPS = 3
+_FP32_BOUND = 1e-3  # of logits relative to their size: rounding is 1e-6, with recurrent layers 1e-4
+_BF16_BOUND = 0.1  # rounding is a few hundredths, a lost cache of the order of 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,6 +55,7 @@ class _Sequence:
     stop_token_ids: frozenset[int]
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    versions: list[tuple[int, int]] = field(default_factory=list)  # as in Completion
     finish_reason: FinishReason | None = None
 
 
@@ -68,7 +77,7 @@ class InProcessGeneration(Ticketed):
             tokenizer,
             getattr(base_model.generation_config, "eos_token_id", None),
             vocabulary=int(config.vocab_size),
-            max_context=int(config.max_position_embeddings),
+            max_context=int(getattr(config, "max_position_embeddings", _NO_LIMIT)),
         )
         self._dtype, self._device = compute_dtype, base_model.device
         self._adapter_dtype = compute_dtype if spec is None or spec.dtype is None else torch_dtype(spec.dtype)
@@ -78,15 +87,23 @@ class InProcessGeneration(Ticketed):
             "merged": _merged_shapes(base_model, None if spec is None else self._adapted),
             "adapter": None if spec is None else canonical_shapes(self._adapted.values()),
         }
+        self._turns = Turns()
         self._decoder = _choose_decoder(base_model, compute_dtype, max_concurrent_sequences)
+        self._inspection = Inspection(self._decoder, base_model, list(self._adapted.values()), compute_dtype)
 
-    @torch.inference_mode()
     def sync_weights(self, ref: WeightsRef) -> SyncReceipt:
+        """Between two steps of a rollout, if one runs: its completions go on under these weights, on the keys and
+        values that they have."""
+        with self._turns.update(), torch.inference_mode():
+            return self._sync(ref)
+
+    def _sync(self, ref: WeightsRef) -> SyncReceipt:
         start = time.perf_counter()
         expected = _checked_shapes(ref, self._expected[ref.mode])
         assert ref.tensors is not None
         staged: dict[str, Tensor] = {}
-        num_bytes = 0
+        num_bytes, proof_seconds = 0, 0.0
+        self._inspection.begin(ref)
         for name, shape in expected.items():
             tensor = ref.tensors[name]
             if tuple(tensor.shape) != shape:
@@ -96,7 +113,10 @@ class InProcessGeneration(Ticketed):
                 )
             num_bytes += tensor.numel() * tensor.element_size()
             dtype = self._adapter_dtype if ref.mode == "adapter" else self._dtype
-            staged[name] = tensor.detach().to(device=self._device, dtype=dtype, copy=True)
+            staged[name] = self._copied(tensor, dtype)
+            copied = time.perf_counter()
+            self._inspection.note(name, tensor, staged[name])
+            proof_seconds += time.perf_counter() - copied
         if ref.mode == "merged":
             self._decoder.set_adapters({})
             self._decoder.set_weights(staged)
@@ -104,18 +124,29 @@ class InProcessGeneration(Ticketed):
             self._decoder.set_weights({})
             modules = self._adapted.items()
             self._decoder.set_adapters({name: AdapterTensors.of(name, m.scale, staged) for name, m in modules})
+        served = time.perf_counter()
+        digest, verdict = self._inspection.judge()
         self._version = ref.version
+        done = time.perf_counter()
         return SyncReceipt(
             version=ref.version,
             mode=ref.mode,
-            digest=ref.digest,
+            digest=digest,
             num_tensors=len(expected),
             num_bytes=num_bytes,
-            seconds=time.perf_counter() - start,
+            seconds=done - start,
+            verdict=verdict,
+            proof_seconds=proof_seconds + done - served,
         )
 
+    def _copied(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The engine's own, which stays as it is while the policy trains on."""
+        return tensor.detach().to(device=self._device, dtype=dtype, copy=True)
+
     def close(self) -> None:
-        self._decoder.reset()
+        self._turns.stop()
+        with self._turns.update():
+            self._decoder.reset()
         super().close()
 
     @torch.inference_mode()
@@ -125,13 +156,14 @@ class InProcessGeneration(Ticketed):
         groups: dict[Ticket, list[_Sequence]] = {}
         try:
             while self._waiting or rows:
-                admitted = self._admissible(len(rows))
-                if admitted:
-                    rows += self._open(admitted, groups)
-                else:
-                    last = torch.tensor([row.token_ids[-1] for row in rows], device=self._device)
-                    self._draw(rows, self._decoder.step(last))
-                rows = self._close_finished(rows, groups)
+                with self._turns.step():
+                    admitted = self._admissible(len(rows))
+                    if admitted:
+                        rows += self._open(admitted, groups)
+                    else:
+                        last = torch.tensor([row.token_ids[-1] for row in rows], device=self._device)
+                        self._draw(rows, self._decoder.step(last))
+                    rows = self._close_finished(rows, groups)
         except BaseException:
             self._decoder.reset()
             raise
@@ -172,12 +204,14 @@ class InProcessGeneration(Ticketed):
         return opened
 
     def _draw(self, rows: Sequence[_Sequence], logits: Tensor) -> None:
+        assert self._version is not None, "checked by collect"
         seeds = [row.request.seeds[row.index] for row in rows]
         u = uniforms(seeds, [len(row.token_ids) for row in rows])
         tokens, logprobs = sample(logits, [row.request.sampling for row in rows], u)
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             row.token_ids.append(token)
             row.logprobs.append(logprob)
+            one_more(row.versions, self._version)
             row.finish_reason = self._finish_reason(row)
 
     def _finish_reason(self, row: _Sequence) -> FinishReason | None:
@@ -194,7 +228,7 @@ class InProcessGeneration(Ticketed):
         # more, the longest character in UTF-8, since the first of them may begin within one.
         reach = max(len(stop.encode()) for stop in stop_strings) + 4
         for token_ids in (row.token_ids[-reach:], row.token_ids):  # the whole only where the end has one
-            text = self._decode(token_ids)
+            text = self._decode(row.request.sampling, token_ids)
             if not any(stop in text for stop in stop_strings):
                 return False
         return True
@@ -212,7 +246,9 @@ class InProcessGeneration(Ticketed):
         request, completions = members[0].request, []
         for row in members:
             assert row.finish_reason is not None
-            completions.append(self._completion(request.sampling, row.token_ids, row.logprobs, row.finish_reason))
+            completions.append(
+                self._completion(request.sampling, row.token_ids, row.logprobs, row.finish_reason, row.versions)
+            )
         return CompletionGroup(prompt=request.prompt, completions=tuple(completions))
 
 
@@ -220,9 +256,46 @@ def _choose_decoder(model: PreTrainedModel, dtype: torch.dtype, batch_rows: int)
     reason = unsupported_reason(model)
     if reason is None:
         logger.info("generation: in-process engine, shared prompts, up to %d sequences at once", batch_rows)
-        return CausalDecoder(model, dtype, batch_rows)
-    logger.warning("generation: in-process engine on transformers' own forward pass, several times slower: %s", reason)
-    return PlainDecoder(model, dtype)
+        model.set_attn_implementation("sdpa")  # the same attention, as every model that this decoder serves has it
+        decoder: Decoder = CausalDecoder(model, dtype, batch_rows)
+    else:
+        logger.warning("generation: in-process engine on transformers' own forward pass, slower: %s", reason)
+        decoder = PlainDecoder(model, dtype)
+    _refuse_other_logits(decoder, model, _FP32_BOUND if dtype == torch.float32 else _BF16_BOUND)
+    return decoder
+
+
+@torch.inference_mode()
+def _refuse_other_logits(decoder: Decoder, model: PreTrainedModel, bound: float) -> None:
+    """ValueError unless a decoder continues two prompts with the logits of the model's own forward pass without a
+    cache: some models have a cache of their own kind, or none.
+
+    The median of the steps counts: in bf16 the rounding of one step may be as large as its logits, where a cache that
+    is wrong is so at every step.
+    """
+    token_ids = [i * 37 % int(model.config.get_text_config().vocab_size) for i in range(3, 15)]
+    rows, errors = [token_ids[:9], token_ids[:5]], list[float]()
+    try:
+        decoder.admit(rows, [1, 1])
+        for token in token_ids[-_NUM_PROBE_STEPS:]:
+            found = decoder.step(torch.tensor([token, token], device=model.device)).float()
+            rows = [[*row, token] for row in rows]
+            for row, logits in zip(rows, found, strict=True):
+                own = model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0, -1].float()
+                own, logits = own - own.mean(), logits - logits.mean()
+                errors.append(float((logits - own).norm() / own.norm()))
+        error = median(errors)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as problem:
+        reason = f"cannot be decoded with transformers' DynamicCache ({problem})"
+    else:
+        reason = f"decoded with a cache gives logits that differ by {error:.3g} of their size (bound {bound:g})"
+        if error <= bound:
+            decoder.reset()
+            return
+    raise ValueError(
+        f"policy.model_name={str(model.config.name_or_path)!r}: {type(model).__name__} {reason}, so this engine would "
+        f"sample from another model. Set policy.generation.backend=vllm, or choose a model with key-value caches."
+    )
 
 
 def _merged_shapes(model: PreTrainedModel, adapted: Mapping[str, AdaptedModule] | None) -> dict[str, tuple[int, ...]]:

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from nemo_rl_lora.lora.adapter_tensors import AdapterTensors
+from nemo_rl_lora.lora.adapter_tensors import AdapterTensors, side_of
+from nemo_rl_lora.lora.files import module_of
+from nemo_rl_lora.models.own_forward import compared_attention, fastest_of
 
 
 class PlainDecoder:
@@ -35,7 +39,18 @@ class PlainDecoder:
             self.places.setdefault(canonical, []).append((self.model.get_submodule(module), leaf))
             self.shared[canonical] = nn.Parameter(parameter.detach().to(compute_dtype), requires_grad=False)
         self.set_weights({})
+        self._choose_attention()
         self.reset()
+
+    @torch.no_grad()
+    def _choose_attention(self) -> None:
+        """torch's fused attention, where it computes what the model's own does."""
+        self.model.set_attn_implementation("eager")
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        token_ids = torch.arange(8, device=self.model.device)[None] % vocabulary
+        with compared_attention(ALL_ATTENTION_FUNCTIONS["sdpa"]) as calls:
+            self.model(input_ids=token_ids, use_cache=False)
+        self.model.set_attn_implementation(fastest_of(self.model, calls))
 
     def reset(self) -> None:
         self.cache: Any = None
@@ -53,8 +68,34 @@ class PlainDecoder:
         for hook in self.hooks:
             hook.remove()
         self.hooks = [
-            self.model.get_submodule(name).register_forward_hook(adding(adapter)) for name, adapter in adapters.items()
+            self.model.get_submodule(name).register_forward_hook(Adding(adapter)) for name, adapter in adapters.items()
         ]
+
+    def held(self, name: str) -> Tensor | None:
+        if (side := side_of(name)) is not None:
+            adapters = self._adapters(module_of(name))
+            return adapters[-1].factor(side) if adapters else None
+        module, _, leaf = name.rpartition(".")
+        return getattr(self.model.get_submodule(module), leaf)
+
+    def multiply(self, name: str, x: Tensor) -> Tensor | None:
+        if (side := side_of(name)) is not None:
+            products = [adapter.product(side, x) for adapter in self._adapters(module_of(name))]
+            return torch.stack(products).sum(0) if products else None
+        layer, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(layer)
+        if not isinstance(module, nn.Linear) or leaf != "weight":
+            return None
+        bias, module._parameters["bias"] = module._parameters["bias"], None
+        try:
+            return module.forward(x)  # without the hooks
+        finally:
+            module._parameters["bias"] = bias
+
+    def _adapters(self, module: str) -> list[AdapterTensors]:
+        """All that a module's own hooks add."""
+        hooks = self.model.get_submodule(module)._forward_hooks.values()
+        return [hook.adapter for hook in hooks if isinstance(hook, Adding)]
 
     def admit(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
         assert self.cache is None, "rows are still open"
@@ -67,7 +108,7 @@ class PlainDecoder:
         self.cache, self.mask = DynamicCache(config=self.model.config), mask.to(self.model.device)
         logits = self._forward(token_ids.to(self.model.device))
         rows = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(self.model.device)
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)
         self.mask = self.mask[rows]
         return logits
 
@@ -94,13 +135,16 @@ class PlainDecoder:
             self.reset()
         elif gone:
             index = torch.tensor(order, device=self.model.device)
-            self.cache.batch_select_indices(index)
+            self.cache.reorder_cache(index)
             self.mask = self.mask[index]
         return order
 
 
-def adding(adapter: AdapterTensors) -> Any:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + adapter.update(inputs[0]).to(output.dtype)
+@dataclass(frozen=True, slots=True)
+class Adding:
+    """A forward hook of a linear layer: the adapter beside it."""
 
-    return hook
+    adapter: AdapterTensors
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + self.adapter.update(inputs[0]).to(output.dtype)

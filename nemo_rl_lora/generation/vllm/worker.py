@@ -1,8 +1,8 @@
 """What runs inside vLLM's worker: weights are received there, hashed there, and probed through its kernels.
 
 Contract: vLLM mixes `WorkerExtension` into its worker class (`worker_extension_cls`), so `self` is that worker and
-every public method can be called by name. One rank holds the whole model. Names are Hugging Face's (merged) or
-PEFT's (adapter); this file alone knows where vLLM keeps what they name.
+every public method can be called by name, in each rank that shares the model. Names are Hugging Face's (merged) or
+PEFT's (adapter); this file alone knows where vLLM keeps what they name (held_part.py: which part of it a rank has).
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nemo_rl_lora.generation.vllm.proof import NAMED_AT_MOST, PROBE_COLUMNS, digests_of, probed_span
+from nemo_rl_lora.distributed.shared_memory import mapped_files
+from nemo_rl_lora.generation.proof import NAMED_AT_MOST, PROBE_COLUMNS, Shown, digests_of, one_hot, probed_columns
+from nemo_rl_lora.generation.vllm.held_part import HeldPart, held_part
 from nemo_rl_lora.lora.files import ADAPTER_FILE, module_of
 from nemo_rl_lora.models.families import has_tied_head
 from nemo_rl_lora.patches.vllm import multiply_once_for_all_rows
@@ -26,24 +28,22 @@ from nemo_rl_lora.tensors import StoredTensor, stored_tensors
 from nemo_rl_lora.types import TensorInfo
 
 ADAPTER_ID = 1
+VLLM_FILES = ("psm_", "vllm_dist_")  # by megabytes; two semaphores of 32 bytes stay where ranks are killed
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where vLLM keeps a Hugging Face tensor: a module, its parameter, and rows of it (None: all)."""
+    """Where vLLM keeps a Hugging Face tensor: a module, its parameter, and which projection of a fused layer it is."""
 
     layer: str
     module: nn.Module
     parameter: str
-    part: int | None  # which projection of a fused layer
+    part: int | None
 
     @property
-    def rows(self) -> slice:
-        module: Any = self.module
-        if self.part is not None:
-            start = sum(module.output_sizes[: self.part])
-            return slice(start, start + module.output_sizes[self.part])
-        return slice(0, getattr(module, "org_vocab_size", None))
+    def held(self) -> HeldPart:
+        return held_part(self.module, self.parameter, self.part)
 
 
 class WorkerExtension:
@@ -52,6 +52,8 @@ class WorkerExtension:
     model_runner: Any
     vllm_config: Any
     device: torch.device
+    _places_of: nn.Module
+    _places: dict[str, Place | None]
 
     def weight_problems(self, manifest: Sequence[TensorInfo]) -> list[str]:
         """Why merged weights of these names and shapes cannot be loaded; nothing is touched."""
@@ -60,7 +62,7 @@ class WorkerExtension:
             place = self._place(info.name)
             if place is None:
                 problems.append(f"{info.name!r}: {type(self._model()).__name__} has no such weight")
-            elif (shape := self._shape(place)) != tuple(info.shape):
+            elif (shape := place.held.shape) != tuple(info.shape):
                 problems.append(f"{info.name!r}: shape {tuple(info.shape)}, and the engine's is {shape}")
         return problems
 
@@ -80,24 +82,28 @@ class WorkerExtension:
             multiply_once_for_all_rows()
         return digests_of(load_file(Path(directory) / ADAPTER_FILE), "adapter")
 
-    def probe_base(self, names: Sequence[str]) -> dict[str, Tensor]:
+    def shared_files(self) -> list[str]:
+        """What vLLM keeps in shared memory between ranks, and leaves there where they are killed."""
+        return mapped_files(VLLM_FILES)
+
+    def probe_base(self, names: Sequence[str]) -> dict[str, Shown]:
         """Columns of the base weights of these names, of all that the engine has."""
         places = {name: place for name in names if (place := self._place(name)) is not None}
         return self._probe(places)
 
-    def probe_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+    def probe_weights(self, names: Sequence[str]) -> dict[str, Shown]:
         """Columns of weights; with tied embeddings the head's own copy too, as `lm_head.weight`."""
         places = {name: place for name in names if (place := self._place(name)) is not None}
         head = self._tied_head()
-        if head is not None and "model.embed_tokens.weight" in places:
+        if head is not None and _EMBEDDING in places:
             places["lm_head.weight"] = Place("lm_head", head, "weight", None)
         return self._probe(places)
 
     @torch.inference_mode()
-    def probe_adapter(self, names: Sequence[str], ranks: Mapping[str, int]) -> dict[str, Tensor]:
+    def probe_adapter(self, names: Sequence[str], ranks: Mapping[str, int]) -> dict[str, Shown]:
         """Columns of A, and of B with its scale, by the LoRA kernels; zero where no adapter is loaded."""
         self._select_adapter()
-        shown: dict[str, Tensor] = {}
+        shown: dict[str, Shown] = {}
         for name in names:
             module_name = module_of(name)
             place = self._place(f"{module_name}.weight")
@@ -119,6 +125,15 @@ class WorkerExtension:
             return None
 
     def _place(self, name: str) -> Place | None:
+        """The same as long as the model is; found once."""
+        model = self._model()
+        if getattr(self, "_places_of", None) is not model:
+            self._places_of, self._places = model, dict[str, Place | None]()
+        if name not in self._places:
+            self._places[name] = self._find(name)
+        return self._places[name]
+
+    def _find(self, name: str) -> Place | None:
         layer, _, parameter = name.rpartition(".")
         parent, _, last = layer.rpartition(".")
         part = None
@@ -132,17 +147,6 @@ class WorkerExtension:
         if layer == "lm_head" and self._tied_head() is not None:
             return None  # it has no tensor of its own in a checkpoint
         return Place(layer, module, parameter, part)
-
-    def _shape(self, place: Place) -> tuple[int, ...]:
-        """The Hugging Face shape, which a packed weight does not show."""
-        module: Any = place.module
-        value: Tensor = getattr(module, place.parameter)
-        if place.parameter != "weight" or not hasattr(module, "quant_method"):
-            return (place.rows.stop - place.rows.start,) if place.part is not None else tuple(value.shape)
-        if hasattr(module, "org_vocab_size"):
-            return (module.org_vocab_size, module.embedding_dim)
-        rows = place.rows
-        return (rows.stop - rows.start if place.part is not None else module.output_size, module.input_size)
 
     def _tied_head(self) -> nn.Module | None:
         model: Any = self._model()
@@ -175,33 +179,45 @@ class WorkerExtension:
     def _refresh_tied_head(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
         """On a CPU the tied head multiplies by a packed copy of the embeddings, which a load leaves as it was."""
         head: Any = self._tied_head()
-        if head is not None and any(name == "model.embed_tokens.weight" for name, _ in tensors):
+        if head is not None and any(name == _EMBEDDING for name, _ in tensors):
             head.quant_method.process_weights_after_loading(head)
 
     # Probing
 
+    @property
+    def _num_ranks(self) -> int:
+        return self.vllm_config.parallel_config.tensor_parallel_size
+
     @torch.inference_mode()
-    def _probe(self, places: Mapping[str, Place]) -> dict[str, Tensor]:
+    def _probe(self, places: Mapping[str, Place]) -> dict[str, Shown]:
         """One product for each layer, with one-hot rows for the columns of all its tensors."""
-        shown: dict[str, Tensor] = {}
-        products: dict[tuple[str, int], Tensor] = {}
+        shown: dict[str, Shown] = {}
+        products: dict[str, Tensor] = {}
         for name, place in places.items():
             module: Any = place.module
             value: Tensor = getattr(module, place.parameter)
+            held = place.held
             if place.parameter != "weight" or not hasattr(module, "quant_method"):
-                shown[name] = value.detach().cpu()[place.rows if place.part is not None else slice(None)][:, None]
+                shown[name] = Shown(value.detach().cpu()[held.local][:, None], held.rows, (0, 1))
                 continue
-            num_rows, num_columns = self._shape(place)
-            span = probed_span("model.embed_tokens.weight" if place.layer == "lm_head" else name, num_columns)
+            probed = self._own_columns(_EMBEDDING if place.layer == "lm_head" else name, held)
             if type(module).__name__ == "VocabParallelEmbedding":
-                shown[name] = value[:num_rows, span].cpu().clone()
-                continue
-            key = (place.layer, span.start)
-            if key not in products:
-                x = _one_hot(span, num_columns, self.vllm_config.model_config.dtype, value.device)
-                products[key] = module.quant_method.apply(module, x)[: span.stop - span.start]
-            shown[name] = products[key][:, place.rows].T.cpu().contiguous()
+                values = value[held.local][:, list(probed.local)].cpu()
+            else:
+                if place.layer not in products:
+                    width, dtype = held.columns[1] - held.columns[0], self.vllm_config.model_config.dtype
+                    x = one_hot(probed.local, width, dtype, value.device)
+                    products[place.layer] = module.quant_method.apply(module, x)[: len(probed.local)]
+                values = products[place.layer][:, held.local].T.cpu().contiguous()
+            shown[name] = Shown(values, held.rows, probed.places)
         return shown
+
+    def _own_columns(self, name: str, held: HeldPart) -> _Probed:
+        """Those of the probed columns that this rank holds."""
+        start, end = held.columns
+        columns = probed_columns(name, held.shape[1], self._num_ranks)
+        places = [place for place, column in enumerate(columns) if start <= column < end]
+        return _Probed(tuple(columns[place] - start for place in places), (places[0], places[-1] + 1))
 
     def _select_adapter(self) -> None:
         """Tell the LoRA kernels that PROBE_COLUMNS rows belong to the adapter, if one is loaded."""
@@ -210,39 +226,39 @@ class WorkerExtension:
         manager = self.model_runner.lora_manager._adapter_manager
         self._has_adapter = ADAPTER_ID in manager.lora_index_to_id
         if self._has_adapter:
-            ids = (ADAPTER_ID,) * PROBE_COLUMNS
+            ids = (ADAPTER_ID,) * max(PROBE_COLUMNS, self._num_ranks)
             manager.set_adapter_mapping(LoRAMapping(ids, ids, is_prefill=True))
 
-    def _probe_a(self, name: str, place: Place, rank: int) -> Tensor:
-        layer, part = self._wrapper(place.layer), place.part or 0
+    def _probe_a(self, name: str, place: Place, rank: int) -> Shown:
+        layer, part, held = self._wrapper(place.layer), place.part or 0, place.held
         stacked: Tensor = layer.lora_a_stacked[part]
-        span = probed_span(name, stacked.shape[-1])
-        x = _one_hot(span, stacked.shape[-1], stacked.dtype, stacked.device)
+        probed = self._own_columns(name, held)
+        x = one_hot(probed.local, stacked.shape[-1], stacked.dtype, stacked.device)
         y = torch.zeros(len(x), stacked.shape[-2], dtype=torch.float32, device=stacked.device)
         if self._has_adapter:
             layer.punica_wrapper.add_shrink((y,), x, (stacked,), 1.0)
-        return y[: span.stop - span.start, :rank].T.to(stacked.dtype).cpu().contiguous()
+        return Shown(y[: len(probed.local), :rank].T.to(stacked.dtype).cpu().contiguous(), (0, rank), probed.places)
 
-    def _probe_b(self, name: str, place: Place, rank: int) -> Tensor:
+    def _probe_b(self, name: str, place: Place, rank: int) -> Shown:
         layer, part = self._wrapper(place.layer), place.part or 0
         stacked: Tensor = layer.lora_b_stacked[part]
-        span = probed_span(name, rank)
-        buffer = _one_hot(span, stacked.shape[-1], torch.float32, stacked.device)
+        columns = tuple(probed_columns(name, rank))
+        buffer = one_hot(columns, stacked.shape[-1], torch.float32, stacked.device)
         y = torch.zeros(len(buffer), stacked.shape[-2], dtype=stacked.dtype, device=stacked.device)
         if self._has_adapter:
             layer.punica_wrapper.add_expand(y, (buffer,), (stacked,), (stacked.shape[-2],))
-        return y[: span.stop - span.start].T.cpu().contiguous()
+        return Shown(y[: len(columns)].T.cpu().contiguous(), place.held.rows, (0, len(columns)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Probed:
+    """Columns of a rank's own part, and the places that they have among the probed ones of the whole tensor."""
+
+    local: tuple[int, ...]
+    places: tuple[int, int]
 
 
 @cache
 def _stored_once(model: str) -> Mapping[str, StoredTensor]:
     """Where the model's own tensors are: its files stay as they are while it is served."""
     return stored_tensors(Path(model))
-
-
-def _one_hot(span: slice, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[PROBE_COLUMNS, width]: a product with it shows these columns, unrounded, one a row; more rows are zero."""
-    x = torch.zeros(PROBE_COLUMNS, width, dtype=dtype, device=device)
-    num_columns = span.stop - span.start
-    x[:num_columns, span] = torch.eye(num_columns, dtype=dtype, device=device)
-    return x

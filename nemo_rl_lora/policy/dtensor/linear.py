@@ -8,18 +8,20 @@ seed and the module's name (adapter_state.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from nemo_automodel.components._peft.lora import LinearLoRA, apply_memory_efficient_lora
+from nemo_automodel.shared.tp_linear import tp_linear_forward
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from nemo_rl_lora.lora.adapter_tensors import AdapterTensors
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.patches.nemo_automodel import adapt
-from nemo_rl_lora.policy.adapter_state import AdapterSwitch, draw_a, keep_mask
+from nemo_rl_lora.policy.adapter_state import AdapterSwitch, keep_mask
 from nemo_rl_lora.tensors import torch_dtype
 
 
@@ -45,7 +47,10 @@ class AdapterLinear(LinearLoRA):
         return AdapterTensors(a=self.lora_A.weight, b=self.lora_B.weight, scale=self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        base = F.linear(x, self.weight, self.bias)
+        if isinstance(x, DTensor):
+            base = tp_linear_forward(x, self.weight, self.bias, mm_for_2d_compile=False)
+        else:
+            base = F.linear(x, self.weight, self.bias)
         if not self.switch.on:
             return base
         dtype = self.adapter_dtype or x.dtype
@@ -53,29 +58,53 @@ class AdapterLinear(LinearLoRA):
         inner = x.to(dtype)
         position = self.dropout_position if self.dropout_p > 0.0 and self.switch.dropout_seed is not None else None
         if position == "pre":
-            inner = inner * self._keep_mask(inner)
-        if dtype == base.dtype and position != "post":
+            inner = self._dropped(inner)
+        if isinstance(inner, DTensor):
+            update = _shared_update(inner, a, b, self.scale)
+        elif dtype == base.dtype and position != "post":
             return apply_memory_efficient_lora(inner, a, b, self.scale, self.use_kernels, base)
-        update = apply_memory_efficient_lora(inner, a, b, self.scale, self.use_kernels)
+        else:
+            update = apply_memory_efficient_lora(inner, a, b, self.scale, self.use_kernels)
         if position == "post":
-            update = update * self._keep_mask(update)
+            update = self._dropped(update)
         return base + update.to(base.dtype)
 
-    def _keep_mask(self, like: Tensor) -> Tensor:
+    def _dropped(self, x: Tensor) -> Tensor:
+        """x after dropout. Of an x that tensor-parallel ranks share, each draws the whole mask and takes its part."""
         assert self.switch.dropout_seed is not None
-        return keep_mask(
-            like.shape,
+        local = x.to_local() if isinstance(x, DTensor) else x
+        mask = keep_mask(
+            x.shape,
             probability=self.dropout_p,
             seed=self.switch.dropout_seed,
             name=self.adapter_name,
-            like=like,
+            like=local,
         )
+        return x * (_own_part(mask, x) if isinstance(x, DTensor) else mask)
+
+
+def _shared_update(x: DTensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * (x A^T) B^T on tensor-parallel ranks.
+
+    Of a column-parallel base each has rows of A and of B, and x A^T, which is narrow, is gathered; of a row-parallel
+    one columns of both, and x A^T is summed. So nemo-automodel's plans split A and B.
+    """
+    whole = [Replicate()] * x.device_mesh.ndim
+    inner = F.linear(x, a)
+    assert isinstance(inner, DTensor)
+    return F.linear(inner.redistribute(placements=whole) * scale, b)
+
+
+def _own_part(mask: Tensor, like: DTensor) -> DTensor:
+    """A mask that every rank has drawn, split as `like` is; whole where `like` is a sum that is still to be made."""
+    placements = [Replicate() if placement.is_partial() else placement for placement in like.placements]
+    return distribute_tensor(mask, like.device_mesh, placements, src_data_rank=None)
 
 
 def install_adapters(
-    model: nn.Module, modules: Sequence[AdaptedModule], spec: LoraSpec, *, seed: int, use_kernels: bool
+    model: nn.Module, modules: Sequence[AdaptedModule], spec: LoraSpec, *, use_kernels: bool
 ) -> AdapterSwitch:
-    """Freeze the model and put an adapter on each of these linear modules, in place."""
+    """Freeze the model and put an adapter on each of these linear modules, in place; `drawn_a` starts them."""
     switch = AdapterSwitch()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -92,8 +121,12 @@ def install_adapters(
         linear.scale = module.scale
         linear.switch = switch
         linear.use_kernels = use_kernels
-        drawn = draw_a(spec, name=module.name, in_features=module.in_features, dim=module.dim, seed=seed)
-        with torch.no_grad():
-            linear.lora_A.weight.copy_(drawn)
-            linear.lora_B.weight.zero_()
     return switch
+
+
+def named_adapters(model: nn.Module, modules: Sequence[AdaptedModule]) -> Iterator[tuple[str, AdapterLinear]]:
+    """Adapted modules by their full Hugging Face name."""
+    for module in modules:
+        linear = model.get_submodule(module.name)
+        assert isinstance(linear, AdapterLinear), type(linear)
+        yield module.name, linear

@@ -31,6 +31,7 @@ from torch import Tensor
 from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.lora.adapter_tensors import Side
 from nemo_rl_lora.lora.names import FUSED_PARTS, hf_names
+from nemo_rl_lora.models.stored import refuse_other_tensors
 from nemo_rl_lora.policy.megatron.families import Family, layer_ranges
 from nemo_rl_lora.tensors import SINGLE_FILE, weight_files
 
@@ -40,7 +41,6 @@ _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
 _EXPERT = re.compile(r"(?<=local_experts\.)\d+")
 _SPLIT_BY_OUTPUT = ("linear_qkv", "linear_fc1", "word_embeddings", "output_layer")
 _SPLIT_BY_INPUT = ("linear_proj", "linear_fc2")
-_NUM_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,18 +318,18 @@ def check_checkpoint(family: Family, found: Mapping[str, Shape], where: str) -> 
     """
     ignored = {"lm_head.weight"} if family.has_tied_head else set[str]()
     ignored |= {name for name in found if name.endswith(".rotary_emb.inv_freq")}
-    expected = {f"{name} {shape}" for weight in megatron_weights(family, 1) for name, shape in weight.sources.items()}
-    present = {f"{name} {shape}" for name, shape in found.items() if name not in ignored}
-    kinds = {"missing": sorted(expected - present), "unexpected": sorted(present - expected)}
-    if parts := [
-        f"{len(names)} {kind}: {', '.join(names[:_NUM_NAMES_SHOWN])}{', ...' * (len(names) > _NUM_NAMES_SHOWN)}"
-        for kind, names in kinds.items()
-        if names
-    ]:
-        raise ValueError(
-            f"policy.model_name={where!r}: its tensors are not those of the {family.architecture} that its config.json "
-            f"describes ({'; '.join(parts)}). Use files that belong together, as transformers' save_pretrained writes."
-        )
+    expected = {name: shape for weight in megatron_weights(family, 1) for name, shape in weight.sources.items()}
+    present = {name: shape for name, shape in found.items() if name not in ignored}
+    kinds = {
+        "missing": expected.keys() - present.keys(),
+        "unexpected": present.keys() - expected.keys(),
+        "of another shape": {
+            f"{name} {shape} instead of {expected[name]}"
+            for name, shape in present.items()
+            if name in expected and shape != expected[name]
+        },
+    }
+    refuse_other_tensors(f"policy.model_name={where!r}", family.architecture, kinds)
 
 
 def _renumber(name: str, layers: int, experts: int) -> str:

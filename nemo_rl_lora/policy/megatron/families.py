@@ -179,7 +179,8 @@ def parallel_problems(family: Family, megatron: MegatronConfig, num_processes: i
     if num_processes % (tp * pp * cp):
         problems.append(
             f"{_KEY}.tensor_model_parallel_size={tp}: tensor x pipeline x context parallel ranks are {tp} x {pp} x "
-            f"{cp} = {tp * pp * cp}, which must divide {processes}. Change one of them."
+            f"{cp} = {tp * pp * cp}, which must divide {processes}. Set cluster.gpus_per_node to a multiple of "
+            f"{tp * pp * cp}, or lower it."
         )
     if num_processes % (etp * ep * pp):
         problems.append(

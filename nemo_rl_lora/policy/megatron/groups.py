@@ -84,11 +84,10 @@ def ranks_of(family: Family, megatron: MegatronConfig) -> MegatronRanks:
     return MegatronRanks(
         rank=rank,
         number=number,
-        # Ranks that share experts, or an expert, meet in every forward pass.
         data_share=DataShare(
             index=parallel_state.get_data_parallel_rank(),
             number=parallel_state.get_data_parallel_world_size(),
-            in_step=_group(parallel_state.get_expert_tensor_and_model_parallel_group()).size() > 1,
+            meets="tokens" if _shares_experts() else "never",
         ),
         reports=layout.pp_rank == layout.pp - 1 and layout.tp_rank == 0 and context_group.rank() == 0,
         gradient_sums=tuple((_group(group), includes) for group, includes in sums),
@@ -110,6 +109,11 @@ def own_layout(family: Family, megatron: MegatronConfig) -> ParallelLayout:
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         expert_tp_rank=parallel_state.get_expert_tensor_parallel_rank() or 0,
     )
+
+
+def _shares_experts() -> bool:
+    """Whether ranks share experts, or an expert: they then exchange tokens in every forward pass."""
+    return _group(parallel_state.get_expert_tensor_and_model_parallel_group()).size() > 1
 
 
 def _is_experts(name: str) -> bool:

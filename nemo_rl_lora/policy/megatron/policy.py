@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
@@ -23,8 +22,9 @@ from transformers import PreTrainedModel
 
 from nemo_rl_lora.config.lora import lora_block_key
 from nemo_rl_lora.config.policy import PolicyConfig
-from nemo_rl_lora.models.load import empty_model, load_model, load_model_config, model_of_tensors, save_tensors
+from nemo_rl_lora.models.load import empty_model, load_model_config, model_of_tensors, save_tensors
 from nemo_rl_lora.policy.adapter_state import dropout_of
+from nemo_rl_lora.policy.dtensor.sharded_files import is_sharded
 from nemo_rl_lora.policy.forward import logprob_rows
 from nemo_rl_lora.policy.head import Head
 from nemo_rl_lora.policy.megatron.context import ContextPlan, length_multiple, own_loss_tokens, plan_context
@@ -35,12 +35,12 @@ from nemo_rl_lora.policy.megatron.layers import Layer, build_model, flat_run, tr
 from nemo_rl_lora.policy.megatron.lora import Adapters
 from nemo_rl_lora.policy.megatron.schedule import run_microbatches
 from nemo_rl_lora.policy.megatron.weights import AllWeights, StageWeights
-from nemo_rl_lora.policy.microbatches import Microbatch
+from nemo_rl_lora.policy.microbatches import Cutting, Microbatch, Portion
 from nemo_rl_lora.policy.protocol import PolicySetup
-from nemo_rl_lora.policy.step import Share, microbatch_loss
-from nemo_rl_lora.policy.trained import Trained, TrainedPolicy, adapted_modules
+from nemo_rl_lora.policy.step import Share, empty_loss, microbatch_loss
+from nemo_rl_lora.policy.trained import Trained, TrainedPolicy, adapted_modules, load_base
 from nemo_rl_lora.tensors import torch_dtype
-from nemo_rl_lora.types import Batch, LossFn, StepOutput
+from nemo_rl_lora.types import LossFn, StepOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class MegatronPolicy(TrainedPolicy):
         self._weights = StageWeights(self._model, family, groups)
         with open_checkpoint(setup.model_path) as slices:
             check_checkpoint(family, {name: tuple(s.get_shape()) for name, s in slices.items()}, str(config.model_name))
-            self._weights.load(slices.__getitem__)
+            self._weights.load(slices.__getitem__, f"policy.model_name={str(config.model_name)!r}")
         trained: Trained
         if spec is None:
             trained = AllWeights(self._weights, freeze_router=megatron.freeze_moe_router)
@@ -79,23 +79,31 @@ class MegatronPolicy(TrainedPolicy):
                 layer.recompute, layer.switch = megatron.activation_checkpointing, trained.switch
         super().__init__(config, setup, groups, trained)
 
-    def logprobs(self, batch: Batch) -> Tensor:
-        """[B, T] fp32, dropout off; 0.0 outside the loss mask."""
-        width, parts = batch.token_ids.shape[1], self._parts(batch, "logprob")
+    @property
+    def cutting(self) -> Cutting:
+        megatron = self._config.megatron_cfg
+        cp = megatron.context_parallel_size
+        round_to = length_multiple(megatron.tensor_model_parallel_size, cp, megatron.sequence_parallel)
+        return self._cutting(flat=True, can_share=cp == 1, round_to=round_to)
+
+    def logprobs_of(self, portion: Portion) -> Tensor:
+        """[b, T] fp32 of the portion's rows, in a process that reports; elsewhere zeros."""
+        shape, parts = portion.batch.token_ids.shape, self._parts(portion)
 
         def rows_of(part: _Part, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            return hidden, self._logprob_rows(hidden, part, width).cpu()
+            return hidden, self._logprob_rows(hidden, part, shape[1]).cpu()
 
-        out = torch.zeros(batch.token_ids.shape, dtype=torch.float32)
+        out = torch.zeros(shape, dtype=torch.float32)
         found = run_microbatches(self._model, parts, lambda _place, part: self._stage(part), rows_of, backward=False)
         for part, rows in zip(parts, found, strict=False):  # none are found before the last stage
             out[part.micro.rows] = rows
-        return self._ranks.total(out)
+        return out
 
-    def train_step(self, batch: Batch, loss_fn: LossFn) -> StepOutput:
+    def train_on(self, portion: Portion, loss_fn: LossFn) -> StepOutput:
         """All microbatches, then one optimizer step. FloatingPointError before the optimizer moves on bad numbers."""
         self._optimizer.zero_grad(set_to_none=True)
-        width, data, context = batch.token_ids.shape[1], self._groups.data_share, self._groups.context_group
+        batch, data, context = portion.batch, self._groups.data_share, self._groups.context_group
+        width = batch.token_ids.shape[1]
 
         def stage(place: int, part: _Part) -> Tensor:
             # A number of its own for what each rank drops: of data shares, and of the tokens of a sequence.
@@ -105,11 +113,11 @@ class MegatronPolicy(TrainedPolicy):
 
         def loss_of(part: _Part, hidden: Tensor) -> tuple[Tensor, Share]:
             micro = part.micro
-            if len(micro.rows) == 0:  # there to keep step with other ranks
-                return hidden.float().sum() * 0.0, Share(0.0, {}, micro.num_tokens, micro.num_padding_tokens)
+            if len(micro.rows) == 0:
+                return empty_loss(hidden, micro)
             return microbatch_loss(batch, micro, self._logprob_rows(hidden, part, width), loss_fn)
 
-        found = run_microbatches(self._model, self._parts(batch, "train"), stage, loss_of, backward=True)
+        found = run_microbatches(self._model, self._parts(portion), stage, loss_of, backward=True)
         return self._optimizer_step(found)
 
     def base_model(self) -> PreTrainedModel:
@@ -121,14 +129,18 @@ class MegatronPolicy(TrainedPolicy):
         if self._family.experts is None:
             tensors = dict(self._weights.hf_tensors(lambda name: self._weights.parameters[name].detach()))
             return model_of_tensors(self._setup.model_path, self._hf_config, tensors)
-        return load_model(
-            self._setup.model_path,
-            dtype=self.compute_dtype,
-            config_overrides=dict(self._config.hf_config_overrides),
-        )
+        return load_base(self._config, self._setup)
 
     def _base_weight(self, name: str) -> Tensor:
         return self._weights.hf_tensor(name)
+
+    def _load_all(self, path: Path) -> None:
+        if is_sharded(path / "optimizer"):
+            raise ValueError(
+                f"policy.backend='megatron': {path} has all weights as several processes of the DTensor backend write "
+                f"them. Set policy.backend=dtensor, or start anew from the model in {path / 'weights'}."
+            )
+        super()._load_all(path)
 
     def _write_weights(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
         save_tensors(self._setup.model_path, self._hf_config, tensors, directory)
@@ -137,14 +149,11 @@ class MegatronPolicy(TrainedPolicy):
         with open_checkpoint(directory) as slices:
             return {name: slices[name][:].float() for name in self._trained.shapes()}
 
-    def _parts(self, batch: Batch, kind: Literal["train", "logprob"]) -> list[_Part]:
-        """This process's share of a batch."""
-        megatron, group = self._config.megatron_cfg, self._groups.context_group
-        cp = megatron.context_parallel_size
-        round_to = length_multiple(megatron.tensor_model_parallel_size, cp, megatron.sequence_parallel)
+    def _parts(self, portion: Portion) -> list[_Part]:
+        cp, group = self._config.megatron_cfg.context_parallel_size, self._groups.context_group
         return [
             _Part(micro, None if cp == 1 else plan_context(micro.segments, micro.num_tokens, group))
-            for micro in self._microbatches(batch, kind, flat=True, can_share=cp == 1, round_to=round_to)
+            for micro in portion.microbatches()
         ]
 
     def _stage(self, part: _Part) -> Tensor:
@@ -171,6 +180,7 @@ class MegatronPolicy(TrainedPolicy):
             temperature=self._setup.temperature,
             chunk_tokens=self._config.logprob_chunk_size or self._config.megatron_cfg.fused_linear_logprobs_chunk_size,
             group=ranks.tensor_group if ranks.layout.tp > 1 else None,
+            first_row=ranks.layout.tp_rank * self._model.head_weight.shape[0],
         )
         rows = logprob_rows(hidden[:, 0].index_select(0, own.predictor.to(self._device)), head, own, width)
         return rows if context is None else reduce_from_tensor_model_parallel_region(rows, group=context.group)

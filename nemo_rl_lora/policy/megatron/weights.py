@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_rl_lora.distributed.ranks import Shard
+from nemo_rl_lora.models.stored import num_not_finite, refuse_not_finite
 from nemo_rl_lora.policy.megatron.convert import (
     Shape,
     hf_tensors,
@@ -42,13 +43,22 @@ class StageWeights:
         }
 
     @torch.no_grad()
-    def load(self, read: Callable[[str], Any]) -> None:
-        """Every parameter from its Hugging Face tensors, given by name; a rank reads its own rows and columns."""
-        missing = set(self.parameters)
+    def load(self, read: Callable[[str], Any], label: str) -> None:
+        """Every parameter from its Hugging Face tensors, given by name; a rank reads its own rows and columns.
+
+        BadWeightsError, by the `label` of what is read, where this rank's part of one is not finite.
+        """
+        missing, counts = set(self.parameters), dict[str, int]()
         for name, tensor in megatron_tensors(self.family, self.layout, read):
             self.parameters[name].copy_(tensor)
             missing.remove(name)
+            if num_not_finite(self.parameters[name]):
+                whole_name = self.layout.global_name(name)
+                sources = next(w.sources for w in megatron_weights(self.family, self.layout.pp) if w.name == whole_name)
+                parts = separate(whole_name, self.parameters[name], self.family)
+                counts |= {source: num_not_finite(part) for source, part in zip(sources, parts, strict=True)}
         assert not missing, missing
+        refuse_not_finite(label, counts)
 
     def hf_tensor(self, name: str) -> Tensor:
         """The tensor of a Hugging Face name, on the first process (`Ranks.fetch`)."""

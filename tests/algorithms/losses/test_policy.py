@@ -123,10 +123,131 @@ def test_kl_weights_by_the_engine_and_by_the_ratio() -> None:
         generation_logprobs=inputs.logprobs.detach() - math.log(1.5),
     )
     plain, k3 = {"reference_policy_kl_penalty": 1.0}, math.exp(0.5) - 1.5
-    assert evaluate(inputs, **plain)[0].item() == pytest.approx(k3, rel=1e-5)
-    weighted = evaluate(inputs, **plain, use_on_policy_kl_approximation=True)[0]
-    assert weighted.item() == pytest.approx(1.5 * k3, rel=1e-5)
+    for gradient in ("unbiased", "paper"):
+        loss, metrics = evaluate(inputs, **plain, kl_gradient=gradient)
+        assert loss.item() == pytest.approx(k3, rel=1e-5)
+        assert metrics["kl_penalty"].item() == pytest.approx(k3, rel=1e-5)
+        weighted = evaluate(inputs, **plain, use_on_policy_kl_approximation=True, kl_gradient=gradient)[0]
+        assert weighted.item() == pytest.approx(1.5 * k3, rel=1e-5)
     assert evaluate(inputs, **plain, use_unbiased_kl_estimate=True)[0].item() == pytest.approx(1.2 * k3, rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", ["use_on_policy_kl_approximation", "use_unbiased_kl_estimate"])
+def test_the_output_clamp_bounds_the_weighted_kl(weight: str) -> None:
+    inputs = row_inputs([[100.0, 1.0]], [0.0])
+    inputs = replace(
+        inputs,
+        reference_logprobs=inputs.logprobs.detach() + 1.0,
+        generation_logprobs=inputs.old_logprobs,
+    )
+    settings = {"reference_policy_kl_penalty": 1.0, weight: True, "kl_output_clamp_value": 1.0}
+    loss, metrics = evaluate(inputs, **settings)
+    assert loss.item() == pytest.approx((1.0 + math.exp(1) - 2) / 2, rel=1e-5)  # in place of 71.8 for the first token
+    assert metrics["kl_penalty"].item() == pytest.approx(loss.item())
+    (gradient,) = torch.autograd.grad(loss, inputs.logprobs)
+    assert gradient[0, 0] == 0
+    assert gradient[0, 1] != 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_on_policy_kl_approximation": True}, {"use_unbiased_kl_estimate": True}])
+def test_a_token_whose_input_is_clamped_has_no_kl_gradient(settings: dict) -> None:
+    inputs = row_inputs([[1.1, 0.9]], [0.0])
+    distance = torch.tensor([[-30.0, 0.5]])
+    inputs = replace(
+        inputs, reference_logprobs=inputs.logprobs.detach() + distance, generation_logprobs=inputs.old_logprobs
+    )
+    loss, _ = evaluate(inputs, reference_policy_kl_type="k1", kl_output_clamp_value=None, **settings)
+    (gradient,) = torch.autograd.grad(loss, inputs.logprobs)
+    assert gradient[0, 0] == 0
+    assert gradient[0, 1] != 0
+
+
+def test_an_infinite_weight_counts_as_zero() -> None:
+    inputs = row_inputs([[1.0, 1.0]], [1.0])
+    engine = inputs.old_logprobs + torch.tensor([[-math.inf, 0.0]])
+    inputs = replace(inputs, reference_logprobs=inputs.logprobs.detach() + 0.5, generation_logprobs=engine)
+    settings = {"use_on_policy_kl_approximation": True, "use_importance_sampling_correction": True}
+    loss, _ = evaluate(inputs, **settings, reference_policy_kl_penalty=1.0)
+    assert loss.item() == pytest.approx((-1.0 + math.exp(0.5) - 1.5) / 2, rel=1e-5)
+    assert torch.autograd.grad(loss, inputs.logprobs)[0].isfinite().all()
+
+
+V = 5
+POLICY, ENGINE, REFERENCE = (
+    torch.randn(1 + V, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in (1, 2, 3)
+)
+
+
+def expected_kl_gradient(engine: Tensor, **settings) -> Tensor:
+    """[1 + V, V]: the KL term's gradient by the policy's logits, over every sample of two tokens from V.
+
+    Row 0 has the first token's logits and row 1 + v those of the token after v. Each of the V * V samples counts with
+    its probability under the engine, which is also the old policy here.
+    """
+    logits = POLICY.clone().requires_grad_()
+    first, second = torch.arange(V).repeat_interleave(V), torch.arange(V).repeat(V)
+
+    def of_samples(table: Tensor) -> Tensor:
+        table = table.log_softmax(-1)
+        return torch.stack([table[0, first], table[1 + first, second]], 1)
+
+    sampled, mask = of_samples(engine), torch.ones(1, 2, dtype=torch.bool)
+    probabilities, logprobs, reference = sampled.sum(1).exp(), of_samples(logits), of_samples(REFERENCE)
+    total = torch.zeros((), dtype=torch.float64)
+    for row in range(V * V):
+        one = LossInputs(
+            logprobs=logprobs[row : row + 1],
+            old_logprobs=sampled[row : row + 1],
+            reference_logprobs=reference[row : row + 1],
+            generation_logprobs=sampled[row : row + 1],
+            advantages=torch.zeros(1, dtype=torch.float64),
+            loss_mask=mask,
+            sequence_length=torch.tensor([2]),
+            group_index=torch.tensor([0]),
+            denominators=Denominators(num_loss_tokens=1, num_sequences=1),
+        )
+        total = total + probabilities[row] * evaluate(one, reference_policy_kl_penalty=1.0, **NO_CLAMP, **settings)[0]
+    return torch.autograd.grad(total, logits)[0]
+
+
+def exact_gradient(engine: Tensor, divergence: str) -> Tensor:
+    """The gradient of a divergence from the reference, summed over V, at the prefixes as the engine samples them."""
+    logits = POLICY.clone().requires_grad_()
+    p, q = logits.softmax(-1), REFERENCE.softmax(-1)
+    terms = {
+        "KL(p || ref)": p * (p / q).log(),
+        "KL(ref || p)": q * (q / p).log(),
+        "E_p[k2]": p * (p / q).log().square() / 2,
+    }
+    prefixes = torch.cat([torch.ones(1, dtype=torch.float64), engine.softmax(-1)[0]])
+    return torch.autograd.grad((prefixes * terms[divergence].sum(-1)).sum(), logits)[0]
+
+
+ON_POLICY = [{}, {"use_on_policy_kl_approximation": True}, {"use_unbiased_kl_estimate": True}]
+
+
+@pytest.mark.parametrize(("kind", "divergence"), [("k1", "KL(p || ref)"), ("k2", "E_p[k2]"), ("k3", "KL(p || ref)")])
+@pytest.mark.parametrize(
+    ("engine", "settings"),
+    [*((POLICY, settings) for settings in ON_POLICY), *((ENGINE, settings) for settings in ON_POLICY[1:])],
+    ids=["plain", "approximation", "ratio", "approximation, other engine", "ratio, other old policy"],
+)
+def test_the_expected_gradient_is_that_of_the_expected_estimate(kind, divergence, engine, settings) -> None:
+    found = expected_kl_gradient(engine, reference_policy_kl_type=kind, **settings)
+    expected = exact_gradient(engine, divergence)
+    assert (found - expected).norm() < 1e-12 * expected.norm()
+
+
+@pytest.mark.parametrize(("kind", "divergence"), [("k2", "KL(p || ref)"), ("k3", "KL(ref || p)")])
+@pytest.mark.parametrize(
+    ("engine", "settings"),
+    [(POLICY, {}), (POLICY, ON_POLICY[1]), (ENGINE, ON_POLICY[1])],
+    ids=["plain", "same", "other"],
+)
+def test_the_expected_gradient_in_the_papers_form(kind, divergence, engine, settings) -> None:
+    found = expected_kl_gradient(engine, reference_policy_kl_type=kind, kl_gradient="paper", **settings)
+    expected = exact_gradient(engine, divergence)
+    assert (found - expected).norm() < 1e-12 * expected.norm()
 
 
 def test_importance_sampling_weights_are_truncated_and_counted() -> None:
@@ -141,6 +262,10 @@ def test_importance_sampling_weights_are_truncated_and_counted() -> None:
     assert loss.item() == pytest.approx((-2.0 - 0.5 + 1.5) / 3, rel=1e-5)
     assert metrics["is_oob_ratio"].item() == pytest.approx(1 / 3)
     assert metrics["sampling_importance_ratio"].item() == pytest.approx((2.0 + 0.5 + 1.5) / 3, rel=1e-5)
+    loss, metrics = evaluate(inputs, **correction, **tis, truncated_importance_sampling_ratio_min=0.9)
+    assert loss.item() == pytest.approx((-2.0 - 0.9 + 1.5) / 3, rel=1e-5)
+    assert metrics["is_oob_ratio"].item() == pytest.approx(2 / 3)
+    assert metrics["sampling_importance_ratio"].item() == pytest.approx((2.0 + 0.9 + 1.5) / 3, rel=1e-5)
     # Per sequence: products 1.5 and 1.5.
     gspo = {"sequence_level_importance_ratios": True, "token_level_loss": False}
     loss, metrics = evaluate(inputs, **correction, **gspo)
@@ -154,13 +279,15 @@ def test_importance_sampling_weights_are_truncated_and_counted() -> None:
         # per token: 3 is above 2 and 0.4 below 0.5; what is left is 0.9 (advantage 1) and 1.5 (advantage -1)
         ("icepop", (0.5, 2.0), (-0.9 + 1.5) / 4, 2 / 4),
         # geometric means: (3 * 0.4 * 0.9)^(1/3) = 1.026 of the first row, 1.5 of the second
-        ("seq-mask-tis", (0.9, 1.2), (-3.0 - 0.4 - 0.9) / 4, 1 / 4),
-        ("seq-mask-tis", (1.03, 2.0), 1.5 / 4, 3 / 4),
+        # one of two sequences, whatever their lengths; the row without loss tokens is none
+        ("seq-mask-tis", (0.9, 1.2), (-3.0 - 0.4 - 0.9) / 4, 1 / 2),
+        ("seq-mask-tis", (1.03, 2.0), 1.5 / 4, 1 / 2),
+        ("icepop", (0.0, 2.0), (-0.4 - 0.9 + 1.5) / 4, 1 / 4),
     ],
 )
 def test_weights_out_of_bounds_are_masked(kind, bounds, loss, share) -> None:
-    inputs = row_inputs([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]], [1.0, -1.0])
-    weights = torch.tensor([[3.0, 0.4, 0.9], [1.5, 1.0, 1.0]])
+    inputs = row_inputs([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]], [1.0, -1.0, 1.0])
+    weights = torch.tensor([[3.0, 0.4, 0.9], [1.5, 1.0, 1.0], [1.0, 1.0, 1.0]])
     inputs = replace(inputs, generation_logprobs=inputs.old_logprobs - weights.log())
     found, metrics = evaluate(
         inputs,
@@ -214,6 +341,15 @@ GRADIENT_CASES = [
     {"sequence_level_importance_ratios": True, "token_level_loss": False},
     {"use_unbiased_kl_estimate": True},
     {"use_on_policy_kl_approximation": True, "reference_policy_kl_type": "k2"},
+    {"reference_policy_kl_type": "k1"},
+    {"kl_gradient": "paper", "reference_policy_kl_type": "k2"},
+    {"kl_gradient": "paper", "use_on_policy_kl_approximation": True},
+    {
+        "use_importance_sampling_correction": True,
+        "truncated_importance_sampling_type": "tis",
+        "truncated_importance_sampling_ratio": 1.05,
+        "truncated_importance_sampling_ratio_min": 0.95,
+    },
 ]
 
 
@@ -268,12 +404,19 @@ def plain_formula(inputs: LossInputs, settings: dict) -> Tensor:
                 value = -torch.min(ratio * advantage, clipped * advantage)
                 if config.ratio_clip_c is not None and advantage < 0:
                     value = torch.min(value, -advantage * config.ratio_clip_c)
+            if config.use_importance_sampling_correction:
+                weight = (inputs.old_logprobs[r, t] - inputs.generation_logprobs[r, t]).exp()
+                value = value * weight.clamp(
+                    config.truncated_importance_sampling_ratio_min, config.truncated_importance_sampling_ratio
+                )
             d = inputs.reference_logprobs[r, t] - logprob
-            kl = d * d / 2 if config.reference_policy_kl_type == "k2" else d.exp() - 1 - d
+            kl = {"k1": -d, "k2": d * d / 2, "k3": d.exp() - 1 - d}[config.reference_policy_kl_type]
+            weight = (logprob - logprob.detach()).exp()
             if config.use_unbiased_kl_estimate:
-                kl = kl * ratio
+                weight = ratio
             if config.use_on_policy_kl_approximation:
-                kl = kl * (logprob - inputs.generation_logprobs[r, t]).exp().detach()
+                weight = (logprob - inputs.generation_logprobs[r, t]).exp()
+            kl = kl * (weight.detach() if config.kl_gradient == "paper" else weight)
             value = value + config.reference_policy_kl_penalty * kl
             if config.constant_length_normalizer is not None:
                 total = total + value / (len(rows) * config.constant_length_normalizer)
@@ -403,16 +546,19 @@ def test_a_loss_survives_pickling() -> None:
         ),
         (
             {"truncated_importance_sampling_type": "icepop", "truncated_importance_sampling_ratio": 2.0},
-            "ratio_min=None: 'icepop' needs a lower bound below",
+            "ratio_min=None: 'icepop' needs a lower bound of at most",
         ),
         (
             {
                 "truncated_importance_sampling_type": "tis",
                 "truncated_importance_sampling_ratio": 2.0,
-                "truncated_importance_sampling_ratio_min": 0.5,
+                "truncated_importance_sampling_ratio_min": 2.5,
             },
-            "ratio_min=0.5: bounds 'icepop' and 'seq-mask-tis' only",
+            "ratio_min=2.5: 'tis' needs a lower bound of at most loss_fn.truncated_importance_sampling_ratio=2.0",
         ),
+        ({"truncated_importance_sampling_ratio_min": 0.5}, "ratio_min=0.5: has no effect without a type"),
+        ({"kl_gradient": "paper", "reference_policy_kl_type": "k1"}, "kl_gradient='paper': its expected gradient"),
+        ({"kl_gradient": "paper", "use_unbiased_kl_estimate": True}, "kl_gradient='paper': would take"),
         (
             {
                 "truncated_importance_sampling_type": "seq-mask-tis",

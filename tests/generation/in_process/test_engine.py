@@ -24,7 +24,7 @@ from tests.generation.engine_inputs import (
     ref,
     request,
 )
-from tests.tiny_models import sampling_model
+from tests.tiny_models import nemotron_h, random_model, sampling_model
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 PROMPTS = ((5, 9, 40, 3), (11, 2), tuple(range(20, 33)), (8, 8, 8, 61, 30, 2, 7))
@@ -103,7 +103,7 @@ def test_a_synced_adapter_gives_the_logprobs_of_peft(
     engine = make_engine(model, lora=True)
     receipt = engine.sync_weights(ref(adapter if mode == "adapter" else merged_tensors(model, adapter), mode, 5))
     groups = generate(engine, [request(p, num_completions=3, max_new_tokens=10) for p in PROMPTS])
-    assert (receipt.version, receipt.mode, receipt.digest) == (5, mode, "digest 5")
+    assert (receipt.version, receipt.mode, receipt.verdict) == (5, mode, "confirmed")
     assert groups[0].completions[0].versions == ((10, 5),)
     reference = peft_model(sampling_model(architecture), adapter)
     assert_logprobs_are_the_models(reference, groups)
@@ -204,7 +204,7 @@ def test_prompts_of_one_group_are_computed_once(make_engine: MakeEngine, monkeyp
     assert rows == [4, 8, 8]
 
 
-@pytest.mark.parametrize("architecture", ["mistral", "gpt2"])
+@pytest.mark.parametrize("architecture", ["mistral", "gpt2", "nemotron-h"])
 def test_other_attention_is_served_by_transformers_own_forward_pass(
     architecture: str, make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -213,6 +213,9 @@ def test_other_attention_is_served_by_transformers_own_forward_pass(
     torch.manual_seed(3)
     if architecture == "mistral":
         model: Any = sampling_model("mistral", sliding_window=6)
+    elif architecture == "nemotron-h":  # whose Mamba blocks keep a state
+        model = random_model(nemotron_h(97), seed=7).eval()
+        model.generation_config.eos_token_id = None
     else:
         model = GPT2LMHeadModel(
             GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3)

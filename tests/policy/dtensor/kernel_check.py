@@ -139,7 +139,7 @@ def make_layer(case: Case, generator: torch.Generator) -> AdapterLinear:
         alpha=case.scale * case.dim,
         scale=case.scale,
     )
-    install_adapters(model, (module,), spec, seed=3, use_kernels=case.kernels)
+    install_adapters(model, (module,), spec, use_kernels=case.kernels)
     layer = model[0]
     assert isinstance(layer, AdapterLinear)
     with torch.no_grad():

@@ -85,7 +85,7 @@ def run_case(path: Path, case: Case, num_ranks: int) -> dict[str, Tensor]:
     layout = ranks.layout
     model = build_model(family, layout, transformer_config(family, megatron, torch.float32))
     with open_checkpoint(path) as slices:
-        StageWeights(model, family, ranks).load(slices.__getitem__)
+        StageWeights(model, family, ranks).load(slices.__getitem__, str(path))
     spec = LoraSpec(dim=4, alpha=8, **case.fields)
     modules = linear_modules(empty_model(config))
     adapted = resolve_targets(spec, modules, tied_head=True, model_label="tiny", config_key="policy.lora")

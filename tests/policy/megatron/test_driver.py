@@ -198,7 +198,7 @@ def test_a_plan_is_made_for_this_backend(tiny_run):
     [
         ("policy.megatron_cfg.pipeline_model_parallel_size=2", "which must divide the 1 training processes"),
         ("policy.lora.dropout=1.5", "policy.lora.dropout"),
-        ("cluster.num_nodes=2", "cluster.num_nodes=2: this version trains on one node"),
+        ("cluster.num_nodes=2", "cluster.num_nodes=2: no Ray cluster is named"),
         ("policy.megatron_cfg.use_gloo_process_groups=true", "policy.megatron_cfg.use_gloo_process_groups=True: "),
         ("policy.dtensor_cfg.activation_checkpointing=true", "policy.dtensor_cfg.activation_checkpointing=True: "),
         ("policy.lora.a2a=true", "policy.lora.a2a=True: "),

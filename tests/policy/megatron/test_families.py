@@ -262,8 +262,8 @@ _DENSE, _SPARSE = family(LlamaConfig(**SIZES)), family(Qwen3MoeConfig(**SIZES, *
             {"tensor_model_parallel_size": 2, "context_parallel_size": 2},
             6,
             f"{_KEY}.tensor_model_parallel_size=2: tensor x pipeline x context parallel ranks are 2 x 1 x 2 = 4, "
-            f"which must divide the 6 training processes (cluster.num_nodes x cluster.gpus_per_node). Change one of "
-            f"them.",
+            f"which must divide the 6 training processes (cluster.num_nodes x cluster.gpus_per_node). Set "
+            f"cluster.gpus_per_node to a multiple of 4, or lower it.",
         ),
         (
             _DENSE,

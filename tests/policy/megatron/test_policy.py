@@ -86,7 +86,8 @@ def test_logprobs_losses_gradients_and_steps_are_those_of_the_twin(tiny_model, f
     assert relative(policy.reference_logprobs(batch), dtensor.reference_logprobs(batch)) <= 1e-5
     expected, actual = dtensor.train_step(batch, loss), policy.train_step(batch, loss)
     assert abs(actual.loss - expected.loss) <= 1e-5 * scale_of_loss(batch)
-    assert actual.metrics == pytest.approx(expected.metrics, rel=1e-4, abs=1e-6)
+    # the margin of rewards is a difference of sums over whole answers
+    assert actual.metrics == pytest.approx(expected.metrics, rel=1e-4, abs=1e-5)
     assert actual.num_forward_tokens == expected.num_forward_tokens
     assert min(gradient.norm() for gradient in gradients(dtensor).values()) > 0
     assert distance(gradients(policy), gradients(dtensor)) <= 1e-5
@@ -353,7 +354,7 @@ def test_a_bad_number_stops_before_the_optimizer_moves(tiny_model, groups_batch)
 def test_the_base_for_the_engine_shares_all_tensors_but_q_k_and_v(tiny_model, family):
     policy = megatron(tiny_model(family))
     base = policy.base_model()
-    stock = AutoModelForCausalLM.from_pretrained(tiny_model(family), dtype=torch.float32)
+    stock = AutoModelForCausalLM.from_pretrained(tiny_model(family), dtype=torch.float32, attn_implementation="eager")
     token_ids = torch.arange(30)[None]
     assert torch.equal(base(token_ids).logits, stock(token_ids).logits)
     held = {p.untyped_storage().data_ptr() for p in policy._weights.parameters.values()}
