@@ -88,7 +88,7 @@ def hosts_up(
     """So many hosts, until the end of the context; then nothing of them is left. `shared` directories lie at the same
     path in each. Two sets at once need names of their own: `bridge` (12 characters at most) and `subnet`."""
     _sh("ip", "link", "add", bridge, "type", "bridge")  # fails where another set has the name
-    state = Path(tempfile.mkdtemp(prefix="nrl-hosts-", dir="/run"))
+    state = Path(tempfile.mkdtemp(prefix=f"{bridge}-", dir="/run"))
     holders: list[subprocess.Popen[bytes]] = []
     paths = tuple(path.resolve() for path in shared)
     try:
@@ -140,7 +140,7 @@ def _hold(private: Path, name: str, shared: Sequence[Path]) -> subprocess.Popen[
 
 def _first_process(holder: subprocess.Popen[bytes], private: Path) -> int:
     """The number of a host's first process, once the host is ready."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not (private / "ready").exists():
         if holder.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"{private.name} did not start: {(private / 'said').read_text()}")
@@ -158,10 +158,10 @@ def _connect(host: Host, bridge: str) -> None:
 
 
 def _remove(state: Path) -> None:
-    """Remove a directory that a dying host may still write into."""
-    deadline = time.monotonic() + 10
-    while state.exists() and time.monotonic() < deadline:
-        shutil.rmtree(state, ignore_errors=True)
+    """Remove a directory that a dying host may still write into; a busy machine may take long to end one."""
+    deadline = time.monotonic() + 60
+    while state.exists():
+        shutil.rmtree(state, ignore_errors=time.monotonic() < deadline)
         time.sleep(0.05)
 
 

@@ -54,14 +54,18 @@ def behave(members, *ways, **more):
 
 
 def all_ended(members) -> bool:
-    return all(_is_dead(actor) for actor in members.actors)
+    return all(_dies(actor) for actor in members.actors)
 
 
-def _is_dead(actor) -> bool:
-    try:
-        ray.get(actor.behave.remote("well"), timeout=10)
-    except ray.exceptions.RayActorError:
-        return True
+def _dies(actor, seconds: float = 10) -> bool:
+    """Whether an actor is gone within these seconds: Ray ends it after `ray.kill` has returned."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            ray.get(actor.behave.remote("well"), timeout=seconds)
+        except ray.exceptions.RayActorError:
+            return True
+        time.sleep(0.05)
     return False
 
 
