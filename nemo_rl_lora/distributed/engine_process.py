@@ -132,6 +132,9 @@ class EngineProcess:
     def probe_adapter(self, names: Sequence[str], ranks: Mapping[str, int]) -> list[RankShown]:
         return self._call("probe_adapter", list(names), dict(ranks))
 
+    def rest(self) -> None:
+        """Its devices are its own."""
+
     @property
     def is_open(self) -> bool:
         return not self._is_closed

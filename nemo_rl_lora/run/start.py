@@ -202,6 +202,8 @@ def _build_vllm(
     )
     settings = engine_settings(config, model, policy.hf_config_overrides, mode, _updates_in_flight(start))
     if processes is None:
+        doing = "sleeps" if settings.sleeps else "stays awake (on a CPU vLLM puts nothing to sleep)"
+        logger.info(f"generation: vLLM shares the trainer's device, and {doing} while the policy trains")
         return VllmGeneration(model, settings, partial(start_engine, settings))
     number, process = len(processes.nodes), partial(processes.start, settings)
     return VllmGeneration(model, settings, process, config.max_generation_failures, number)

@@ -74,6 +74,28 @@ def test_two_hosts_train_as_one_process(cluster, run, algorithm, backend):
         assert_nothing_is_left(host, 30)
 
 
+@pytest.mark.parametrize("mode", ["merged", "adapter"])
+def test_engines_on_three_hosts_sample_what_one_does(cluster, run, mode):
+    one, three = run("one", "grpo"), run("three", "grpo")
+    settings = [*BACKENDS["dtensor"], *VLLM, f"policy.generation.lora_sync={mode}", "grpo.max_num_steps=2"]
+    places = "policy.generation.colocated.resources={num_nodes: 3, gpus_per_node: 1}"
+    alone = ended(cluster.driver(one, *settings))
+    assert alone.code == 0, alone.err
+
+    found = ended(cluster.driver(three, *settings, "policy.generation.colocated.enabled=false", places))
+
+    assert found.code == 0, found.err
+    log = (three.logs / "exp_001" / "run.log").read_text()
+    hosts = re.findall(r"generation: vLLM runs in process \d+(?: of node ([\d.]+))?$", log, re.MULTILINE)
+    assert sorted(hosts) == ["", *(host.address for host in cluster.hosts[1:])]
+    for name in ("loss", "reward", "gen_kl_error", "grad_norm"):
+        expected = [line[name] for line in one.metrics()]
+        assert [line[name] for line in three.metrics()] == pytest.approx(expected, rel=1e-5, abs=1e-5), name
+    assert [line["sync_confirmed"] for line in three.metrics()] == [line["sync_confirmed"] for line in one.metrics()]
+    for host in cluster.hosts:
+        assert_nothing_is_left(host, 30)
+
+
 def test_a_run_whose_engine_is_lost_with_its_host_ends_with_a_checkpoint_and_one_paragraph(cluster, run):
     """vLLM has the third host; the run is not allowed to start it again, nor itself. Last: the host is gone."""
     third = cluster.hosts[2]

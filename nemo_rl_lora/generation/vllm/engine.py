@@ -48,6 +48,7 @@ class EngineSettings:
     env_vars: Mapping[str, str] = field(default_factory=dict)
     tensor_parallel_size: int = 1
     in_flight: Literal["keep", "recompute"] | None = None  # keys and values of what goes on under new weights
+    sleeps: bool = False  # the GPU's memory is the trainer's while nothing is asked
 
     @property
     def num_ranks(self) -> int:
@@ -109,7 +110,7 @@ class VllmEngine:
 
     One thread may sample while another one gives weights and probes: they take turns, a step at a time. Completions
     that are open go on under the new weights (`in_flight`). No completion meets what another version has computed: each
-    begins with its version's own cache salt.
+    begins with its version's own cache salt. An engine that `sleeps` wakes up when it is asked anything.
     """
 
     takes_files, where = False, "the trainer's process"
@@ -122,7 +123,7 @@ class VllmEngine:
         meet_in(self._files.enter_context(shared_directory("nrl-vllm-")))
         self._settings = settings
         self._adapter_path: str | None = None
-        self._turns, self._version = Turns(), _NO_VERSION
+        self._turns, self._version, self._is_asleep = Turns(), _NO_VERSION, False
         self._open: dict[str, _Growing] = {}
         self._num_jobs = self._num_kept_blocks = 0
         arguments: dict[str, Any] = {
@@ -148,7 +149,9 @@ class VllmEngine:
             arguments["tokenizer"] = str(settings.tokenizer_path)
         if settings.adapter_rank is not None:
             arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": settings.adapter_rank}
-        if not torch.cuda.is_available():
+        if torch.cuda.is_available():
+            arguments["enable_sleep_mode"] = settings.sleeps
+        else:
             arguments["block_size"] = CPU_BLOCK_TOKENS
         self._llm = LLM(**(arguments | dict(settings.more)))
         if settings.num_ranks > 1:
@@ -176,6 +179,7 @@ class VllmEngine:
         """All jobs, in their order."""
         engine, names = self._llm.llm_engine, []
         with self._turns.step():
+            self._wake()
             for job in jobs:
                 self._num_jobs += 1
                 names.append(str(self._num_jobs))
@@ -199,6 +203,7 @@ class VllmEngine:
     def receive_weights(self, source: Mapping[str, Tensor] | str, version: int) -> list[dict[str, str]]:
         """Serve merged weights from now on. Returns their digests, of each rank."""
         with self._turns.update():
+            self._wake()
             received = self._llm.collective_rpc("receive_weights", args=(source,))
             self._begin(version)
         return received
@@ -206,6 +211,7 @@ class VllmEngine:
     def receive_adapter(self, directory: str, version: int) -> list[dict[str, str]]:
         """Serve an adapter from now on, in the place of the one before. Returns its tensors' digests, of each rank."""
         with self._turns.update():
+            self._wake()
             received = self._llm.collective_rpc("receive_adapter", args=(directory,))
             self._adapter_path = directory
             self._llm.llm_engine.add_lora(self._adapter_request(load_inplace=True))
@@ -223,6 +229,14 @@ class VllmEngine:
         """Columns of A and of B with its scale, as the LoRA kernels see them."""
         return self._call("probe_adapter", names, ranks)
 
+    def rest(self) -> None:
+        """Give the GPU's memory to the trainer until something is asked: weights wait in the machine's memory, keys and
+        values are forgotten."""
+        if self._settings.sleeps and not self._is_asleep:
+            with self._turns.update():
+                self._llm.sleep(level=1)
+                self._is_asleep = True
+
     def close(self) -> None:
         self._turns.stop()
         with self._turns.update():
@@ -232,7 +246,13 @@ class VllmEngine:
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         """What each rank answers."""
         with self._turns.update():
+            self._wake()
             return self._llm.collective_rpc(method, args=arguments)
+
+    def _wake(self) -> None:
+        if self._is_asleep:
+            self._llm.wake_up()
+            self._is_asleep = False
 
     def _begin(self, version: int) -> None:
         """What starts from now on starts under these weights: keys and values of others must not be met again."""

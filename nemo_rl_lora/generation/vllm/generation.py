@@ -70,7 +70,7 @@ OWN_ARGUMENTS = {
     *("enforce_eager", "logprobs_mode", "generation_config", "skip_tokenizer_init", "worker_extension_cls"),
     *("enable_lora", "max_loras", "max_lora_rank", "lora_dtype", "quantization"),
     *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"),
-    "fully_sharded_loras",
+    *("fully_sharded_loras", "enable_sleep_mode"),
 }
 _SPARE_TOKENS = 4 * CPU_BLOCK_TOKENS  # a sequence's last block is part-filled, and vLLM keeps one for itself
 _LEAST_CACHE_BYTES = 16 * 2**20  # for tiny models, and where the machine is full
@@ -195,6 +195,7 @@ def engine_settings(
         env_vars=cfg.env_vars or {},
         tensor_parallel_size=cfg.tensor_parallel_size,
         in_flight=in_flight,
+        sleeps=config.colocated.enabled and torch.cuda.is_available(),
     )
 
 
@@ -251,7 +252,9 @@ class VllmGeneration(Ticketed):
 
         def begin(index: int) -> None:
             places = {"index": index, "number": num_engines, "max_failures": max_failures}
-            self._engines.append(ProvenEngine(start, expected, self._serving, **places))
+            engine = ProvenEngine(start, expected, self._serving, **places)
+            self._engines.append(engine)
+            engine.rest()  # the trainer loads its weights next
 
         try:
             in_parallel(begin, range(num_engines))
@@ -383,6 +386,8 @@ class VllmGeneration(Ticketed):
         busy = [(engine, share) for engine, share in zip(self._engines, shares, strict=True) if share]
         for done in in_parallel(lambda one: self._sampled(*one), busy):
             self._done |= done
+        for engine, _ in busy:
+            engine.rest()
 
     def _sampled(self, engine: ProvenEngine, requests: Mapping[Ticket, GroupRequest]) -> dict[Ticket, CompletionGroup]:
         """The groups that one engine samples, whole."""

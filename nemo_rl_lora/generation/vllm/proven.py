@@ -60,6 +60,7 @@ class Engine(Protocol):
     def num_kept_blocks(self) -> int: ...
     def probe(self, kind: Any, names: Sequence[str]) -> list[RankShown]: ...
     def probe_adapter(self, names: Sequence[str], ranks: Mapping[str, int]) -> list[RankShown]: ...
+    def rest(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -127,6 +128,10 @@ class ProvenEngine:
     def weight_problems(self, manifest: Sequence[TensorInfo]) -> list[str]:
         """Why merged weights of these names and shapes cannot be received."""
         return self._surviving(lambda: self.engine.weight_problems(manifest), serve_again=False)
+
+    def rest(self) -> None:
+        """The policy trains now: what the engine holds of a device that it shares is free until it is asked again."""
+        self.engine.rest()
 
     def close(self) -> None:
         self._is_closed = True
