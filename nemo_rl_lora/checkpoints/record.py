@@ -50,7 +50,8 @@ _PERIODS = ("max_num_steps", "max_num_epochs", "val_period", "val_at_start", "va
 _RETENTION = ("keep_top_k", "save_period", "save_epochs", "save_optimizer", "checkpoint_must_save_by")
 _DATA = ("on_bad_row", "on_change")
 _PLACES = ("enabled", "checkpoint_dir", "load_path", "on_damage")
-_POLICY = ("backend", "make_sequence_length_divisible_by")  # the base files compute the second from a size below
+# The base files compute the second from a size below; the others say how AdamW runs.
+_POLICY = ("backend", "make_sequence_length_divisible_by", "optimizer.kwargs.foreach", "optimizer.kwargs.fused")
 _BOTH_BACKENDS = ("enabled", "context_parallel_size", "sequence_parallel", "activation_checkpointing", "env_vars")
 _DTENSOR = (
     *_BOTH_BACKENDS,

@@ -47,6 +47,12 @@ def without_parallel_sizes(tracked: Tracked) -> Tracked:
     return _without_inherited(tracked, "policy.megatron_cfg", _SIZES_OF_SEVERAL)
 
 
+def without_adamw_choice(tracked: Tracked) -> Tracked:
+    """The tree without inherited ways to run AdamW: base files have NeMo RL's, a loop, and the device decides better.
+    For a whole configuration: base files are compared with NeMo RL's."""
+    return _without_inherited(tracked, "policy.optimizer.kwargs", {"foreach", "fused"})
+
+
 def with_importance_correction(tracked: Tracked) -> Tracked:
     """The tree with the correction for an earlier policy's samples where rollouts run ahead of training, unless the
     user set it. For a whole configuration: a file that inherits another may switch `grpo.async_grpo` off again."""

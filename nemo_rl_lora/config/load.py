@@ -23,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 from nemo_rl_lora.config.errors import ConfigError, is_reference, not_mappings, show, unknown_key, validation_paragraphs
 from nemo_rl_lora.config.gives_way import (
     with_importance_correction,
+    without_adamw_choice,
     without_parallel_sizes,
     without_replaced,
 )
@@ -73,7 +74,7 @@ def load_config(path: Path | None, overrides: Sequence[str], driver: Driver) -> 
     _check_driver(file, _read(file).tree, driver)
     read = _read(file, root)
     tracked = without_parallel_sizes(without_replaced(read, overridden(read, overrides, root)))
-    return _validated(root, with_importance_correction(tracked))
+    return _validated(root, without_adamw_choice(with_importance_correction(tracked)))
 
 
 def load_policy(tree: dict[str, Any]) -> PolicyConfig:

@@ -20,6 +20,8 @@ from nemo_rl_lora.lora.targets import ALL_LINEAR
 if TYPE_CHECKING:
     from nemo_rl_lora.config.policy import PolicyConfig
 
+_KERNEL_ROW_BYTES = 512  # of A's and B's blocks, which hold the whole rank: above it no configuration fits sm_90
+
 
 class AdapterBlock(Section):
     """An adapter, in any dialect: the fields that every block has."""
@@ -206,4 +208,7 @@ def kernels_off_because(policy: PolicyConfig, spec: LoraSpec, *, cuda: bool) -> 
         return f"{key}: off, because policy.dtensor_cfg.tensor_parallel_size={tensor_parallel} is above 1."
     if not cuda:
         return f"{key}: off, because there is no CUDA device: plain torch products are used."
+    dtype, dim = spec.dtype or policy.precision, max(spec.dim, *spec.rank_pattern.values(), 0)
+    if dim * (4 if dtype == "float32" else 2) > _KERNEL_ROW_BYTES:
+        return f"{key}: off, because blocks of rank {dim} in {dtype} do not fit in a GPU's shared memory."
     return None

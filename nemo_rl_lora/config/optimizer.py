@@ -30,9 +30,9 @@ class AdamWKwargs(Section):
     eps: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
     """Added to the root of the second moment."""
     foreach: bool | None = None
-    """Use torch's multi-tensor implementation; null leaves the choice to torch."""
+    """Use torch's multi-tensor implementation; null for the fused one on a GPU, and elsewhere torch's choice."""
     fused: bool | None = None
-    """Use torch's fused implementation; null leaves the choice to torch."""
+    """Use torch's fused implementation; null for true on a GPU, unless foreach is true."""
 
     @model_validator(mode="after")
     def _one_implementation(self) -> AdamWKwargs:

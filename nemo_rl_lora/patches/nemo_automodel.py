@@ -5,6 +5,7 @@ save without its checkpointer. tests/patches/test_nemo_automodel.py shows for ea
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -31,6 +32,12 @@ def loads_without_cuda() -> Iterator[None]:
         yield
     finally:
         auto_model.torch = original
+
+
+def multiply_in_ieee() -> None:
+    """Its kernels leave the precision of an fp32 product to Triton, whose default on a GPU is TF32 (3e-4). Before the
+    first of them is compiled; what the user has set stays."""
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 
 def adapt(linear: nn.Module, layer: type[Layer], *, dim: int, dropout: float, dropout_position: str) -> Layer:

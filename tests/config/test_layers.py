@@ -221,6 +221,22 @@ def test_a_warmup_that_was_inherited_does_not_start_above_the_peak():
 # What gives way
 
 
+@pytest.mark.parametrize("algorithm", ["sft", "dpo"])
+def test_the_inherited_loop_of_adamw_gives_way_to_what_the_device_has(algorithm):
+    config = quick(algorithm=algorithm)
+    settings = adam_settings(config.policy, lora=True)
+    assert (settings.foreach, settings.fused) == (None, None)
+    asked = quick("policy.optimizer.kwargs.fused=false", algorithm=algorithm)
+    settings = adam_settings(asked.policy, lora=True)
+    assert (settings.foreach, settings.fused) == (None, False)
+    loop = {"policy": {"optimizer": {"kwargs": {"foreach": False, "fused": False}}}}
+    assert (
+        config_differences(loop | {"x": 1}, resolved_tree(config))
+        .keys()
+        .isdisjoint({"policy.optimizer.kwargs.foreach", "policy.optimizer.kwargs.fused"})
+    )
+
+
 @pytest.mark.parametrize("part", ["train", "validation"])
 def test_an_inherited_split_gives_way_to_a_file(part, tmp_path):
     file = f"data.{part}.data_path={tmp_path}/rows.jsonl"

@@ -53,6 +53,7 @@ def _policy(backend="dtensor", lora_cfg=None, peft_block=None, lora=None, tensor
     """A policy's section with only what the LoRA blocks' reader reads."""
     return SimpleNamespace(
         active_backend=backend,
+        precision="bfloat16",
         dtensor_cfg=SimpleNamespace(lora_cfg=LoraCfg(**(lora_cfg or {})), tensor_parallel_size=tensor_parallel_size),
         megatron_cfg=SimpleNamespace(peft=PeftCfg(**(peft_block or {}))),
         lora=None if lora is None else UnifiedLora(**lora),
@@ -258,6 +259,21 @@ def test_kernels_are_off_for_a_reason_that_names_the_keys():
     assert (kernels_off_because(one, _unified(), cuda=False) or "").startswith("policy.lora.use_triton: off")
     assert kernels_off_because(one, _unified(), cuda=True) is None
     assert kernels_off_because(one, _unified(use_triton=False), cuda=False) is None
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        ({"dim": 256}, None),
+        ({"dim": 257}, "blocks of rank 257 in bfloat16"),
+        ({"dim": 128, "dtype": "float32"}, None),
+        ({"dim": 8, "dtype": "float32", "rank_pattern": {"q_proj": 256}}, "blocks of rank 256 in float32"),
+    ],
+)
+def test_kernels_are_off_where_no_configuration_of_them_fits_a_gpu(block, reason):
+    policy = _policy(lora={})
+    said = kernels_off_because(policy, _unified(**block), cuda=True)
+    assert said == (reason and f"policy.lora.use_triton: off, because {reason} do not fit in a GPU's shared memory.")
 
 
 _specs = st.builds(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nemo_rl_lora.models.load import load_model
-from nemo_rl_lora.patches.nemo_automodel import adapt, loads_without_cuda, save_pretrained
+from nemo_rl_lora.patches.nemo_automodel import adapt, loads_without_cuda, multiply_in_ieee, save_pretrained
 from nemo_rl_lora.policy.dtensor.linear import AdapterLinear
 
 
@@ -42,3 +42,15 @@ def test_saving_needs_the_vendors_checkpointer_without_the_change(tiny_model, tm
         model.save_pretrained(tmp_path)
     save_pretrained(model, tmp_path, model.state_dict())
     assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_its_kernels_multiply_fp32_in_tf32_without_the_change(monkeypatch):
+    import triton
+
+    monkeypatch.delenv("TRITON_F32_DEFAULT", raising=False)
+    assert triton.knobs.language.fp32_default is None  # a GPU's own default, TF32
+    multiply_in_ieee()
+    assert triton.knobs.language.fp32_default == "ieee"
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "tf32x3")
+    multiply_in_ieee()
+    assert triton.knobs.language.fp32_default == "tf32x3"

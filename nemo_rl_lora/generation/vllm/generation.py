@@ -159,6 +159,11 @@ def adapter_problems(config: Settings, spec: LoraSpec | None, adapted: Sequence[
         problems.append(f"{key}: vLLM serves ranks up to {MAX_RANKS[-1]}, and this adapter has {rank}. {way_out}")
     if heads := [module.name for module in adapted if last_component(module.name) in OUTPUT_HEAD_NAMES]:
         problems.append(f"{key}: vLLM has no adapter on the output head, and {heads[0]} has one. {way_out}")
+    if torch.cuda.is_available() and config.vllm_cfg.precision == "float32":
+        problems.append(
+            f"{key}: vLLM's LoRA kernels for GPUs take no fp32, and {KEY}.vllm_cfg.precision='float32'. Set "
+            f"{KEY}.vllm_cfg.precision=bfloat16, or {KEY}.lora_sync=merged."
+        )
     if spec.dtype not in (None, config.vllm_cfg.precision):
         problems.append(
             f"{key}: vLLM computes the adapter in {config.vllm_cfg.precision} as everything else "

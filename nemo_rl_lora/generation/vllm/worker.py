@@ -236,7 +236,7 @@ class WorkerExtension:
         x = one_hot(probed.local, stacked.shape[-1], stacked.dtype, stacked.device)
         y = torch.zeros(len(x), stacked.shape[-2], dtype=torch.float32, device=stacked.device)
         if self._has_adapter:
-            layer.punica_wrapper.add_shrink((y,), x, (stacked,), 1.0)
+            layer.punica_wrapper.add_shrink(y[None], x, (stacked,), 1.0)  # one tensor: so the GPU's takes it
         return Shown(y[: len(probed.local), :rank].T.to(stacked.dtype).cpu().contiguous(), (0, rank), probed.places)
 
     def _probe_b(self, name: str, place: Place, rank: int) -> Shown:
@@ -246,7 +246,7 @@ class WorkerExtension:
         buffer = one_hot(columns, stacked.shape[-1], torch.float32, stacked.device)
         y = torch.zeros(len(buffer), stacked.shape[-2], dtype=stacked.dtype, device=stacked.device)
         if self._has_adapter:
-            layer.punica_wrapper.add_expand(y, (buffer,), (stacked,), (stacked.shape[-2],))
+            layer.punica_wrapper.add_expand(y, buffer[None], (stacked,), (stacked.shape[-2],))
         return Shown(y[: len(columns)].T.cpu().contiguous(), place.held.rows, (0, len(columns)))
 
 

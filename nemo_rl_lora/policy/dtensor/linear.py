@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from nemo_rl_lora.lora.adapter_tensors import AdapterTensors
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
-from nemo_rl_lora.patches.nemo_automodel import adapt
+from nemo_rl_lora.patches.nemo_automodel import adapt, multiply_in_ieee
 from nemo_rl_lora.policy.adapter_state import AdapterSwitch, keep_mask
 from nemo_rl_lora.tensors import torch_dtype
 
@@ -106,6 +106,8 @@ def install_adapters(
 ) -> AdapterSwitch:
     """Freeze the model and put an adapter on each of these linear modules, in place; `drawn_a` starts them."""
     switch = AdapterSwitch()
+    if use_kernels:
+        multiply_in_ieee()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in modules:

