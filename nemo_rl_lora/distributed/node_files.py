@@ -23,6 +23,7 @@ from nemo_rl_lora.distributed.shared_memory import shared_directory
 
 PIECE_BYTES = 64 * 2**20
 _AT_A_TIME = 2  # one is written while the next one travels
+_VERSIONS = 2  # of a file, at once: readers of the one before keep it
 _SEEN_SECONDS = 10  # a network file system may remember for a while that there was nothing
 
 
@@ -55,11 +56,11 @@ def bring(number: int, send: Callable[[int], Any], take: Callable[[int, Any], No
 
 
 class _Holder:
-    """The process that holds what was brought to its node."""
+    """The process that holds what was brought to its node: in shared memory where it has this room."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_bytes: int) -> None:
         self._files = contextlib.ExitStack()
-        self._directory = self._files.enter_context(shared_directory("nrl-brought-"))
+        self._directory = self._files.enter_context(shared_directory("nrl-brought-", num_bytes))
 
     def take(self, name: str, number: int, piece: np.ndarray) -> str:
         """The next piece of a file; where it lies here."""
@@ -111,17 +112,18 @@ class BroughtFiles:
             self._forget(node)
 
     def _bring(self, node: str, path: Path, seconds: float) -> str:
+        size = path.stat().st_size
         if node not in self._holders:
             holder: Any = ray.remote(num_cpus=0)(_Holder)
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-            self._holders[node] = holder.options(scheduling_strategy=strategy).remote()
+            self._holders[node] = holder.options(scheduling_strategy=strategy).remote(_VERSIONS * size)
         holder, name, there = self._holders[node], f"{path.parent.name}/{path.name}", ""
 
         def take(index: int, pending: Any) -> None:
             nonlocal there
             there = ray.get(pending, timeout=seconds)
 
-        bring(num_pieces(path.stat().st_size), lambda i: holder.take.remote(name, i, piece_of(path, i)), take)
+        bring(num_pieces(size), lambda i: holder.take.remote(name, i, piece_of(path, i)), take)
         return there
 
     def _forget(self, node: str) -> None:

@@ -11,6 +11,7 @@ from nemo_rl_lora.config.errors import ConfigError
 from nemo_rl_lora.config.load import load_config
 from nemo_rl_lora.export.parity import layer_shares
 from nemo_rl_lora.generation.sync_mode import choose_sync, expected_share, surviving_share
+from nemo_rl_lora.generation.vllm.generation import adapter_problems
 from nemo_rl_lora.lora.merge import Survival
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
@@ -59,6 +60,21 @@ def test_an_engine_in_fp32_is_sent_merged_weights(engine):
     config = load_config(None, ["policy.precision=float32", AUTO], "grpo")
     chosen = choose_sync(config.policy, engine, SPEC, [MODULE], UNSERVED, lr=2.5e-4, typical_weight=0.1)
     assert (chosen.mode, chosen.is_open, chosen.warning) == ("merged", False, None)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_an_adapter_in_fp32_is_refused_by_vllm_on_a_gpu_alone(precision, has_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    asked = ["policy.generation.backend=vllm", f"policy.generation.vllm_cfg.precision={precision}"]
+    config = load_config(None, asked, "grpo")
+    assert config.policy.generation is not None
+    problems = adapter_problems(config.policy.generation, SPEC, [MODULE])
+    if has_gpu and precision == "float32":
+        (problem,) = problems
+        assert problem.startswith("policy.generation.lora_sync='adapter': vLLM's LoRA kernels for GPUs take no fp32")
+    else:
+        assert problems == []
 
 
 @pytest.mark.parametrize("change", [1e-5, 1e-4, 1e-3])

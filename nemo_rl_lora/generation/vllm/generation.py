@@ -221,6 +221,14 @@ def _cache_bytes(config: Settings, hf: Any, max_model_len: int) -> int:
     return max(min(wanted, psutil.virtual_memory().available // 2), _LEAST_CACHE_BYTES)
 
 
+def _largest_push(model: ServedModel, settings: EngineSettings) -> int:
+    """Bytes that a file of a push has at most: A and B in fp32, or every weight in the engine's dtype."""
+    if settings.adapter_rank is not None:
+        return sum(4 * module.dim * (module.in_features + module.out_features) for module in model.adapted)
+    item = torch_dtype(settings.dtype).itemsize
+    return sum(item * math.prod(tensor.shape) for tensor in stored_tensors(model.path).values())
+
+
 class VllmGeneration(Ticketed):
     """See the module's contract. `start` starts an engine: in this process, or in one of its own, which is started
     again up to `max_failures` times in a row where it is lost."""
@@ -244,7 +252,8 @@ class VllmGeneration(Ticketed):
         self._dtype, self._tied = torch_dtype(settings.dtype), has_tied_head(hf)
         self._served: tuple[Sent, WeightsRef] | None = None
         self._files = ExitStack()
-        self._directory = self._files.enter_context(owned_directory("nrl-adapter-", shared_memory()))
+        where = shared_memory(_largest_push(model, settings))
+        self._directory = self._files.enter_context(owned_directory("nrl-adapter-", where))
         self._serving_lock = threading.Lock()
         adapter = settings.adapter_rank is not None
         expected = Expected(

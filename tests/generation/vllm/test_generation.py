@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_rl_lora.generation.proof import SyncMismatch
 from nemo_rl_lora.generation.protocol import generate
+from nemo_rl_lora.generation.vllm import generation as vllm_generation
 from nemo_rl_lora.generation.vllm.generation import VllmGeneration, start_engine
 from nemo_rl_lora.generation.vllm.worker import WorkerExtension
 from tests.driver import TinyRun
@@ -143,6 +144,20 @@ def test_an_engine_that_cannot_start_says_why_in_one_paragraph(tmp_path):
     with pytest.raises(RuntimeError, match=r"backend='vllm': the engine did not start .*no_such_argument") as caught:
         start_engine(settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["merged", "adapter"])
+def test_weights_are_written_into_shared_memory_only_where_it_has_room(mode, tmp_path, monkeypatch):
+    """A container may have 64 MiB of it. The engine is not started: its place is asked for before."""
+    policy = make_policy(tmp_path, "llama", torch.float32)
+    settings, asked = settings_of(policy, mode), []
+    monkeypatch.setattr(vllm_generation, "shared_memory", lambda num_bytes: asked.append(num_bytes))
+    with pytest.raises(ZeroDivisionError):
+        VllmGeneration(policy.served, settings, lambda: 1 // 0)
+    (room,) = asked
+    sent = policy.publish(0, mode)
+    assert sum(info.num_bytes for info in sent.manifest) <= room
+    assert room <= (tmp_path / "model.safetensors").stat().st_size
 
 
 BACKENDS = {

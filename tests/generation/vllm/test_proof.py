@@ -157,3 +157,25 @@ def test_a_refused_push_leaves_the_old_version_served(served, wrong, versions):
     (after,) = generate(generation, [asked])
     assert after == before
     assert after.completions[0].versions == ((8, version),)
+
+
+def test_the_adapters_probe_gives_the_kernels_what_those_of_a_gpu_take(served, versions, monkeypatch):
+    """On a CPU they take tuples of tensors too; on a GPU one tensor, [slices, tokens, rank]."""
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    mode, policy, _, generation = served
+    if mode == "merged":
+        pytest.skip("merged weights are no adapter")
+    given = []
+    for name, place in (("add_shrink", 0), ("add_expand", 1)):
+        ask = getattr(PunicaWrapperCPU, name)
+
+        def spied(wrapper, *arguments, ask=ask, place=place, **more):
+            given.append(arguments[place])
+            return ask(wrapper, *arguments, **more)
+
+        monkeypatch.setattr(PunicaWrapperCPU, name, spied)
+    policy.draw(8)
+    assert generation.sync_weights(policy.publish(next(versions), mode)).verdict == "confirmed"
+    assert given
+    assert {(type(one), one.ndim, len(one)) for one in given} == {(torch.Tensor, 3, 1)}
