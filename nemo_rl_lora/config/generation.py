@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -16,11 +15,9 @@ def chosen_engine(asked: str) -> tuple[str, str]:
         return asked, "as asked for"
     import torch
 
-    if not torch.cuda.is_available():
-        return "in_process", "there is no GPU"
-    if importlib.util.find_spec("vllm") is None:
-        return "in_process", "vLLM is not installed: uv run --extra vllm"
-    return "vllm", "there is a GPU"
+    if torch.cuda.is_available():
+        return "in_process", "vLLM was not run on a GPU yet: policy.generation.backend=vllm asks for it"
+    return "in_process", "there is no GPU"
 
 
 _SYNC_OF_REFIT: dict[str, Literal["merged", "adapter"]] = {"native": "adapter", "merged": "merged"}
@@ -111,7 +108,7 @@ class GenerationConfig(EngineConfig):
     lora_refit_mode: Literal["native", "merged"] | None = None
     """NeMo RL's name of lora_sync, whose adapter it calls native; null: lora_sync decides."""
     backend: Literal["auto", "in_process", "vllm", "replay"] = "auto"
-    """auto: vllm on CUDA where it is installed, else in_process; replay serves the rollouts of replay_path. NeMo RL
+    """auto: in_process, until vllm was run on a GPU; replay serves the rollouts of replay_path. NeMo RL
     has only vllm."""
     replay_path: str | None = None
     """JSONL file of rollouts for backend=replay. No NeMo RL key."""

@@ -46,6 +46,11 @@ STARTED = "NEMO_RL_LORA_STARTED"  # `process:seconds`, from a process to what it
 REPEAT_SECONDS = 0.5
 _ANSWER_SECONDS = 0.2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_LESS_MEMORY = (
+    "What takes less memory: a lower policy.train_micro_batch_size, policy.logprob_batch_size or "
+    "policy.max_total_sequence_length; policy.dtensor_cfg.activation_checkpointing=true, or megatron_cfg's; where "
+    "completions are sampled, a lower policy.generation.max_concurrent_sequences or vllm_cfg.gpu_memory_utilization."
+)
 
 
 class RunFailedError(RuntimeError):
@@ -256,7 +261,15 @@ def _one_paragraph(error: BaseException) -> str:
         lines.append(f"({error.filename})")
     if not lines or not isinstance(error, (ValueError, OSError, RunLostError)):
         lines[:1] = [f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__]
+    if _is_out_of_memory(error):
+        lines.append(_LESS_MEMORY)
     return "\n".join([*lines, *getattr(error, "__notes__", ())])
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, by the name of torch's class, which is not imported here; or of the machine."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"OutOfMemoryError", "MemoryError"}) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def _say(text: str) -> None:

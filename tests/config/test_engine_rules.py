@@ -2,6 +2,7 @@
 
 import pytest
 
+from nemo_rl_lora.config.generation import chosen_engine
 from nemo_rl_lora.config.load import load_config
 from nemo_rl_lora.config.support import check_runnable
 
@@ -95,3 +96,12 @@ def test_a_number_of_engines_that_cannot_be_is_refused_with_the_way_out(override
 def test_the_number_of_engines_follows_from_the_keys(overrides, number):
     assert problems(*overrides) == []
     assert of(*overrides).policy.generation.known_engines == number
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_the_engine_of_auto_is_the_one_that_was_run_on_such_a_device(has_gpu, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    chosen, reason = chosen_engine("auto")
+    assert chosen == "in_process"
+    assert ("policy.generation.backend=vllm asks for it" in reason) == has_gpu
+    assert chosen_engine("vllm") == ("vllm", "as asked for")

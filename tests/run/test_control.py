@@ -6,6 +6,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
 from nemo_rl_lora.run.control import StopRequest, main_guard, running
 
@@ -129,6 +130,29 @@ def test_a_value_error_while_training_is_a_failure_with_its_traceback_in_the_log
     log = (tmp_path / "run.log").read_text()
     assert "Traceback" in log
     assert 'raise ValueError("shapes' in log
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+            True,
+        ),
+        (MemoryError(), True),
+        (RuntimeError("shapes [2, 3] and [4] do not fit"), False),
+    ],
+)
+def test_a_run_without_memory_says_what_takes_less(error, is_memory, capsys, tmp_path):
+    def main():
+        with running(tmp_path):
+            raise error
+
+    assert main_guard(main) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"The run failed: {type(error).__name__}")
+    assert ("policy.train_micro_batch_size" in said) == is_memory
 
 
 def test_the_type_is_named_where_the_message_says_too_little(capsys):
