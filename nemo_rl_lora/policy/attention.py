@@ -1,6 +1,7 @@
 """Attention over a flat run of segments (see microbatches.py), as an attention function of transformers.
 
-Segments of similar length are padded together into a few buckets, for attention alone; a child's keys are its
+On a GPU, in bf16 and fp16, it is flash attention without padding (flash_segments.py). Everywhere else
+segments of similar length are padded together into a few buckets, for attention alone; a child's keys are its
 parent's keys followed by its own. Work and memory grow with the sum of (own length) x (parent + own length), so a
 group costs what its completions cost. The probabilities are computed again in the backward pass rather than kept.
 Only full causal attention is served: no sliding window, no soft cap, no attention dropout.
@@ -10,16 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.models.families import families_for, shortening_window
 from nemo_rl_lora.models.own_forward import unserved_argument
+from nemo_rl_lora.policy.flash_segments import FlashPlan, attend_by_flash, plan_flash, takes
 from nemo_rl_lora.policy.microbatches import Segment
 
 NAME = "nemo_rl_lora_segments"
@@ -39,7 +43,7 @@ class _Bucket:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionPlan:
+class PaddedPlan:
     """Where flat tokens go for attention. N flat tokens, M places of the padded layout."""
 
     padded_from_flat: Tensor  # [M] int64; padding points at token 0
@@ -47,7 +51,7 @@ class AttentionPlan:
     is_padding: Tensor  # [M] bool
     buckets: tuple[_Bucket, ...]
 
-    def to(self, device: torch.device) -> AttentionPlan:
+    def to(self, device: torch.device) -> PaddedPlan:
         """The same plan with its index tensors on a device."""
         if self.is_padding.device == device:
             return self
@@ -59,12 +63,27 @@ class AttentionPlan:
             )
             for bucket in self.buckets
         )
-        return AttentionPlan(
+        return PaddedPlan(
             padded_from_flat=self.padded_from_flat.to(device),
             flat_from_padded=self.flat_from_padded.to(device),
             is_padding=self.is_padding.to(device),
             buckets=buckets,
         )
+
+
+class AttentionPlan:
+    """The segments of a microbatch, laid out when a layer first asks for it, in the form that its kernel takes."""
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+        self._segments, self._device = segments, device
+
+    @cached_property
+    def padded(self) -> PaddedPlan:
+        return plan_padded(self._segments).to(self._device)
+
+    @cached_property
+    def flash(self) -> FlashPlan:
+        return plan_flash(self._segments).to(self._device)
 
 
 def supports_segments(config: Any, max_length: int) -> bool:
@@ -93,7 +112,7 @@ def layout_problems(policy: PolicyConfig, model_config: Any) -> list[str]:
     return problems
 
 
-def plan_attention(segments: Sequence[Segment]) -> AttentionPlan:
+def plan_padded(segments: Sequence[Segment]) -> PaddedPlan:
     """Bucket segments: those without a parent by length class, children by their parents' bucket and length class."""
     placed: dict[int, tuple[int, int]] = {}  # segment -> (bucket, row)
     buckets: list[_Bucket] = []
@@ -125,7 +144,7 @@ def plan_attention(segments: Sequence[Segment]) -> AttentionPlan:
             padded_from_flat[at : at + segment.length] = torch.arange(segment.start, segment.start + segment.length)
             is_padding[at : at + segment.length] = False
             flat_from_padded[segment.start : segment.start + segment.length] = torch.arange(at, at + segment.length)
-    return AttentionPlan(
+    return PaddedPlan(
         padded_from_flat=padded_from_flat,
         flat_from_padded=flat_from_padded,
         is_padding=is_padding,
@@ -232,7 +251,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor, scale: float) -> Te
     """softmax(q k^T) v: q [S, KV, R*L, d], k and v [S, KV, K, d], blocked [S or 1, L, K] true where not to look."""
     if q.is_cuda:
         mask = ~blocked[:, None].repeat(1, 1, q.shape[2] // blocked.shape[1], 1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # cuDNN builds a graph for every length
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return _Attend.apply(q, k, v, blocked, scale)
 
 
@@ -255,7 +275,10 @@ def segment_attention(
     head_dim = query.shape[-1]
     scale = head_dim**-0.5 if scaling is None else scaling
     dtype = value.dtype
-    plan = attention_plan
+    if takes(query, value):
+        q, k, v = (x.to(dtype)[0].transpose(0, 1) for x in (query, key, value))
+        return attend_by_flash(q, k, v, attention_plan.flash, scale)[None], None
+    plan = attention_plan.padded
     q, k, v = (
         _Permute.apply(x.to(dtype)[0].transpose(0, 1).contiguous(), plan.padded_from_flat, plan.flat_from_padded, None)
         for x in (query, key, value)

@@ -93,7 +93,7 @@ class ForwardPass(nn.Module):
         whole, both, width = _probe(token_ids, [2 * half]), _probe(token_ids, [2 * half, half]), 2 * half
         candidate, settings = ALL_ATTENTION_FUNCTIONS["sdpa"], {}
         if self.flat:
-            plan = attention.plan_attention(whole.segments).to(self.device)
+            plan = attention.AttentionPlan(whole.segments, self.device)
             candidate, settings = attention.segment_attention, {"attention_plan": plan, "attention_mask": None}
         self.model.set_attn_implementation("eager")
         assert self.model.config._attn_implementation == "eager", "load_model gives it to models that cannot change it"
@@ -175,7 +175,7 @@ class ForwardPass(nn.Module):
         """[N, H] in the order of the flat layout."""
         body = body_of(self.model)
         if self.flat:
-            plan = attention.plan_attention(micro.segments).to(self.device)
+            plan = attention.AttentionPlan(micro.segments, self.device)
             output = body(
                 input_ids=micro.token_ids[None].to(self.device),
                 position_ids=micro.position_ids[None].to(self.device),

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
@@ -29,6 +30,8 @@ from nemo_rl_lora.models.families import families_for, rope_types_for, shortenin
 PREFILL_TOKENS = 4096  # padded tokens in one prefill pass: bounds its activations
 FIRST_COMPLETION_CAPACITY = 64  # slots grow by doubling from here, so short completions cost little memory
 FIRST_ROPE_POSITIONS = 256  # the table of cosines and sines grows by doubling from here
+# All but cuDNN's, which builds a graph for every new length.
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Decoder(Protocol):
@@ -383,7 +386,8 @@ class CausalDecoder:
             self.prompt_store.keys[layer_index][slot_index, :, :, :L] = k.transpose(2, 3)
             self.prompt_store.values[layer_index][slot_index, :, :L] = v
             k, v = (t.repeat_interleave(self.repeats, dim=1) for t in (k, v))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scaling)
+            with sdpa_kernel(_KERNELS):
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scaling)
             return out.transpose(1, 2).reshape(P * L, -1)
 
         x = self._body(x, cos, sin, attend)

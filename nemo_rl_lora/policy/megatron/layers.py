@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.policy.adapter_state import AdapterSwitch
-from nemo_rl_lora.policy.attention import AttentionPlan, plan_attention, segment_attention
+from nemo_rl_lora.policy.attention import AttentionPlan, segment_attention
 from nemo_rl_lora.policy.megatron.context import ContextPlan, context_attention
 from nemo_rl_lora.policy.megatron.convert import ParallelLayout
 from nemo_rl_lora.policy.megatron.families import Experts, Family
@@ -62,7 +62,7 @@ def flat_run(
     angles = positions.to(device).float()[:, None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)[:, None, None]
     return FlatRun(
-        attention=plan_attention(micro.segments).to(device) if context is None else context,
+        attention=AttentionPlan(micro.segments, device) if context is None else context,
         cos=angles.cos().to(dtype),
         sin=angles.sin().to(dtype),
     )
