@@ -10,7 +10,7 @@ to by two threads. Not run on a GPU yet; what merges and gathers is compared wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,8 +36,13 @@ class Call:
     longest_key: int
 
     def to(self, device: torch.device) -> Call:
-        values: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
-        return Call(**{name: one.to(device) if isinstance(one, Tensor) else one for name, one in values.items()})
+        return replace(
+            self,
+            query_rows=None if self.query_rows is None else self.query_rows.to(device),
+            key_rows=None if self.key_rows is None else self.key_rows.to(device),
+            query_bounds=self.query_bounds.to(device),
+            key_bounds=self.key_bounds.to(device),
+        )
 
     def of(self, tensor: Tensor, rows: Tensor | None) -> Tensor:
         return tensor if rows is None else tensor.index_select(0, rows)
