@@ -1,0 +1,92 @@
+"""The engine of the trainer's process beside transformers: the log-probabilities of what it sampled.
+
+The judge is transformers' own model on the CPU, with the adapter merged into its weights in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nemo_rl_lora.generation.in_process.engine import InProcessGeneration
+from nemo_rl_lora.generation.protocol import generate
+from nemo_rl_lora.lora.spec import LoraSpec
+from nemo_rl_lora.types import CompletionGroup, SyncMode
+from tests.generation.engine_inputs import (
+    LetterTokenizer,
+    adapted_modules,
+    adapter_tensors,
+    merged_tensors,
+    ref,
+    request,
+)
+from tests.gpu.checks import Answer, Check, Machine, within
+from tests.tiny_models import sampling_model
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+PROMPTS = tuple(tuple((7 * i + j) % 90 for j in range(3 + 5 * i)) for i in range(4))
+TEMPERATURE = 0.9
+# fp32: rounding of logits of the order of 10, in another order of sums; the adapter moves them by more than 0.1.
+# bf16: the same logits have 8 bits, so that each is off by a few hundredths and some by tenths.
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.6}
+
+
+def checks(machine: Machine) -> Iterator[Check]:
+    modes: tuple[SyncMode, ...] = ("merged", "adapter")
+    for dtype in BOUNDS:
+        for architecture in ARCHITECTURES:
+            for mode in modes:
+                name = f"{architecture}, {mode} weights, {str(dtype).removeprefix('torch.')}"
+                yield Check(name=name, ask=partial(beside_transformers, machine, architecture, mode, dtype))
+
+
+def beside_transformers(machine: Machine, architecture: str, mode: SyncMode, dtype: torch.dtype) -> Answer:
+    model = sampling_model(architecture)
+    adapter = adapter_tensors(model)
+    merged = merged_tensors(model, adapter)
+    groups = sample(machine, sampling_model(architecture), adapter if mode == "adapter" else merged, mode, dtype)
+    model.load_state_dict(merged, strict=False)
+    differences = [
+        float((torch.tensor(completion.logprobs) - expected).abs().max())
+        for group in groups
+        for completion in group.completions
+        for expected in [judged_logprobs(model, group.prompt.token_ids, completion.token_ids)]
+    ]
+    num_tokens = sum(len(completion.token_ids) for group in groups for completion in group.completions)
+    return within(BOUNDS[dtype], {"logprob_difference": max(differences)}, num_tokens=num_tokens)
+
+
+def sample(
+    machine: Machine, model: PreTrainedModel, tensors: dict[str, Tensor], mode: SyncMode, dtype: torch.dtype
+) -> list[CompletionGroup]:
+    """Three completions of each prompt, after a sync of these tensors."""
+    torch.nn.Module.to(model, machine.device, dtype)
+    tokenizer: Any = LetterTokenizer()
+    engine = InProcessGeneration(
+        model,
+        tokenizer=tokenizer,
+        spec=LoraSpec(dim=4, alpha=6.0),
+        adapted=adapted_modules(model),
+        compute_dtype=dtype,
+        max_concurrent_sequences=64,
+    )
+    on_device = {
+        name: tensor.to(machine.device, torch.float32 if mode == "adapter" else dtype)
+        for name, tensor in tensors.items()
+    }
+    receipt = engine.sync_weights(ref(on_device, mode))
+    assert receipt.verdict == "confirmed", receipt
+    sampling: dict[str, Any] = {"max_new_tokens": 20, "temperature": TEMPERATURE}
+    return generate(engine, [request(prompt, num_completions=3, **sampling) for prompt in PROMPTS])
+
+
+def judged_logprobs(model: PreTrainedModel, prompt: tuple[int, ...], token_ids: tuple[int, ...]) -> Tensor:
+    """Of these tokens after the prompt, by one forward pass."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + token_ids])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+    return logits.log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None])[:, 0]
