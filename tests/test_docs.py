@@ -7,6 +7,7 @@ others through the program's own entry. A command that nothing here knows how to
 import json
 import os
 import re
+import runpy
 import shlex
 import socket
 import subprocess
@@ -369,6 +370,17 @@ def run_transcode(command: Command, place: Place, capsys) -> None:
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place.tiny_model), back)
 
 
+def run_gpu_check(command: Command, place: Place, capsys) -> None:
+    """Its quickest groups, on the CPU; tests/test_gpu_check.py runs them all."""
+    arguments = list(command.arguments)
+    arguments[arguments.index("--out") + 1] = str(place.root)
+    main = runpy.run_path(str(ROOT / command.program))["main"]
+    assert main([*dict.fromkeys((*arguments, "--cpu")), "--only", "environment,kernels"]) == 0
+    entries = json.loads((place.root / "gpu_check.json").read_text())
+    assert [entry["name"] for entry in entries] == ["versions and card", "speed", "Triton LoRA kernels"]
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(entries)
+
+
 def run_parity(command: Command, place: Place, capsys) -> None:
     """An adapter made for the tiny model, in the place of the one that the page names."""
     save_peft_adapter(place.tiny_model, place.root / "step_30", 0, r=2, target_modules=["q_proj"])
@@ -414,6 +426,7 @@ def run_server(command: Command, place: Place, capsys) -> None:
 
 RUNNERS: dict[str, Callable[..., None]] = {
     "tools/parity.py": run_parity,
+    "tools/gpu_check.py": run_gpu_check,
     "examples/run_eval.py": run_evaluation,
     "examples/run_grpo.py": run_training,
     "examples/run_sft.py": run_training,

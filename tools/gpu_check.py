@@ -2,7 +2,8 @@
 
 uv run tools/gpu_check.py [--only kernels,steps] [--out DIRECTORY] [--budget SECONDS] [--cpu]
 
-A line for each check as soon as it is known, and gpu_check.json with all of them. Exit code 1 where one failed.
+A line for each check as soon as it is known, and gpu_check.json with all of them. The exit code is 1 where one failed,
+2 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -60,13 +61,15 @@ def _shown(value: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = read_options(arguments)
-    prepare_environment(options.cpu)
     options.out.mkdir(parents=True, exist_ok=True)
     from tests.gpu.checks import Machine, without_gpu
 
+    if not options.cpu and not has_gpu():
+        print("tools/gpu_check.py: torch finds no GPU. --cpu runs the same code without one.", file=sys.stderr)
+        return 2
     report, begun = Report(options.out / "gpu_check.json"), time.monotonic()
     with tempfile.TemporaryDirectory() as root, without_gpu() if options.cpu else nullcontext():
-        machine = Machine(device=chosen_device(options.cpu), root=Path(root))
+        machine = Machine(device="cpu" if options.cpu else "cuda", root=Path(root))
         for group in options.only:
             for check in checks_of(group, machine):
                 is_late = time.monotonic() - begun > options.budget
@@ -100,23 +103,22 @@ def _groups(names: str) -> tuple[str, ...]:
 
 
 def prepare_environment(cpu: bool) -> None:
-    """What has to be set before torch is imported: no model hub, and the workspaces of repeatable cuBLAS products."""
+    """What has to be set before torch is imported: no model hub, a thread for matrices as tiny as these, and on a GPU
+    the workspaces of cuBLAS products that repeat exactly."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not cpu:
+    if cpu:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    else:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def chosen_device(cpu: bool) -> Any:
+def has_gpu() -> bool:
     import torch
 
-    if cpu:
-        return "cpu"
-    if not torch.cuda.is_available():
-        sys.exit("tools/gpu_check.py: torch finds no CUDA device. --cpu runs the same code without one.")
-    return "cuda"
+    return torch.cuda.is_available()
 
 
 def checks_of(group: str, machine: Machine) -> Iterator[Check]:
@@ -124,8 +126,6 @@ def checks_of(group: str, machine: Machine) -> Iterator[Check]:
     from tests.gpu.checks import Check
 
     try:
-        if machine.has_gpu:
-            import_module("tests.gpu.kernels").configure()
         yield from import_module(f"tests.gpu.{group}").checks(machine)
     except Exception as error:  # the next group may still tell something
         yield Check(name="the list of checks", ask=_raiser(error))
@@ -160,4 +160,5 @@ def out_of_time(group: str, check: Check, budget: float) -> Entry:
 
 
 if __name__ == "__main__":
+    prepare_environment("--cpu" in sys.argv)
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -9,11 +10,10 @@ from statistics import median
 from time import perf_counter
 
 import torch
-import transformers
-import triton
 
 from tests.gpu.checks import Answer, Check, Fact, Machine
 
+PACKAGES = ("torch", "triton", "transformers", "peft", "nemo-automodel", "megatron-core")
 GPU_SIZE = 8192
 CPU_SIZE = 256
 NUM_REPEATS = 10
@@ -27,9 +27,7 @@ def checks(machine: Machine) -> Iterator[Check]:
 def versions(machine: Machine) -> Answer:
     facts: dict[str, Fact] = {
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
+        **{package: importlib.metadata.version(package) for package in PACKAGES},
         "device": machine.device,
     }
     if machine.has_gpu:

@@ -31,9 +31,9 @@ from tests.tiny_models import sampling_model
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 PROMPTS = tuple(tuple((7 * i + j) % 90 for j in range(3 + 5 * i)) for i in range(4))
 TEMPERATURE = 0.9
-# fp32: rounding of logits of the order of 10, in another order of sums; the adapter moves them by more than 0.1.
-# bf16: the same logits have 8 bits, so that each is off by a few hundredths and some by tenths.
-BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.6}
+# fp32: the largest difference; sums of logits of the order of 10 in another order, 1e-5 on a CPU.
+# bf16: the mean difference; weights and logits have 8 bits, 0.05 on a CPU. Without the adapter it is above 1.
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.15}
 
 
 def checks(machine: Machine) -> Iterator[Check]:
@@ -51,14 +51,19 @@ def beside_transformers(machine: Machine, architecture: str, mode: SyncMode, dty
     merged = merged_tensors(model, adapter)
     groups = sample(machine, sampling_model(architecture), adapter if mode == "adapter" else merged, mode, dtype)
     model.load_state_dict(merged, strict=False)
-    differences = [
-        float((torch.tensor(completion.logprobs) - expected).abs().max())
-        for group in groups
-        for completion in group.completions
-        for expected in [judged_logprobs(model, group.prompt.token_ids, completion.token_ids)]
-    ]
-    num_tokens = sum(len(completion.token_ids) for group in groups for completion in group.completions)
-    return within(BOUNDS[dtype], {"logprob_difference": max(differences)}, num_tokens=num_tokens)
+    differences = torch.cat(
+        [
+            torch.tensor(completion.logprobs) - judged_logprobs(model, group.prompt.token_ids, completion.token_ids)
+            for group in groups
+            for completion in group.completions
+        ]
+    ).abs()
+    judged = differences.max() if dtype == torch.float32 else differences.mean()
+    return within(
+        BOUNDS[dtype],
+        {"largest_difference" if dtype == torch.float32 else "mean_difference": float(judged)},
+        num_tokens=len(differences),
+    )
 
 
 def sample(

@@ -55,7 +55,8 @@ def checks(machine: Machine) -> Iterator[Check]:
 
 @cache
 def configure() -> dict[str, CountedKernel]:
-    """Once in a process: one configuration for each kernel, and a counter around it."""
+    """Once in a process: one configuration for each kernel, and a counter around it. Other groups need it as well,
+    since every shape of theirs would be timed."""
     return one_configuration(
         {name: triton.Config(blocks, num_warps=4, num_stages=4) for name, blocks in CONFIGURATIONS.items()}
     )

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_rl_lora.config.master import Algorithm
 from tests.driver import TinyRun, adapter, same
+from tests.gpu import kernels
 from tests.gpu.checks import Answer, Check, Machine, relative, within
 from tests.tiny_models import make_tiny_llama
 
@@ -83,11 +84,13 @@ class NamedRun(TinyRun):
 
 
 def checks(machine: Machine) -> Iterator[Check]:
+    if machine.has_gpu:
+        kernels.configure()
     model = make_tiny_llama(machine.root / "model", head_dim=16)
     runs = Runs(machine.root, model)
     for case in GPU_CASES if machine.has_gpu else CPU_CASES:
         yield Check(name=f"{case}, repeated and resumed", ask=partial(repeated_and_resumed, runs, case))
-    for case in (SFT, DPO):
+    for case in (SFT, DPO) if machine.has_gpu else (SFT,):
         yield Check(name=f"{case}, continued on the CPU", ask=partial(continued_on_cpu, runs, case))
     yield Check(name=f"{DPO}, exported and judged by PEFT", ask=partial(exported, runs, DPO))
 

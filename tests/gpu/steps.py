@@ -7,7 +7,7 @@ get the same batch. With `--cpu` both are the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from nemo_rl_lora.algorithms.losses.policy import make_policy_loss
 from nemo_rl_lora.algorithms.losses.preference import row_logprobs
 from nemo_rl_lora.config.loss_fn import LossFnConfig
 from nemo_rl_lora.types import Batch, LossFn
+from tests.gpu import kernels
 from tests.gpu.checks import Answer, Check, Machine, relative, within, without_gpu
 from tests.policy.batches import make_groups_batch
 from tests.policy.dtensor.test_policy import make_policy, spec
@@ -44,10 +45,15 @@ class Case:
     family: str
     algorithm: Literal["sft", "dpo", "grpo"]
     layout: str = "rows"
-    settings: dict[Backend, dict[str, Any]] = field(default_factory=dict)
+    settings: Mapping[Backend, Mapping[str, Any]] = field(default_factory=dict)
 
 
-PACKED = Case(family="llama", algorithm="sft", layout="packed", settings=dict.fromkeys(BACKENDS, LAYOUTS["packed"]))
+PACKED = Case(
+    family="llama",
+    algorithm="sft",
+    layout="packed",
+    settings={"dtensor": LAYOUTS["packed"], "megatron": LAYOUTS["packed"]},
+)
 CHECKPOINTED = Case(
     family="llama",
     algorithm="grpo",
@@ -88,6 +94,9 @@ class Step:
 
 
 def checks(machine: Machine) -> Iterator[Check]:
+    if machine.has_gpu:
+        kernels.configure()
+
     @cache
     def model_of(family: str) -> Path:
         return save_random_model(FAMILIES[family], machine.root / family)
