@@ -45,7 +45,8 @@ def written(directory: Path) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.slow  # two minutes
+@pytest.mark.slow  # two minutes, where nothing else runs
+@pytest.mark.timeout(900)
 def test_every_group_says_something_and_nothing_fails_on_a_cpu(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(TOOL), "--cpu", "--out", str(tmp_path), "--budget", "1000"]

@@ -33,9 +33,9 @@ Precision = Literal["float32", "bfloat16"]
 BACKENDS: tuple[Backend, ...] = ("dtensor", "megatron")
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 # fp32: rounding through three layers in another order of sums is 1e-6 on a CPU; TF32 would be 1e-3.
-# bf16: numbers have 8 bits, so that on a CPU log-probabilities are off by 2e-3 and the worst gradient by 0.05.
+# bf16: numbers have 8 bits, so that on a CPU log-probabilities are off by 2e-3 and the worst gradient by 0.07.
 BOUNDS: dict[Precision, float] = {"float32": 1e-4, "bfloat16": 3e-2}
-BF16_GRADIENT_BOUND = 0.1
+BF16_GRADIENT_BOUND = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
