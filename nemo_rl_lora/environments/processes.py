@@ -44,7 +44,7 @@ class Failed:
     text: str  # "left with exit code 3"
     trace: str = ""
     index: int = 0  # of the completion, in a call for several
-    was_shared: bool = False  # other calls ran in the process, and any of them may have ended it
+    was_shared: bool = False  # other calls were made to the process, and any of them may have ended it
 
 
 _CLOSED = Failed(kind="crash", text="was ended with the run")
@@ -227,8 +227,8 @@ class _Process:
         """The answer, or Failed; beyond `seconds` the process is ended."""
         number, future = next(self._numbers), Future[Any]()
         with self._state:
-            if self._how is not None:
-                return self._how
+            if self._how is not None:  # it ended by another call, or with the run
+                return replace(self._how, was_shared=self._how is not _CLOSED)
             self._pending[number] = future
         try:
             with self._sending:

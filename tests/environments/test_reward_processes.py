@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_rl_lora.environments.processes import _Place
 from tests.environments.own_rewards import is_running, own, prompt_of, wait_until
 
 FAILING = """
@@ -183,6 +184,24 @@ def test_calls_that_shared_a_process_with_a_crash_are_made_again(made):
     texts = ["a", "bb", "segfault", "ccc", "os._exit", "dddd"]
     for _ in range(3):
         assert scored(environment, *texts).rewards == (1.0, 2.0, -1.0, 3.0, -1.0, 4.0)
+
+
+def test_a_call_that_comes_to_a_process_that_has_just_crashed_is_made_by_another(made, monkeypatch):
+    environment = made(num_workers=1, on_failure=-1)
+    assert scored(environment, "a").rewards == (1.0,)
+    ready, killed = _Place.process, []
+
+    def crashed_meanwhile(place):
+        process = ready(place)
+        if not killed:
+            killed.append(process.pid)
+            os.kill(process.pid, signal.SIGKILL)
+            wait_until(lambda: process._how is not None)
+        return process
+
+    monkeypatch.setattr(_Place, "process", crashed_meanwhile)
+    assert scored(environment, "bb").rewards == (2.0,)
+    assert killed
 
 
 def test_a_failed_call_for_a_whole_rollout_counts_every_completion(made):

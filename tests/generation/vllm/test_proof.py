@@ -175,7 +175,7 @@ def test_the_adapters_probe_gives_the_kernels_what_those_of_a_gpu_take(served, v
             return ask(wrapper, *arguments, **more)
 
         monkeypatch.setattr(PunicaWrapperCPU, name, spied)
-    policy.draw(8)
+    policy.draw(21)
     assert generation.sync_weights(policy.publish(next(versions), mode)).verdict == "confirmed"
     assert given
     assert {(type(one), one.ndim, len(one)) for one in given} == {(torch.Tensor, 3, 1)}

@@ -10,13 +10,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from nemo_rl_lora.generation.proof import probed_columns
 from nemo_rl_lora.generation.vllm.engine import VllmEngine
 from nemo_rl_lora.generation.vllm.worker import ADAPTER_ID, WorkerExtension
 
-NEXT: dict[str, Any] = {"fault": None, "loaded": []}
+NEXT: dict[str, Any] = {"fault": None, "before": [], "loaded": []}
 _load, _receive, _refresh = (
     WorkerExtension._load,
     WorkerExtension.receive_weights,
@@ -27,6 +28,7 @@ _load, _receive, _refresh = (
 def load(worker, tensors):
     """Digests were taken of what was received, before anything goes wrong here."""
     fault, before = NEXT["fault"], NEXT["loaded"]
+    NEXT["before"] = before
     NEXT["loaded"] = [(name, tensor.clone()) for name, tensor in tensors]
     if fault == "dropped":
         return
@@ -58,8 +60,13 @@ def one_element_changed(tensors):
 
 
 def refresh_tied_head(worker, tensors):
+    """Left out, the head goes on with the embeddings of before: by itself where this CPU packs them, as here elsewhere
+    (a CPU without AVX-512 multiplies by the embeddings themselves)."""
     if NEXT["fault"] != "tied head":
         _refresh(worker, tensors)
+        return
+    old = dict(NEXT["before"])["model.embed_tokens.weight"]
+    worker._tied_head().cpu_linear = lambda x, weight, bias: F.linear(x, old, bias)
 
 
 def lose_projection(worker):
