@@ -78,7 +78,7 @@ class ParityConfig(Section):
 class EngineConfig(Section):
     """An engine, and how it samples where nothing is trained on its completions: in validation and evaluation."""
 
-    lora_sync: Literal["auto", "merged", "adapter"] = "merged"
+    lora_sync: Literal["auto", "merged", "adapter"] = "auto"
     """What a sync moves: weights with the adapter merged in, or A and B alone. auto: adapter where merging in the
     engine's dtype would lose more than a tenth of the update, as bf16 does at first, and merged elsewhere; `--plan` and
     the log say which, and why. NeMo RL's key is lora_refit_mode."""

@@ -55,8 +55,8 @@ def run(request, cluster, model):
     return make
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("algorithm", ["sft", "dpo", "grpo"])
+# Every combination in several processes of one host: tests/policy, test_driver.py of each backend.
+@pytest.mark.parametrize(("algorithm", "backend"), [("sft", "megatron"), ("dpo", "dtensor"), ("grpo", "dtensor")])
 def test_two_hosts_train_as_one_process(cluster, run, algorithm, backend):
     settings = [*BACKENDS[backend], f"{algorithm}.max_num_steps=3"]
     one = run("one", algorithm)
@@ -74,10 +74,9 @@ def test_two_hosts_train_as_one_process(cluster, run, algorithm, backend):
         assert_nothing_is_left(host, 30)
 
 
-@pytest.mark.parametrize("mode", ["merged", "adapter"])
-def test_engines_on_three_hosts_sample_what_one_does(cluster, run, mode):
+def test_engines_on_three_hosts_sample_what_one_does(cluster, run):
     one, three = run("one", "grpo"), run("three", "grpo")
-    settings = [*BACKENDS["dtensor"], *VLLM, f"policy.generation.lora_sync={mode}", "grpo.max_num_steps=2"]
+    settings = [*BACKENDS["dtensor"], *VLLM, "policy.generation.lora_sync=adapter", "grpo.max_num_steps=2"]
     places = "policy.generation.colocated.resources={num_nodes: 3, gpus_per_node: 1}"
     alone = ended(cluster.driver(one, *settings))
     assert alone.code == 0, alone.err

@@ -35,7 +35,7 @@ BASE: dict[str, Any] = {
 
 def test_the_base_file_and_a_recipe_with_more_ranks_load() -> None:
     config = GenerationConfig.model_validate(BASE)
-    assert (config.backend, config.lora_sync, config.vllm_cfg.tensor_parallel_size) == ("vllm", "merged", 4)
+    assert (config.backend, config.lora_sync, config.vllm_cfg.tensor_parallel_size) == ("vllm", "auto", 4)
 
 
 @pytest.mark.parametrize(
