@@ -14,7 +14,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = ("compare.py", "grpo_learning.py", "grpo_profile.py", "grpo_step_ours.py", "grpo_step_trl.py")
-OTHERS = ("memory_growth.py", "merge.py", "processes.py", "tuning_ours.py", "tuning_trl.py")
+OTHERS = ("gpu_speed.py", "memory_growth.py", "merge.py", "processes.py", "tuning_ours.py", "tuning_trl.py")
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def load(monkeypatch):
     return load_module
 
 
-@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.rglob("*.py")), ids=lambda path: path.name)
 def test_every_file_compiles(path):
     compile(path.read_text(encoding="utf-8"), str(path), "exec")
 
