@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -56,12 +57,58 @@ def test_every_measurement_has_a_number_or_a_reason_on_a_cpu(tmp_path):
     assert not any(name.startswith("ours") for name in reasons)
 
 
-@pytest.mark.slow  # imports of a process of its own
-def test_after_the_budget_every_measurement_is_named_and_skipped(tmp_path):
-    ended, entries = run(tmp_path, "--only", "grpo_4b,megatron", "--budget", "0")
+@pytest.fixture
+def main(load, monkeypatch):
+    """The script's main in this process, whose environment is left as it is."""
+    main = runpy.run_path(str(BENCHMARKS / "gpu_speed.py"))["main"]
+    monkeypatch.setitem(main.__globals__, "prepare_environment", lambda *, cpu: None)
+    return main
+
+
+def test_after_the_budget_every_measurement_is_named_and_skipped(main, tmp_path, capsys):
+    assert main(["--cpu", "--out", str(tmp_path), "--only", "grpo_4b,megatron", "--budget", "0"]) == 0
+    entries = json.loads((tmp_path / "gpu_speed.json").read_text())
     assert [entry["group"] for entry in entries] == ["grpo_4b", "grpo_4b", "megatron"]
     assert {entry["facts"]["skipped"] for entry in entries} == {"out of time: --budget 0"}
-    assert json.loads(ended.stdout.splitlines()[-1])["num_failed"] == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_failed"] == 0
+
+
+def test_a_measurement_that_fails_gives_exit_code_1_and_the_others_are_made(main, monkeypatch, tmp_path):
+    monkeypatch.setitem(main.__globals__, "MEASUREMENTS", {"broken": "gpu.nowhere", "megatron": "gpu.training"})
+    assert main(["--cpu", "--out", str(tmp_path)]) == 1
+    broken, measured = json.loads((tmp_path / "gpu_speed.json").read_text())
+    assert broken["ok"] is False
+    assert "gpu.nowhere" in broken["facts"]["error"]
+    assert measured["facts"]["tokens_per_s"] > 0
+
+
+def test_on_a_gpu_every_measurement_has_a_name_of_its_own(main, load, tmp_path):
+    """Of the lists alone; nothing is computed."""
+    machine = Machine(device="cuda", root=tmp_path)
+    listed = {
+        name: [check.name for check in main.__globals__["measurements_of"](name, machine)]
+        for name in main.__globals__["MEASUREMENTS"]
+    }
+    assert {name: len(set(names)) for name, names in listed.items()} == {
+        "sft_8b": 5,
+        "grpo_4b": 2,
+        "decoding": 6,
+        "sft_small": 2,
+        "kernels": 2,
+        "megatron": 1,
+    }
+    assert {name.split(", ")[-1] for name in listed["decoding"]} == {"64 rows", "256 rows"}
+
+
+@pytest.mark.parametrize("rows_of_microbatch", [1, 2, 4])
+def test_a_microbatch_has_as_many_full_rows_as_it_says(load, monkeypatch, tmp_path, rows_of_microbatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    training, shapes = load("gpu.training"), load("gpu.shapes")
+    config = shapes.LLAMA_1B.config(toy=True)
+    machine = Machine(device="cpu", root=tmp_path)
+    policy = training.dtensor_policy(machine, config, 64, microbatch_tokens=64 * rows_of_microbatch)
+    portion = policy.cutting.portions(training.full_rows(config, 4, 64, prompt_tokens=1), "train")[0]
+    assert [len(micro.rows) for micro in portion.microbatches()] == [rows_of_microbatch] * (4 // rows_of_microbatch)
 
 
 @pytest.mark.parametrize("name", ["LLAMA_8B", "LLAMA_1B", "QWEN3_4B", "QWEN2_HALF_B"])

@@ -14,9 +14,11 @@ import torch
 from gpu.shapes import LLAMA_1B, random_model
 from gpu.timing import measurement, timed
 from gpu.training import TOY_TOKENS, dtensor_policy
+from work import LORA_ALPHA, LORA_DIM
 
 from nemo_rl_lora.generation.in_process.engine import InProcessGeneration
 from nemo_rl_lora.generation.protocol import generate
+from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.types import GroupRequest, Prompt, SamplingParams, SyncMode
 from tests.generation.engine_inputs import LetterTokenizer
 from tests.gpu.checks import Check, Fact, Machine
@@ -39,9 +41,12 @@ def decoding(machine: Machine) -> Iterator[Check]:
     def model() -> Any:
         return random_model(config, machine.device, attention="sdpa")
 
-    for num_rows in TOY_NUM_ROWS if toy else NUM_ROWS:
+    sizes = TOY_NUM_ROWS if toy else NUM_ROWS
+    for num_rows in sizes:
         for mode in MODES:
             yield measurement(f"ours, {mode}, {num_rows} rows", partial(ours, machine, policy, mode, num_rows))
+    policy.cache_clear()  # its weights would count as memory of the other side
+    for num_rows in sizes:
         yield measurement(f"transformers' generate, {num_rows} rows", partial(plain, machine, model, num_rows))
 
 
@@ -50,7 +55,7 @@ def ours(machine: Machine, make_policy: Callable[[], Any], mode: SyncMode, num_r
     engine = InProcessGeneration(
         policy.base_model(),
         tokenizer=tokenizer,  # pyright: ignore[reportArgumentType]
-        spec=policy._setup.spec,
+        spec=LoraSpec(dim=LORA_DIM, alpha=LORA_ALPHA),
         adapted=policy.adapted,
         compute_dtype=torch.bfloat16,
         max_concurrent_sequences=num_rows,
