@@ -68,7 +68,10 @@ def trl_step(machine: Machine, rates: Rates, micro: int) -> dict[str, Fact]:
     facts = training_facts(machine, config, found, SFT_ROWS, sft_tokens(machine))
     rates["TRL", micro] = _rate(facts)
     if not has_liger:
-        return {**facts, "liger": "not installed (uv pip install --no-deps liger-kernel), and TRL is faster with it"}
+        return {
+            **facts,
+            "liger": "not installed (uv pip install --no-deps liger-kernel): TRL is without it here",
+        }
     return {**facts, "liger": "on" if machine.has_gpu else "off: no GPU"}
 
 
