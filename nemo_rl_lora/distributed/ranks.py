@@ -20,6 +20,14 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 _ELEMENTS_PER_MESSAGE = 64 * 2**20
 
 
+def join_alone() -> None:
+    """Make this process the default group, where there is none yet: megatron-core and vLLM build their groups on it. It
+    lies in memory, so it serves whoever comes later too."""
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataShare:
     """Which part of a batch is one data-parallel rank's."""

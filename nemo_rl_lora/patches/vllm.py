@@ -1,5 +1,5 @@
-"""What vLLM 0.32 needs changed: LoRA on a CPU at a usable speed, an end that leaves the trainer's process groups alone
-and no file, and a CPU engine that compiles nothing where it is told so.
+"""What vLLM 0.32 needs changed: LoRA on a CPU at a usable speed, an end that leaves the trainer's process groups
+alone, and a CPU engine that compiles nothing where it is told so.
 
 tests/patches/test_vllm.py shows that the first two are still needed. Each is called from where vLLM runs: the first in
 its worker, the others beside the engine (generation/vllm/).
@@ -8,8 +8,6 @@ its worker, the others beside the engine (generation/vllm/).
 from __future__ import annotations
 
 import gc
-import uuid
-from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -44,13 +42,6 @@ def compile_nothing() -> None:
     from torch import _dynamo
 
     _dynamo.config.disable = True
-
-
-def meet_in(directory: Path) -> None:
-    """The processes of an engine meet in a file of the temporary directory, which vLLM leaves behind."""
-    from vllm.v1.executor import uniproc_executor
-
-    uniproc_executor.get_file_store_init_method = lambda: f"file://{directory}/{uuid.uuid4().hex}"
 
 
 def shut_down(llm: Any) -> None:

@@ -17,12 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nemo_rl_lora.distributed.shared_memory import mapped_files, removed_at_end, shared_directory
+from nemo_rl_lora.distributed.ranks import join_alone
+from nemo_rl_lora.distributed.shared_memory import mapped_files, removed_at_end
 from nemo_rl_lora.generation.proof import RankShown
 from nemo_rl_lora.generation.tickets import one_more
 from nemo_rl_lora.generation.turns import Turns
 from nemo_rl_lora.generation.vllm.worker import ADAPTER_ID, VLLM_FILES
-from nemo_rl_lora.patches.vllm import compile_nothing, forget_cached_blocks, meet_in, shut_down
+from nemo_rl_lora.patches.vllm import compile_nothing, forget_cached_blocks, shut_down
 from nemo_rl_lora.types import SamplingParams, TensorInfo
 
 CPU_BLOCK_TOKENS = 32  # the least that vLLM's CPU kernels take: prompts of a group share whole blocks
@@ -120,7 +121,8 @@ class VllmEngine:
         from vllm import LLM
 
         self._files = contextlib.ExitStack()
-        meet_in(self._files.enter_context(shared_directory("nrl-vllm-")))
+        if settings.num_ranks == 1:
+            join_alone()  # vLLM would meet itself in a file, which its groups need as long as the process lives
         self._settings = settings
         self._adapter_path: str | None = None
         self._turns, self._version, self._is_asleep = Turns(), _NO_VERSION, False

@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from nemo_rl_lora.config.megatron import MegatronConfig
-from nemo_rl_lora.distributed.ranks import DataShare, Ranks
+from nemo_rl_lora.distributed.ranks import DataShare, Ranks, join_alone
 from nemo_rl_lora.patches import megatron_core
 from nemo_rl_lora.policy.megatron.convert import ParallelLayout, layout_of, owners
 from nemo_rl_lora.policy.megatron.families import Family
@@ -40,10 +39,7 @@ class MegatronRanks(Ranks):
 def join_processes(megatron: MegatronConfig) -> None:
     """Make megatron-core's process groups, once in a process."""
     megatron_core.install()
-    if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1
-        )
+    join_alone()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=megatron.tensor_model_parallel_size,
