@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,12 @@ MEASUREMENTS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
     options = read_options(arguments)
     prepare_environment(cpu=options.cpu)
     from tests.gpu.checks import Machine, without_gpu
-    from tools.gpu_check import Report, asked, has_gpu, out_of_time
+    from tools.gpu_check import Report, ask_all, has_gpu
 
     if not options.cpu and not has_gpu():
         print("benchmarks/gpu_speed.py: torch finds no GPU. --cpu runs the same code without one.", file=sys.stderr)
@@ -54,10 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = Report(options.out / "gpu_speed.json")
     with tempfile.TemporaryDirectory() as root, without_gpu() if options.cpu else nullcontext():
         machine = Machine(device="cpu" if options.cpu else "cuda", root=Path(root))
-        for name in options.only:
-            for check in measurements_of(name, machine):
-                is_late = time.monotonic() - begun > options.budget
-                report.add(out_of_time(name, check, options.budget) if is_late else asked(name, check))
+        ask_all(report, options.only, partial(measurements_of, machine=machine), begun=begun, budget=options.budget)
     print_result(
         {
             "num_measurements": len(report.entries),
@@ -71,9 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    from tools.gpu_check import names_among
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ",".join(MEASUREMENTS)
-    parser.add_argument("--only", type=_names, default=tuple(MEASUREMENTS), metavar="NAMES", help=f"of {names}")
+    known = partial(names_among, MEASUREMENTS, "a measurement", "Measurements")
+    parser.add_argument("--only", type=known, default=tuple(MEASUREMENTS), metavar="NAMES", help=f"of {names}")
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIRECTORY", help="where gpu_speed.json goes")
     parser.add_argument(
         "--budget", type=float, default=BUDGET_SECONDS, metavar="SECONDS", help="after these no measurement begins"
@@ -82,20 +85,9 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    chosen = tuple(text.split(","))
-    if unknown := [name for name in chosen if name not in MEASUREMENTS]:
-        raise argparse.ArgumentTypeError(
-            f"{unknown[0]!r} is not a measurement. Measurements: {', '.join(MEASUREMENTS)}"
-        )
-    return chosen
-
-
 def prepare_environment(*, cpu: bool) -> None:
     """What has to be set before torch is imported: no model hub and no progress bars, one GPU (transformers' Trainer
     would take all), and its memory in segments that grow, as one model follows another."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -108,18 +100,7 @@ def prepare_environment(*, cpu: bool) -> None:
 
 
 def measurements_of(name: str, machine: Any) -> Iterator[Any]:
-    """Their checks; one that fails where the module cannot be imported."""
-    from tests.gpu.checks import Check
-
-    try:
-        yield from getattr(import_module(MEASUREMENTS[name]), name)(machine)
-    except Exception as error:  # the next one may still tell something
-        reason = error
-
-        def fail() -> Any:
-            raise reason
-
-        yield Check(name="the list of measurements", ask=fail)
+    yield from getattr(import_module(MEASUREMENTS[name]), name)(machine)
 
 
 def device_name(cpu: bool) -> str:

@@ -71,3 +71,14 @@ def groups_batch():
     from tests.policy.batches import make_groups_batch
 
     return make_groups_batch()
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Tensors of a GPU have a device, a dtype and a shape here, and no numbers."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    with FakeTensorMode():
+        yield

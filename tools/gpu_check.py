@@ -15,8 +15,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,10 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report, begun = Report(options.out / "gpu_check.json"), time.monotonic()
     with tempfile.TemporaryDirectory() as root, without_gpu() if options.cpu else nullcontext():
         machine = Machine(device="cpu" if options.cpu else "cuda", root=Path(root))
-        for group in options.only:
-            for check in checks_of(group, machine):
-                is_late = time.monotonic() - begun > options.budget
-                report.add(out_of_time(group, check, options.budget) if is_late else asked(group, check))
+        ask_all(report, options.only, partial(checks_of, machine=machine), begun=begun, budget=options.budget)
     num_ok = sum(entry["ok"] is True for entry in report.entries)
     seconds = time.monotonic() - begun
     print(f"{num_ok} passed, {len(report.failed)} failed, of {len(report.entries)} in {seconds:.0f} s")
@@ -82,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=_groups, default=GROUPS, metavar="NAMES", help=f"of {','.join(GROUPS)}")
+    groups = partial(names_among, GROUPS, "a group of checks", "Groups")
+    parser.add_argument("--only", type=groups, default=GROUPS, metavar="NAMES", help=f"of {','.join(GROUPS)}")
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIRECTORY", help="where gpu_check.json goes")
     parser.add_argument(
         "--budget", type=float, default=BUDGET_SECONDS, metavar="SECONDS", help="after these no check begins"
@@ -95,10 +94,11 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _groups(names: str) -> tuple[str, ...]:
-    chosen = tuple(names.split(","))
-    if unknown := [name for name in chosen if name not in GROUPS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not a group of checks. Groups: {', '.join(GROUPS)}")
+def names_among(known: Collection[str], one: str, several: str, text: str) -> tuple[str, ...]:
+    """Names with commas between them. `one` and `several` say what they are, in an error."""
+    chosen = tuple(text.split(","))
+    if unknown := [name for name in chosen if name not in known]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not {one}. {several}: {', '.join(known)}")
     return chosen
 
 
@@ -122,11 +122,30 @@ def has_gpu() -> bool:
 
 
 def checks_of(group: str, machine: Machine) -> Iterator[Check]:
-    """The group's checks; one that fails where its module cannot be imported, or its list not be made."""
+    yield from import_module(f"tests.gpu.{group}").checks(machine)
+
+
+def ask_all(
+    report: Report,
+    names: Sequence[str],
+    list_of: Callable[[str], Iterator[Check]],
+    *,
+    begun: float,
+    budget: float,
+) -> None:
+    """Ask the checks of each list. After `budget` seconds from `begun`, by time.monotonic, none begins."""
+    for name in names:
+        for check in _listed(list_of, name):
+            is_late = time.monotonic() - begun > budget
+            report.add(out_of_time(name, check, budget) if is_late else asked(name, check))
+
+
+def _listed(list_of: Callable[[str], Iterator[Check]], name: str) -> Iterator[Check]:
+    """The checks; one that fails where their module cannot be imported, or their list not be made."""
     from tests.gpu.checks import Check
 
     try:
-        yield from import_module(f"tests.gpu.{group}").checks(machine)
+        yield from list_of(name)
     except Exception as error:  # the next group may still tell something
         yield Check(name="the list of checks", ask=_raiser(error))
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from gpu.shapes import flop_of_token
 from measure import reset_peak, rss_mib
 
 from tests.gpu.checks import Answer, Check, Fact, Machine, skipped
-from tests.gpu.environment import synchronize
+from tests.gpu.environment import median_seconds
 
 # TFLOP/s, dense bf16, by a part of the card's name; the first that fits counts
 PEAKS = {
@@ -45,14 +43,8 @@ def timed(machine: Machine, call: Callable[[], object], *, num_warm: int, num_ti
     for _ in range(num_warm):
         call()
     forget_peak(machine)
-    seconds = []
-    for _ in range(num_timed):
-        synchronize(machine)
-        begun = perf_counter()
-        call()
-        synchronize(machine)
-        seconds.append(perf_counter() - begun)
-    return Timed(seconds=median(seconds), peak_gib=peak_gib(machine))
+    seconds = median_seconds(call, machine, num_timed)
+    return Timed(seconds=seconds, peak_gib=peak_gib(machine))
 
 
 def forget_peak(machine: Machine) -> None:

@@ -44,9 +44,6 @@ class Call:
             key_bounds=self.key_bounds.to(device),
         )
 
-    def of(self, tensor: Tensor, rows: Tensor | None) -> Tensor:
-        return tensor if rows is None else tensor.index_select(0, rows)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlashPlan:
@@ -93,6 +90,11 @@ def plan_flash(segments: Sequence[Segment]) -> FlashPlan:
         longest_key=max(len(rows) for rows in parents),
     )
     return FlashPlan(own=own, above=above)
+
+
+def gathered(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """These rows; None: all."""
+    return tensor if rows is None else tensor.index_select(0, rows)
 
 
 def _rows(segment: Segment) -> Tensor:
@@ -146,9 +148,9 @@ def flash_forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(output [rows, H, d], log-sum-exp [H, rows] fp32, two tensors for the backward pass)."""
     out, total, state, unused, _ = torch.ops.aten._flash_attention_forward(
-        call.of(q, call.query_rows),
-        call.of(k, call.key_rows),
-        call.of(v, call.key_rows),
+        gathered(q, call.query_rows),
+        gathered(k, call.key_rows),
+        gathered(v, call.key_rows),
         call.query_bounds,
         call.key_bounds,
         call.longest_query,
@@ -177,11 +179,11 @@ def flash_backward(
     """Gradients of the call's queries, keys and values, where `out` and `total` are those of the whole softmax."""
     rows = call.query_rows
     return torch.ops.aten._flash_attention_backward(
-        call.of(grad, rows),
-        call.of(q, rows),
-        call.of(k, call.key_rows),
-        call.of(v, call.key_rows),
-        call.of(out, rows),
+        gathered(grad, rows),
+        gathered(q, rows),
+        gathered(k, call.key_rows),
+        gathered(v, call.key_rows),
+        gathered(out, rows),
         total if rows is None else total.index_select(1, rows),
         call.query_bounds,
         call.key_bounds,

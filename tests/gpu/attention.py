@@ -15,6 +15,7 @@ from torch import Tensor
 from nemo_rl_lora.policy.attention import AttentionPlan, segment_attention
 from nemo_rl_lora.policy.microbatches import Segment
 from tests.gpu.checks import Answer, Check, Machine, relative, skipped, within
+from tests.policy.batches import segments_of
 
 NUM_HEADS, NUM_KV_HEADS = 8, 2
 HEAD_SIZES = (64, 128)
@@ -54,14 +55,6 @@ def beside_cpu(layout: str, size: int, dtype: torch.dtype) -> Answer:
     _, expected = attend(segments, (q, k, v), grad, "cpu", torch.float32)
     answer = within(BOUNDS[dtype], {name: relative(found[name], expected[name]) for name in expected}, path=path)
     return answer if path == PATHS[dtype] else Answer(ok=False, facts=answer.facts)
-
-
-def segments_of(layout: list[tuple[int, int | None]]) -> tuple[Segment, ...]:
-    starts = [sum(length for length, _ in layout[:i]) for i in range(len(layout))]
-    return tuple(
-        Segment(start=start, length=length, parent=parent)
-        for start, (length, parent) in zip(starts, layout, strict=True)
-    )
 
 
 def attend(

@@ -60,8 +60,12 @@ def speed(machine: Machine) -> Answer:
 def seconds_of(call: Callable[[], object], machine: Machine) -> float:
     """The median of some calls, after one that is not counted."""
     call()
+    return median_seconds(call, machine, NUM_REPEATS)
+
+
+def median_seconds(call: Callable[[], object], machine: Machine, num_calls: int) -> float:
     seconds = []
-    for _ in range(NUM_REPEATS):
+    for _ in range(num_calls):
         synchronize(machine)
         begun = perf_counter()
         call()

@@ -1,9 +1,11 @@
 """Batches for the policy's tests."""
 
+from collections.abc import Sequence
+
 import torch
 
 from nemo_rl_lora.distributed.ranks import ALONE
-from nemo_rl_lora.policy.microbatches import Cutting, Microbatch, MicrobatchPlan
+from nemo_rl_lora.policy.microbatches import Cutting, Microbatch, MicrobatchPlan, Segment
 from nemo_rl_lora.types import Batch, Denominators
 from tests.tiny_models import VOCABULARY
 
@@ -36,3 +38,12 @@ def make_groups_batch() -> Batch:
 def microbatches_of(batch: Batch, plan: MicrobatchPlan) -> list[Microbatch]:
     """How one process cuts a batch."""
     return Cutting(train=plan, logprob=plan, share=ALONE).portions(batch, "train")[0].microbatches()
+
+
+def segments_of(layout: Sequence[tuple[int, int | None]]) -> tuple[Segment, ...]:
+    """Segments that follow each other, from the length and the parent of each."""
+    starts = [sum(length for length, _ in layout[:i]) for i in range(len(layout))]
+    return tuple(
+        Segment(start=start, length=length, parent=parent)
+        for start, (length, parent) in zip(starts, layout, strict=True)
+    )

@@ -3,12 +3,11 @@ the real kernel takes what it is given, on fake tensors of a GPU."""
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemo_rl_lora.policy import flash_segments
 from nemo_rl_lora.policy.attention import AttentionPlan, segment_attention
-from nemo_rl_lora.policy.flash_segments import attend_by_flash, flash_backward, plan_flash
-from nemo_rl_lora.policy.microbatches import Segment
+from nemo_rl_lora.policy.flash_segments import attend_by_flash, flash_backward, gathered, plan_flash
+from tests.policy.batches import segments_of
 
 HEADS, KV_HEADS, SIZE = 6, 2, 8
 # (length, parent) of each segment
@@ -18,11 +17,6 @@ LAYOUTS = {
     "groups among rows": [(7, None), (4, 0), (6, 0), (5, None), (3, None), (2, 4), (9, 4), (3, None)],
     "a group whose parent comes after others": [(2, None), (8, None), (3, 1), (1, 0), (4, 1)],
 }
-
-
-def segments_of(layout) -> tuple[Segment, ...]:
-    starts = [sum(length for length, _ in layout[:i]) for i in range(len(layout))]
-    return tuple(Segment(start=s, length=n, parent=p) for s, (n, p) in zip(starts, layout, strict=True))
 
 
 def scores_of(q, k, scale, causal):
@@ -36,7 +30,7 @@ def runs(call):
 
 
 def dense_forward(q, k, v, call, scale, *, causal):
-    q, k, v = call.of(q, call.query_rows), call.of(k, call.key_rows), call.of(v, call.key_rows)
+    q, k, v = gathered(q, call.query_rows), gathered(k, call.key_rows), gathered(v, call.key_rows)
     out, total = torch.empty_like(q), torch.empty(HEADS, len(q), dtype=q.dtype)
     for a, b in runs(call):
         scores = scores_of(q[a], k[b], scale, causal)
@@ -48,8 +42,8 @@ def dense_forward(q, k, v, call, scale, *, causal):
 def dense_backward(grad, q, k, v, out, total, states, call, scale, *, causal):
     """As flash computes it: probabilities from the log-sum-exp, and the softmax's correction from the output."""
     rows = call.query_rows
-    grad, q, out = call.of(grad, rows), call.of(q, rows), call.of(out, rows)
-    k, v = call.of(k, call.key_rows), call.of(v, call.key_rows)
+    grad, q, out = gathered(grad, rows), gathered(q, rows), gathered(out, rows)
+    k, v = gathered(k, call.key_rows), gathered(v, call.key_rows)
     total = total if rows is None else total[:, rows]
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
 
@@ -103,14 +97,6 @@ def test_the_two_calls_are_the_whole_softmax_and_its_gradient(layout, monkeypatc
         assert wanted.abs().max() > 0.1
 
 
-@pytest.fixture
-def on_gpu(monkeypatch):
-    """Tensors of a GPU have a device, a dtype and a shape here, and no numbers."""
-    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    with FakeTensorMode():
-        yield
-
-
 def attend_on_gpu(dtype, size, layout=LAYOUTS["groups among rows"]):
     segments = segments_of(layout)
     num_tokens = sum(length for length, _ in layout)
@@ -134,8 +120,8 @@ def test_the_kernel_takes_what_it_is_given(on_gpu, layout):
     states = [torch.empty(2, dtype=torch.uint64, device="cuda"), torch.empty(0, device="cuda")]
     for call in filter(None, (plan.flash.own, plan.flash.above)):
         dq, dk, dv = flash_backward(grad, q, k, v, q, total, states, call, 0.3, causal=call is plan.flash.own)
-        assert dq.shape == call.of(q, call.query_rows).shape
-        assert dk.shape == dv.shape == call.of(k, call.key_rows).shape
+        assert dq.shape == gathered(q, call.query_rows).shape
+        assert dk.shape == dv.shape == gathered(k, call.key_rows).shape
         assert call.query_bounds.dtype == call.key_bounds.dtype == torch.int32
 
 

@@ -3,18 +3,9 @@
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemo_rl_lora.config.optimizer_settings import AdamSettings
 from nemo_rl_lora.policy.optimizer import MasterAdam
-
-
-@pytest.fixture
-def on_gpu(monkeypatch):
-    """Tensors of a GPU have a device and a dtype here, and no numbers."""
-    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    with FakeTensorMode():
-        yield
 
 
 def settings(**more) -> AdamSettings:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -204,16 +204,14 @@ class VllmEngine:
 
     def receive_weights(self, source: Mapping[str, Tensor] | str, version: int) -> list[dict[str, str]]:
         """Serve merged weights from now on. Returns their digests, of each rank."""
-        with self._turns.update():
-            self._wake()
+        with self._update():
             received = self._llm.collective_rpc("receive_weights", args=(source,))
             self._begin(version)
         return received
 
     def receive_adapter(self, directory: str, version: int) -> list[dict[str, str]]:
         """Serve an adapter from now on, in the place of the one before. Returns its tensors' digests, of each rank."""
-        with self._turns.update():
-            self._wake()
+        with self._update():
             received = self._llm.collective_rpc("receive_adapter", args=(directory,))
             self._adapter_path = directory
             self._llm.llm_engine.add_lora(self._adapter_request(load_inplace=True))
@@ -247,9 +245,15 @@ class VllmEngine:
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         """What each rank answers."""
+        with self._update():
+            return self._llm.collective_rpc(method, args=arguments)
+
+    @contextlib.contextmanager
+    def _update(self) -> Iterator[None]:
+        """The engine between two steps, awake."""
         with self._turns.update():
             self._wake()
-            return self._llm.collective_rpc(method, args=arguments)
+            yield
 
     def _wake(self) -> None:
         if self._is_asleep:

@@ -48,7 +48,7 @@ from nemo_rl_lora.lora.files import module_of, write_adapter
 from nemo_rl_lora.lora.names import OUTPUT_HEAD_NAMES, last_component
 from nemo_rl_lora.lora.peft_config import spec_to_peft_config
 from nemo_rl_lora.models.families import has_tied_head
-from nemo_rl_lora.tensors import stored_tensors, torch_dtype
+from nemo_rl_lora.tensors import StoredTensor, stored_tensors, torch_dtype
 from nemo_rl_lora.types import Completion, CompletionGroup, GroupRequest, SyncMode, SyncReceipt, WeightsRef
 
 if TYPE_CHECKING:
@@ -221,12 +221,12 @@ def _cache_bytes(config: Settings, hf: Any, max_model_len: int) -> int:
     return max(min(wanted, psutil.virtual_memory().available // 2), _LEAST_CACHE_BYTES)
 
 
-def _largest_push(model: ServedModel, settings: EngineSettings) -> int:
+def _largest_push(model: ServedModel, settings: EngineSettings, stored: Mapping[str, StoredTensor]) -> int:
     """Bytes that a file of a push has at most: A and B in fp32, or every weight in the engine's dtype."""
     if settings.adapter_rank is not None:
         return sum(4 * module.dim * (module.in_features + module.out_features) for module in model.adapted)
     item = torch_dtype(settings.dtype).itemsize
-    return sum(item * math.prod(tensor.shape) for tensor in stored_tensors(model.path).values())
+    return sum(item * math.prod(tensor.shape) for tensor in stored.values())
 
 
 class VllmGeneration(Ticketed):
@@ -252,13 +252,14 @@ class VllmGeneration(Ticketed):
         self._dtype, self._tied = torch_dtype(settings.dtype), has_tied_head(hf)
         self._served: tuple[Sent, WeightsRef] | None = None
         self._files = ExitStack()
-        where = shared_memory(_largest_push(model, settings))
+        stored = stored_tensors(model.path)
+        where = shared_memory(_largest_push(model, settings, stored))
         self._directory = self._files.enter_context(owned_directory("nrl-adapter-", where))
         self._serving_lock = threading.Lock()
         adapter = settings.adapter_rank is not None
         expected = Expected(
             base=base_columns(model.path, self._dtype, settings.num_ranks),
-            base_names=list(stored_tensors(model.path)),
+            base_names=list(stored),
             ranks={module.name: module.dim for module in model.adapted} if adapter else None,
             num_ranks=settings.num_ranks,
         )
