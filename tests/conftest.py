@@ -1,4 +1,4 @@
-"""Tiny models that every test of a session shares, runs on them, and a batch."""
+"""Which tests share a process, tiny models that every test of a session shares, runs on them, and a batch."""
 
 import os
 
@@ -8,6 +8,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from pathlib import Path
 
 import pytest
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n 2`, a process takes whole files; one process at a time makes hosts, so tests/cluster counts as a file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "hosts" if nodeid.startswith("tests/cluster/") else nodeid.split("::")[0]
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

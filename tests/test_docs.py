@@ -146,7 +146,7 @@ def test_the_pages_show_commands():
 def test_readme_opens_with_two_commands():
     first, second = commands_of(ROOT / "README.md")[:2]
     assert (first.program, first.arguments) == ("examples/run_grpo.py", ("policy.dtensor_cfg.lora_cfg.enabled=true",))
-    assert (second.program, second.arguments) == ("pytest", ())
+    assert (second.program, second.arguments) == ("pytest", ("-n", "2"))
 
 
 def test_links_and_files_that_pages_name_exist():
@@ -157,7 +157,7 @@ def test_links_and_files_that_pages_name_exist():
 
 def run_pytest(command: Command, place: Place, capsys) -> None:
     """The suite is not run within itself: the command is the one that CI runs."""
-    shown = re.search(r"^uv run .*pytest$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    shown = re.search(r"^uv run .*pytest -n 2$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert shown is not None
     assert shown.group() in (ROOT / ".ci" / "run").read_text().splitlines()
 

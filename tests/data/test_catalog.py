@@ -158,7 +158,7 @@ def test_unknown_task_and_unknown_setting_are_refused_with_what_there_is():
         rows_of(dataset_name="reasoning_gym", task="chain_sum", task_config={"max_term": 3})
 
 
-@pytest.mark.parametrize("name", DATASETS.keys() - names_for("grpo"))
+@pytest.mark.parametrize("name", sorted(DATASETS.keys() - names_for("grpo")))
 def test_dataset_without_prompts_is_refused_by_name(name):
     with pytest.raises(ValueError, match=rf"data.train.dataset_name='{name}': holds no prompts for GRPO. Use one of"):
         rows_of(dataset_name=name, data_path="absent.jsonl")

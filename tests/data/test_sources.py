@@ -226,7 +226,7 @@ def test_a_json_array_is_rows(tmp_path, name, indent):
         ("a.jsonl.gz", b"no gzip", r"a.jsonl.gz cannot be read \(Not a gzipped file"),
         (
             "a.jsonl.gz",
-            gzip.compress(b'{"input": "a"}' * 99)[:-9],
+            gzip.compress(b'{"input": "a"}' * 99, mtime=0)[:-9],
             r"a.jsonl.gz cannot be read \(Compressed file ended",
         ),
         ("a.parquet.gz", b"", r"a file that ends with .jsonl, .json, .parquet, .jsonl.gz, .json.gz is needed"),

@@ -420,7 +420,9 @@ def test_the_base_by_another_path_is_no_other_base(tiny_eval, adapters):
     assert "Warning" not in ended.out
 
 
-def test_the_plan_shows_every_model_and_loads_no_weight(tiny_eval, adapters, no_weights):
+def test_the_plan_shows_every_model_and_loads_no_weight(tiny_eval, adapters, no_weights, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # room for a path in a line of the table
+
     ended = tiny_eval("--plan", named(*adapters))
 
     assert ended.code == 0, ended.err
