@@ -55,8 +55,11 @@ def run(request, cluster, model):
     return make
 
 
+COMBINATIONS = [("sft", "megatron"), ("grpo", "dtensor"), pytest.param("dpo", "dtensor", marks=pytest.mark.long)]
+
+
 # Every combination in several processes of one host: tests/policy, test_driver.py of each backend.
-@pytest.mark.parametrize(("algorithm", "backend"), [("sft", "megatron"), ("dpo", "dtensor"), ("grpo", "dtensor")])
+@pytest.mark.parametrize(("algorithm", "backend"), COMBINATIONS)
 def test_two_hosts_train_as_one_process(cluster, run, algorithm, backend):
     settings = [*BACKENDS[backend], f"{algorithm}.max_num_steps=3"]
     one = run("one", algorithm)
@@ -74,6 +77,7 @@ def test_two_hosts_train_as_one_process(cluster, run, algorithm, backend):
         assert_nothing_is_left(host, 30)
 
 
+@pytest.mark.long
 def test_engines_on_three_hosts_sample_what_one_does(cluster, run):
     one, three = run("one", "grpo"), run("three", "grpo")
     settings = [*BACKENDS["dtensor"], *VLLM, "policy.generation.lora_sync=adapter", "grpo.max_num_steps=2"]

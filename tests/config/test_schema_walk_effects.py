@@ -319,7 +319,7 @@ def test_data_default_reaches_both_datasets() -> None:
 
 @pytest.mark.slow  # single keys: test_layers.py
 @pytest.mark.timeout(1200)  # a configuration is loaded for each of some 400 keys
-@pytest.mark.parametrize("backend", ["dtensor", "megatron"])
+@pytest.mark.parametrize("backend", ["dtensor", pytest.param("megatron", marks=pytest.mark.long)])
 def test_a_key_set_to_its_inherited_value_changes_nothing_or_is_honoured_or_refused(
     backend, common, tmp_path, monkeypatch
 ) -> None:

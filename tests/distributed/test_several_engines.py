@@ -43,7 +43,7 @@ class Counting(dict):
         return super().__getitem__(name)
 
 
-@pytest.fixture(scope="module", params=["merged", "adapter"])
+@pytest.fixture(scope="module", params=[pytest.param("merged", marks=pytest.mark.long), "adapter"])
 def two(request, tmp_path_factory):
     """(mode, policy, a generation with two engines)."""
     mode = request.param

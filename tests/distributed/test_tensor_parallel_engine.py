@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow  # two processes of vLLM's in a third one: half a 
 ASKED = [request(tuple(range(3, 3 + length)), 4, max_new_tokens=12) for length in (5, 20, 40)]
 
 
-@pytest.fixture(scope="module", params=["merged", "adapter"])
+@pytest.fixture(scope="module", params=[pytest.param("merged", marks=pytest.mark.long), "adapter"])
 def shared(request, tmp_path_factory):
     """(mode, policy, a generation whose engine has two ranks). Both ranks have the model's one key-value head."""
     mode = request.param

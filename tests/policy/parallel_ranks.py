@@ -24,6 +24,9 @@ from tests.policy.dtensor.test_policy import make_policy
 from tests.policy.test_pairs import preference_loss
 
 NUM_STEPS = 3
+# Steps small enough that a model of random weights does not double a difference in each, and an epsilon above rounding:
+# with 1e-8 an element whose gradient is no more than that moves as far as any other.
+ADAM = {"kwargs": {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-6}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,7 @@ def policy_of(case: Case, model: Path, sizes: dict[str, Any], *, keep_reference:
         keep_reference=keep_reference,
         max_grad_norm=None,
         **{f"{case.backend}_cfg": {"enabled": True, **sizes}, other: {"enabled": False}},
-        **case.layout,
+        **{"optimizer": ADAM, **case.layout},
     )
 
 

@@ -22,6 +22,7 @@ from tests.tiny_models import LLAMA3, nemotron_h, save_byte_tokenizer, save_rand
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 DIRECTORY = CONFIG_DIR / "recipes" / "llm"
+LONG = (pytest.mark.slow, pytest.mark.long)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +33,7 @@ class Small:
     processes: int
     overrides: tuple[str, ...] = ()
     refused: str = ""  # with this reason
-    slow: bool = True
+    marks: tuple[pytest.MarkDecorator, ...] = (pytest.mark.slow,)
 
 
 SHOWN = {"llama3.1": "Llama", "qwen3": "Qwen3", "nemotron-h": "Nemotron-H"}  # on the page
@@ -97,13 +98,13 @@ WITHOUT_VLLM = (
 
 RECIPES = {
     "sft-llama3.1-8b-1n8g-fsdp2tp1-lora": Small(model="llama3.1", processes=2),
-    "sft-llama3.1-8b-1n8g-megatron-lora": Small(model="llama3.1", processes=2),
+    "sft-llama3.1-8b-1n8g-megatron-lora": Small(model="llama3.1", processes=2, marks=LONG),
     "sft-nanov3-30BA3B-2n8g-fsdp2-lora": Small(
         model="nemotron-h", processes=4, overrides=("+data.validation.data_path={}/data",)
     ),
-    "dpo-llama3.1-8b-instruct-1n8g-fsdp2-lora": Small(model="llama3.1", processes=2, slow=False),
-    "dpo-llama3.1-8b-instruct-1n8g-megatron-lora": Small(model="llama3.1", processes=2, slow=False),
-    "grpo-qwen3-8B-base-1n8g-fsdp2-lora": Small(model="qwen3", processes=2),
+    "dpo-llama3.1-8b-instruct-1n8g-fsdp2-lora": Small(model="llama3.1", processes=2, marks=()),
+    "dpo-llama3.1-8b-instruct-1n8g-megatron-lora": Small(model="llama3.1", processes=2, marks=()),
+    "grpo-qwen3-8B-base-1n8g-fsdp2-lora": Small(model="qwen3", processes=2, marks=LONG),
     "grpo-qwen3-8b-base-1n8g-megatron-lora": Small(model="qwen3", processes=2),
     "grpo-nanov3-30BA3B-2n8g-fsdp2-lora": Small(model="nemotron-h", processes=2, overrides=WITHOUT_VLLM),
     "grpo-nanov3-30BA3B-2n8g-megatron-lora": Small(
@@ -111,7 +112,7 @@ RECIPES = {
         processes=4,
         overrides=(*WITHOUT_VLLM, "policy.megatron_cfg.expert_model_parallel_size=2"),
         refused="its architecture is NemotronHForCausalLM. The Megatron backend holds LlamaForCausalLM",
-        slow=False,
+        marks=(),
     ),
 }
 
@@ -176,9 +177,7 @@ def assert_two_steps(root: Path, file: Path) -> None:
         assert all(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name)
 
 
-@pytest.mark.parametrize(
-    "recipe", [pytest.param(name, marks=pytest.mark.slow if small.slow else ()) for name, small in RECIPES.items()]
-)
+@pytest.mark.parametrize("recipe", [pytest.param(name, marks=small.marks) for name, small in RECIPES.items()])
 def test_a_shipped_recipe_takes_two_steps_or_is_refused_by_name(recipe, tmp_path):
     small, file = RECIPES[recipe], DIRECTORY / f"{recipe}.yaml"
     ended = run(small, tmp_path, file)
@@ -198,6 +197,7 @@ def test_the_table_has_every_recipe_that_ships():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_recipe_for_half_the_gpus_takes_two_steps(tmp_path):
     recipe = "sft-nanov3-30BA3B-2n8g-fsdp2-lora"
     file = tmp_path / "sft-nanov3-30BA3B-2n4g-fsdp2-lora.yaml"

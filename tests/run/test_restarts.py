@@ -140,6 +140,7 @@ def test_without_a_restart_left_one_paragraph_says_what_was_lost_and_how_to_go_o
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_run_without_checkpoints_starts_again_from_its_beginning(interrupted):
     ended = losing_processes(interrupted, "cluster.max_restarts=1", "checkpointing.enabled=false")

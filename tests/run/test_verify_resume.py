@@ -60,7 +60,7 @@ def verified(step: Path, steps: int = 3) -> subprocess.CompletedProcess[str]:
     ("algorithm", "data"),
     [
         ("sft", mixture),
-        pytest.param("dpo", mixture, marks=pytest.mark.slow),
+        pytest.param("dpo", mixture, marks=(pytest.mark.slow, pytest.mark.long)),
         pytest.param("grpo", held, marks=pytest.mark.slow),
     ],
 )

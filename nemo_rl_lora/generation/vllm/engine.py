@@ -121,8 +121,6 @@ class VllmEngine:
         from vllm import LLM
 
         self._files = contextlib.ExitStack()
-        if settings.num_ranks == 1:
-            join_alone()  # vLLM would meet itself in a file, which its groups need as long as the process lives
         self._settings = settings
         self._adapter_path: str | None = None
         self._turns, self._version, self._is_asleep = Turns(), _NO_VERSION, False
@@ -155,7 +153,10 @@ class VllmEngine:
             arguments["enable_sleep_mode"] = settings.sleeps
         else:
             arguments["block_size"] = CPU_BLOCK_TOKENS
-        self._llm = LLM(**(arguments | dict(settings.more)))
+        with _on_the_loopback():
+            if settings.num_ranks == 1:
+                join_alone()  # vLLM would meet itself in a file, which its groups need as long as the process lives
+            self._llm = LLM(**(arguments | dict(settings.more)))
         if settings.num_ranks > 1:
             shared = {path for paths in self._call("shared_files") for path in paths} | {*mapped_files(VLLM_FILES)}
             self._files.enter_context(removed_at_end([Path(path) for path in sorted(shared)]))
@@ -300,6 +301,21 @@ class VllmEngine:
         )
 
 
+@contextlib.contextmanager
+def _on_the_loopback() -> Iterator[None]:
+    """gloo, which listens for others, does so where no other machine is. What this process starts later, as training on
+    several nodes, is not told so; where the user has said which interface, that stays."""
+    name = "GLOO_SOCKET_IFNAME"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "lo"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
 def _prepare_environment(settings: EngineSettings) -> None:
     """What vLLM reads when it is imported. What the user has set stays."""
     os.environ |= settings.env_vars
@@ -307,7 +323,6 @@ def _prepare_environment(settings: EngineSettings) -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs where it is started
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",  # it listens for others, and there is one process
     }
     for name, value in usual.items():
         os.environ.setdefault(name, value)

@@ -40,6 +40,10 @@ def served(tmp_path_factory):
 PROMPT = tuple(range(3, 40))  # longer than a block of the prefix cache
 
 
+def test_what_starts_later_is_not_told_to_stay_on_this_machine(served):
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+
+
 class Unclosed:
     """An engine that others go on using."""
 

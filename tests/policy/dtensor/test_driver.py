@@ -14,7 +14,7 @@ from nemo_rl_lora.generation.replay import write_replay
 from nemo_rl_lora.types import CompletionGroup
 from tests.driver import Ended, TinyRun, adapter
 
-SLOW = pytest.mark.slow
+SLOW, LONG = pytest.mark.slow, (pytest.mark.slow, pytest.mark.long)
 TP, SP = "policy.dtensor_cfg.tensor_parallel_size=2", "policy.dtensor_cfg.sequence_parallel=true"
 WAYS = {
     "dp2": ["cluster.gpus_per_node=2", "policy.dtensor_cfg.load=broadcast"],
@@ -27,9 +27,9 @@ WAYS = {
 RUNS = [
     ("grpo", "dp2"),
     ("sft", "tp2 sp"),
-    pytest.param("dpo", "tp2", marks=SLOW),
+    pytest.param("dpo", "tp2", marks=LONG),
     pytest.param("grpo", "dp2 tp2", marks=SLOW),
-    pytest.param("dpo", "replicate2 shard2", marks=SLOW),
+    pytest.param("dpo", "replicate2 shard2", marks=LONG),
 ]
 NUM_STEPS = 3
 
