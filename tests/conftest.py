@@ -12,7 +12,7 @@ import pytest
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With `-n 2`, a process takes whole files; one process at a time makes hosts, so tests/cluster counts as a file."""
+    """With `-n 2` a process takes whole files; one process at a time makes hosts: tests/cluster counts as a file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
