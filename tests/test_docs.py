@@ -413,7 +413,7 @@ def run_server(command: Command, place: Place, capsys) -> None:
                 f"http://127.0.0.1:{port}/v1/completions", question, {"Content-Type": "application/json"}
             )
             try:
-                with urllib.request.urlopen(request, timeout=60) as reply:
+                with urllib.request.urlopen(request, timeout=300) as reply:
                     answer = json.load(reply)
             except urllib.error.URLError:
                 time.sleep(1)

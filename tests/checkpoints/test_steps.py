@@ -107,7 +107,7 @@ def test_a_kill_between_writing_and_renaming_leaves_the_step_before(tmp_path):
         pathlib.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         keeper.save(TrainingInfo(step=2, phase="grpo"), write)
     """
-    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False, timeout=300)
     assert ended.returncode == -signal.SIGKILL
     assert (tmp_path / "tmp_step_2" / "checksums.json").exists()
     keeper = checkpointer(tmp_path)

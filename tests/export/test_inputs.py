@@ -292,11 +292,11 @@ def test_logits_need_a_tokenizer(adapter, tiny_model, tmp_path):
 @pytest.mark.parametrize("script", ["tools/convert_lora_to_hf.py", "examples/converters/convert_lora_to_hf.py"])
 def test_the_command_shows_help_and_needs_its_two_paths(script):
     tool = [sys.executable, script]
-    shown = subprocess.run([*tool, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    shown = subprocess.run([*tool, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert shown.returncode == 0
     for flag in ("--adapter-ckpt", "--base-ckpt", "--hf-model-name", "--hf-ckpt-path", "--adapter-only", "--all"):
         assert flag in shown.stdout
-    without = subprocess.run([*tool, "--all"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    without = subprocess.run([*tool, "--all"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert without.returncode == 2
     assert "--adapter-ckpt, --hf-ckpt-path" in without.stderr
 

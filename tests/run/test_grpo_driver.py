@@ -424,7 +424,7 @@ def test_a_terminated_run_saves_and_says_how_to_continue(tiny_run):
     while not (metrics.is_file() and metrics.read_text()) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
 
     assert process.returncode == 128 + signal.SIGTERM, err
     assert "SIGTERM: finishing this step, then saving and stopping" in err

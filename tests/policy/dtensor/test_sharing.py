@@ -85,6 +85,7 @@ def found(request, tmp_path_factory):
     return find(CASES, MODELS, request, tmp_path_factory)
 
 
+@pytest.mark.timeout(1800)  # the first one runs all cases
 @checked(CASES, DEFAULT)
 def test_processes_that_share_a_model_are_one_process(found, name, check):
     check(found[name])
