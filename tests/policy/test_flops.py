@@ -156,6 +156,13 @@ def test_the_peak_is_that_of_the_process_with_the_most(tmp_path):
     run_ranks(2, tmp_path, largest_peak)
 
 
+@pytest.mark.parametrize("backend", BOTH)
+def test_a_step_has_the_peak_of_its_processes(tiny_model, groups_batch, monkeypatch, backend):
+    monkeypatch.setattr("nemo_rl_lora.policy.trained.peak_gpu_gib", lambda _ranks: 1.5)
+    policy = make_policy(tiny_model("llama"), backend=BOTH[backend], spec=spec())
+    assert policy.train_step(groups_batch, GRPO).peak_gpu_gib == 1.5
+
+
 def test_without_a_gpu_there_is_no_peak(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert peak_gpu_gib(Ranks()) is None

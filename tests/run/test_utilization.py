@@ -4,6 +4,7 @@ import pytest
 from transformers import GemmaConfig
 
 from nemo_rl_lora.models.flops import FlopRates
+from nemo_rl_lora.policy.dtensor.policy import DTensorPolicy
 from nemo_rl_lora.run.metrics import is_measured
 from nemo_rl_lora.run.utilization import Utilization, published_peak
 from nemo_rl_lora.types import StepOutput
@@ -89,6 +90,19 @@ def test_a_run_on_a_cpu_has_mfu_where_the_peak_is_given(tiny_llama, tmp_path, al
     assert tiny(f"{algorithm}.max_num_steps=3").code == 0
     assert "mfu" not in tiny.metrics(experiment=2)[0]
     assert tiny.metrics(experiment=2)[0]["model_tflops_per_second_per_gpu"] > 0
+
+
+def test_the_peak_of_a_gpu_is_found_by_its_name_or_asked_for(tiny_llama, tmp_path, monkeypatch):
+    for name, said in (("NVIDIA H100 PCIe", False), ("a card of tomorrow", True)):
+        monkeypatch.setattr(DTensorPolicy, "gpu_name", name)
+        root = tmp_path / name
+        root.mkdir()
+        tiny = TinyRun(root=root, model=tiny_llama, algorithm="sft")
+        ended = tiny("sft.max_num_steps=1")
+        assert ended.code == 0, ended.err
+        assert (f"the peak of {name} is not known here. Set logger.peak_tflops." in ended.err) is said
+        (line,) = tiny.metrics()
+        assert line.get("mfu") == (None if said else pytest.approx(line["model_tflops_per_second_per_gpu"] / 51.2))
 
 
 def test_the_arithmetic_of_a_rollout_is_that_of_all_its_optimizer_steps(tiny_llama, tmp_path):
