@@ -29,7 +29,7 @@ from nemo_rl_lora.checkpoints.durable_files import verify_files
 from nemo_rl_lora.checkpoints.step_digests import stored_digests
 from nemo_rl_lora.checkpoints.steps import step_directories
 from nemo_rl_lora.run import cli
-from nemo_rl_lora.run.metrics import METRICS_FILE, read_metrics
+from nemo_rl_lora.run.metrics import METRICS_FILE, is_measured, read_metrics
 
 assert torch.__version__
 IMPORTED_ONCE = (
@@ -164,10 +164,7 @@ def compare(run: Run, whole: Run, last: int) -> dict[str, Any]:
 def _metrics(run: Run) -> dict[int, dict[str, Any]]:
     """By step, the metrics that no clock says; a step that was done again counts by its last time."""
     lines = [line for log in run.logs() for line in lines_of(log) if line["split"] == "train"]
-    return {
-        line["step"]: {k: v for k, v in line.items() if "timing/" not in k and not k.endswith("_per_second")}
-        for line in lines
-    }
+    return {line["step"]: {name: value for name, value in line.items() if not is_measured(name)} for line in lines}
 
 
 def main() -> int:

@@ -175,6 +175,9 @@ class StepOutput:
     metrics: Mapping[str, float]
     num_forward_tokens: int  # tokens that went through the model, shared prompts counted once
     num_padding_tokens: int
+    num_loss_tokens: int
+    num_attention_scores: int  # of one head: pairs of a token and one that it sees, without padding
+    peak_gpu_gib: float | None = None  # since the step before, on the device that had the most; None without GPUs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from nemo_rl_lora.config.master import Algorithm
 from nemo_rl_lora.run import cli
+from nemo_rl_lora.run.metrics import is_measured
 
 assert torch.__version__
 
@@ -158,4 +159,4 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def without_seconds(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines of metrics without what a clock says."""
-    return [{k: v for k, v in line.items() if "timing/" not in k and not k.endswith("_per_second")} for line in lines]
+    return [{name: value for name, value in line.items() if not is_measured(name)} for line in lines]

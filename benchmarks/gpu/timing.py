@@ -14,22 +14,9 @@ import torch
 from gpu.shapes import flop_of_token
 from measure import reset_peak, rss_mib
 
+from nemo_rl_lora.run.utilization import published_peak
 from tests.gpu.checks import Answer, Check, Fact, Machine, skipped
 from tests.gpu.environment import median_seconds
-
-# TFLOP/s, dense bf16, by a part of the card's name; the first that fits counts
-PEAKS = {
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.4,
-    "H200": 989.4,
-    "GH200": 989.4,
-    "B200": 2250.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "4090": 165.2,
-    "5090": 209.5,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +47,7 @@ def peak_gib(machine: Machine) -> float:
 
 def card_peak_tflop(machine: Machine) -> float | None:
     """The card's dense bf16 TFLOP/s, if this is a known card."""
-    if not machine.has_gpu:
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return published_peak(torch.cuda.get_device_name(), "bfloat16") if machine.has_gpu else None
 
 
 def training_facts(machine: Machine, config: Any, found: Timed, num_rows: int, num_tokens: int) -> dict[str, Fact]:
@@ -73,7 +57,7 @@ def training_facts(machine: Machine, config: Any, found: Timed, num_rows: int, n
     if (peak := card_peak_tflop(machine)) is not None:
         facts["mfu"] = rate * flop_of_token(config, num_tokens) / (peak * 1e12)
     elif machine.has_gpu:
-        facts["mfu"] = f"unknown: {torch.cuda.get_device_name()} is not in gpu/timing.py's PEAKS"
+        facts["mfu"] = f"unknown: {torch.cuda.get_device_name()} is not in nemo_rl_lora/run/utilization.py"
     return facts
 
 

@@ -22,6 +22,7 @@ from nemo_rl_lora.generation.sync_mode import SyncChoice
 from nemo_rl_lora.policy.protocol import Policy
 from nemo_rl_lora.run.console import KeyMetric, TrainingConsole
 from nemo_rl_lora.run.metrics import RolloutSample, RunLog, Stopwatch
+from nemo_rl_lora.run.utilization import Utilization
 from nemo_rl_lora.types import Batch, LossFn, StepOutput
 
 M = TypeVar("M", bound=MasterConfig)
@@ -43,16 +44,18 @@ class Run:
     checkpointer: Checkpointer
     log: RunLog
     console: TrainingConsole
+    utilization: Utilization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone:
     """What a step did. `counts` are added to the run's totals; `num_tokens` is one of them. `token_ids` are the rows
-    that were drawn, read only where their digest is recorded."""
+    that were drawn, read only where their digest is recorded. Its optimizer steps are timed as "policy_training"."""
 
     metrics: Mapping[str, float]
     counts: Mapping[str, float]
     token_ids: Iterable[Sequence[int]]
+    outputs: Sequence[StepOutput]  # of its optimizer steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,6 +43,7 @@ class Dpo(Tuning[DpoMaster, PreferencePair]):
         KeyMetric(name="loss", split="validation", higher_is_better=False),
         KeyMetric(name="rewards_margin_mean", label="margin"),
         KeyMetric(name="tokens_per_second", label="tokens/s"),
+        KeyMetric(name="mfu", label="MFU"),
     )
 
     def __init__(self, config: DpoMaster) -> None:
@@ -86,7 +87,7 @@ class Dpo(Tuning[DpoMaster, PreferencePair]):
         by_source = tokens_by_source((pair.source, length) for pair, length in zip(pairs, lengths, strict=True))
         counts = {"num_tokens": float(sum(lengths)), "num_pairs": float(len(pairs)), **by_source}
         token_ids = (ids for pair in pairs for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
-        return StepDone(metrics=metrics | by_source, counts=counts, token_ids=token_ids)
+        return StepDone(metrics=metrics | by_source, counts=counts, token_ids=token_ids, outputs=[output])
 
     def validate(self, step: int, watch: Stopwatch) -> Validated | None:
         """Loss, accuracy and rewards over the validation pairs; accuracy by source too where there are several."""

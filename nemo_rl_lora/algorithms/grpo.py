@@ -51,6 +51,7 @@ class Grpo(Algorithm[GrpoMaster]):
         KeyMetric(name="gen_kl_error"),
         KeyMetric(name="mean_completion_length", label="length"),
         KeyMetric(name="generation_tokens_per_second", label="sampled tokens/s"),
+        KeyMetric(name="mfu", label="MFU"),
     )
     source: RolloutSource  # from `attach` on
     _generation: Generation
@@ -157,7 +158,7 @@ class Grpo(Algorithm[GrpoMaster]):
             "generation_tokens_per_second": rollout.num_tokens / max(rollout.generation_seconds, 1e-9),
         }
         counts = {"num_tokens": float(batch.sequence_length.sum()), "num_completions": float(len(batch.token_ids))}
-        return StepDone(metrics=metrics, counts=counts, token_ids=rollout.token_ids)
+        return StepDone(metrics=metrics, counts=counts, token_ids=rollout.token_ids, outputs=outputs)
 
     def validate(self, step: int, watch: Stopwatch) -> Validated | None:
         """Sample the validation prompts and score them."""

@@ -117,12 +117,18 @@ class TrainingLoop:
         for name, count in done.counts.items():
             self._counters[name] = self._counters.get(name, 0.0) + count
         times = self._watch.take()
-        seconds = sum(times.values())
+        seconds = max(sum(times.values()), 1e-9)
         num_tokens = done.counts["num_tokens"]
         metrics = {
             **done.metrics,
             "total_num_tokens": num_tokens,
-            "tokens_per_second": num_tokens / max(seconds, 1e-9),
+            "tokens_per_second": num_tokens / seconds,
+            **self._run.utilization.metrics(
+                done.outputs,
+                num_tokens=num_tokens,
+                step_seconds=seconds,
+                training_seconds=times["timing/policy_training"],
+            ),
             **times,
             "timing/total_step_time": seconds,
         }

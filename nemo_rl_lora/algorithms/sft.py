@@ -30,6 +30,7 @@ class Sft(Tuning[SftMaster, Example]):
         KeyMetric(name="grad_norm"),
         KeyMetric(name="num_cut_rows", label="rows cut"),
         KeyMetric(name="tokens_per_second", label="tokens/s"),
+        KeyMetric(name="mfu", label="MFU"),
     )
 
     @property
@@ -66,7 +67,7 @@ class Sft(Tuning[SftMaster, Example]):
         by_source = tokens_by_source((example.source, len(example.token_ids)) for example in examples)
         counts = {"num_tokens": float(batch.sequence_length.sum()), **by_source}
         token_ids = (example.token_ids for example in examples)
-        return StepDone(metrics=metrics | by_source, counts=counts, token_ids=token_ids)
+        return StepDone(metrics=metrics | by_source, counts=counts, token_ids=token_ids, outputs=[output])
 
     def validate(self, step: int, watch: Stopwatch) -> Validated | None:
         """The mean loss of a token over the validation rows; of each set apart too where there are several."""

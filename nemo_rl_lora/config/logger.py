@@ -107,6 +107,10 @@ class LoggerConfig(Section):
     monitor_gpus: bool = True
     """Record memory and utilization of the GPUs of this machine. Without a GPU there is nothing to record."""
 
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """What a training device computes at most, in TFLOP/s, of which the metric `mfu` is the share; null: as its maker
+    publishes it for `policy.precision`, where the GPU is known. No NeMo RL key."""
+
     record_digests: bool = False
     """Write digests.jsonl: after every step, the digest of each tensor that a checkpoint would hold and of the token
     ids, for `tools/verify_resume.py`. It takes about as long as a save without its flush to disk. No NeMo RL key."""

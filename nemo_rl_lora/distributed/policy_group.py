@@ -92,7 +92,7 @@ class PolicyGroup:
             self._directory = self._cleanup.enter_context(shared_directory("nrl-brought-", size))
         meeting = places[0].address, places[0].port
         built: list[Built] = self._all("build", meeting, self._config, self._setup, starting=True)
-        self.adapted = built[0].adapted
+        self.adapted, self.gpu_name = built[0].adapted, built[0].gpu_name
         self._cuttings = [one.cutting for one in built]
 
     def _places(self, checkpoint_dir: Path | None) -> list[Place]:

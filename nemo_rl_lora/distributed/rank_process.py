@@ -44,6 +44,7 @@ class Built:
 
     adapted: tuple[AdaptedModule, ...]
     cutting: Cutting
+    gpu_name: str | None
 
 
 class RankProcess:
@@ -81,7 +82,7 @@ class RankProcess:
             size = sum(file.stat().st_size for file in setup.model_path.glob("*.safetensors"))
             self._directory = self._files.enter_context(shared_directory("nrl-weights-", size))
         self._policy = build_policy(config, setup)
-        return Built(adapted=self._policy.adapted, cutting=self._policy.cutting)
+        return Built(adapted=self._policy.adapted, cutting=self._policy.cutting, gpu_name=self._policy.gpu_name)
 
     def on_portion(self, verb: str, portion: Portion, *arguments: Any) -> Any:
         """A verb of the policy with this process's portion of a batch; what it returns, from processes that report."""

@@ -54,6 +54,19 @@ class Microbatch:
     def num_tokens(self) -> int:
         return int(self.token_ids.numel())
 
+    @property
+    def num_loss_tokens(self) -> int:
+        return int(self.target.numel())
+
+    @property
+    def num_attention_scores(self) -> int:
+        """Pairs of a token and one that it sees; padding, which is the last segment where there is any, has none."""
+        segments = self.segments[:-1] if self.num_padding_tokens else self.segments
+        return sum(
+            s.length * (s.length + 1) // 2 + (0 if s.parent is None else s.length * segments[s.parent].length)
+            for s in segments
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicrobatchPlan:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_rl_lora.algorithms.losses.policy import loss_inputs
+from nemo_rl_lora.distributed.ranks import Ranks
 from nemo_rl_lora.policy.microbatches import Microbatch
 from nemo_rl_lora.types import Batch, LossFn, StepOutput
 
@@ -22,18 +23,31 @@ class Share:
     metrics: Mapping[str, float]
     num_tokens: int
     num_padding_tokens: int
+    num_loss_tokens: int
+    num_attention_scores: int
 
 
 def microbatch_loss(batch: Batch, micro: Microbatch, logprobs: Tensor, loss_fn: LossFn) -> tuple[Tensor, Share]:
     """The loss of a microbatch, to go backward from, and what it adds. logprobs: [b, width], of its rows."""
     loss, metrics = loss_fn(loss_inputs(batch, logprobs, micro.rows))
     values = {name: float(value) for name, value in metrics.items()}
-    return loss, Share(loss.item(), values, micro.num_tokens, micro.num_padding_tokens)
+    return loss, _share(micro, loss.item(), values)
 
 
 def empty_loss(hidden: Tensor, micro: Microbatch) -> tuple[Tensor, Share]:
     """The same of a microbatch without rows, which keeps step with other ranks: 0, with a gradient of 0."""
-    return hidden.float().sum() * 0.0, Share(0.0, {}, micro.num_tokens, micro.num_padding_tokens)
+    return hidden.float().sum() * 0.0, _share(micro, 0.0, {})
+
+
+def _share(micro: Microbatch, loss: float, metrics: Mapping[str, float]) -> Share:
+    return Share(
+        loss,
+        metrics,
+        num_tokens=micro.num_tokens,
+        num_padding_tokens=micro.num_padding_tokens,
+        num_loss_tokens=micro.num_loss_tokens,
+        num_attention_scores=micro.num_attention_scores,
+    )
 
 
 def step_output(shares: Sequence[Share], move: Callable[[float], tuple[float, float]]) -> StepOutput:
@@ -50,7 +64,19 @@ def step_output(shares: Sequence[Share], move: Callable[[float], tuple[float, fl
         metrics=metrics,
         num_forward_tokens=sum(share.num_tokens for share in shares),
         num_padding_tokens=sum(share.num_padding_tokens for share in shares),
+        num_loss_tokens=sum(share.num_loss_tokens for share in shares),
+        num_attention_scores=sum(share.num_attention_scores for share in shares),
     )
+
+
+def peak_gpu_gib(ranks: Ranks) -> float | None:
+    """The most GiB that PyTorch had allocated on a process's GPU since this was asked last, of the process that had the
+    most; None without GPUs. Every process asks."""
+    if not torch.cuda.is_available():
+        return None
+    peak = max(ranks.everybodys(torch.cuda.max_memory_allocated()))
+    torch.cuda.reset_peak_memory_stats()
+    return peak / 2**30
 
 
 def add_metrics(totals: dict[str, float], shares: Mapping[str, float]) -> None:

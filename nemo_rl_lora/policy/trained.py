@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from nemo_rl_lora.policy.microbatches import Cutting, Kind, Portion, plan_from_c
 from nemo_rl_lora.policy.offer import offer
 from nemo_rl_lora.policy.optimizer import MasterAdam
 from nemo_rl_lora.policy.protocol import PolicySetup
-from nemo_rl_lora.policy.step import Share, copies_on_cpu, holding, step_output
+from nemo_rl_lora.policy.step import Share, copies_on_cpu, holding, peak_gpu_gib, step_output
 from nemo_rl_lora.tensors import torch_dtype
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
@@ -239,6 +240,11 @@ class TrainedPolicy(ABC):
     def compute_dtype(self) -> torch.dtype:
         return torch_dtype(self._config.precision)
 
+    @property
+    def gpu_name(self) -> str | None:
+        """torch's name of this process's GPU; None without one."""
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
     @abstractmethod
     def _base_weight(self, name: str) -> Tensor:
         """A weight of the base by its Hugging Face name, on the first process."""
@@ -268,7 +274,7 @@ class TrainedPolicy(ABC):
         self._ranks.sum_gradients(masters)
         output = step_output(everybodys, lambda loss: self._optimizer.move(loss, self._ranks.total_norm(masters)))
         self._trained.apply()
-        return output
+        return replace(output, peak_gpu_gib=peak_gpu_gib(self._ranks))
 
     def _as_reference(self) -> AbstractContextManager[None]:
         if self._reference is not None:

@@ -184,6 +184,11 @@ class RunLog:
                 logger.warning(f"metric {name} is {value} in step {step}; {METRICS_FILE} has null for it")
 
 
+def is_measured(name: str) -> bool:
+    """Whether a metric says what a clock or a device measured, so that the same run again has another value."""
+    return name.startswith(TIMING) or "_per_second" in name or name in ("mfu", "peak_gpu_gib")
+
+
 def shown_name(split: str, name: str) -> str:
     """The name under which sinks show a metric."""
     if name.startswith(TIMING):

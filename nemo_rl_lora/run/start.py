@@ -23,6 +23,7 @@ from nemo_rl_lora.config.optimizer_settings import adam_settings, constant, mega
 from nemo_rl_lora.generation.protocol import Generation
 from nemo_rl_lora.generation.sync_mode import SyncChoice, stored_weight
 from nemo_rl_lora.lora.files import AdapterBase
+from nemo_rl_lora.models.flops import flop_rates, why_not_counted
 from nemo_rl_lora.models.stored import BadWeightsError
 from nemo_rl_lora.plan.plan import chosen_sync
 from nemo_rl_lora.policy.backends import build_policy
@@ -30,6 +31,7 @@ from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.run.console import TrainingConsole
 from nemo_rl_lora.run.metrics import RunLog
 from nemo_rl_lora.run.preflight import Start
+from nemo_rl_lora.run.utilization import Utilization, published_peak
 from nemo_rl_lora.types import SyncMode
 
 if TYPE_CHECKING:
@@ -75,10 +77,26 @@ def build_run(start: Start, log: RunLog, cleanup: ExitStack) -> Run:
         checkpointer=start.checkpointer,
         log=log,
         console=console,
+        utilization=_utilization(start, policy),
     )
     algorithm.attach(run)
     cleanup.callback(algorithm.detach)
     return run
+
+
+def _utilization(start: Start, policy: RunPolicy) -> Utilization:
+    """What the metrics of a step are measured by; why some of them are left out is logged."""
+    config, spec, model = start.config, start.spec, start.model
+    rates, gpu = None, policy.gpu_name
+    peak = config.logger.peak_tflops or published_peak(gpu, config.policy.precision)
+    if (reason := why_not_counted(model.config, config.policy.max_total_sequence_length)) is not None:
+        logger.info(f"no model_tflops_per_second_per_gpu and mfu among the metrics: {reason}")
+    else:
+        adapted = None if spec is None else policy.adapted
+        rates = flop_rates(model, adapted, shared_a=spec is not None and spec.fused == "shared")
+        if peak is None and gpu is not None:
+            logger.info(f"no mfu among the metrics: the peak of {gpu} is not known here. Set logger.peak_tflops.")
+    return Utilization(num_processes=config.cluster.num_processes, rates=rates, peak_tflops=peak)
 
 
 def _origin(start: Start) -> TrainingInfo:

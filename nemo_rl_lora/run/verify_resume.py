@@ -20,7 +20,7 @@ from typing import Any
 from nemo_rl_lora.checkpoints.durable_files import read_json_file, verify_files
 from nemo_rl_lora.checkpoints.record import CONFIG_FILE, INFO_FILE, config_differences, read_config
 from nemo_rl_lora.checkpoints.step_digests import DIGESTS_FILE, stored_digests
-from nemo_rl_lora.run.metrics import TIMING, read_metrics
+from nemo_rl_lora.run.metrics import is_measured, read_metrics
 
 _SINKS = ("tensorboard", "wandb", "mlflow", "swanlab")
 _NUM_LINES_SHOWN = 20
@@ -105,8 +105,8 @@ def first_difference(expected: Record, found: Record, steps: range) -> str | Non
 
 
 def _compared(line: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of a line, without what a clock says."""
-    return {k: v for k, v in line.items() if not k.startswith(TIMING) and not k.endswith("_per_second")}
+    """The metrics of a line, without what a clock or a device says."""
+    return {name: value for name, value in line.items() if not is_measured(name)}
 
 
 def _num_compared(expected: Record, found: Record) -> int:

@@ -21,6 +21,8 @@ def test_metrics_of_optimizer_steps_are_means_but_for_extremes_and_the_learning_
             metrics={"kl": loss, "ratio_min": loss, "ratio_max": loss},
             num_forward_tokens=10,
             num_padding_tokens=int(loss),
+            num_loss_tokens=5,
+            num_attention_scores=55,
         )
         for loss in (3.0, 1.0, 2.0)
     ]

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from nemo_rl_lora.algorithms.losses.preference import row_logprobs
 from nemo_rl_lora.lora.files import read_adapter, read_moments
-from nemo_rl_lora.types import Batch
+from nemo_rl_lora.types import Batch, StepOutput
 from tests.policy.batches import make_groups_batch
 from tests.policy.dtensor.test_policy import make_policy, plain_logprobs, relative
 from tests.policy.megatron.twins import BOTH, distance, random_adapter, set_masters
@@ -150,11 +150,19 @@ def check_gradients(found: Found) -> None:
         assert output.loss == pytest.approx(other.loss, rel=bound, abs=bound)
         assert output.grad_norm == pytest.approx(other.grad_norm, rel=bound)
         assert output.metrics == pytest.approx(other.metrics, rel=10 * bound, abs=1e-5)
+        if case.sizes.get("context_parallel_size", 1) == 1:  # there, prompts are not shared
+            assert arithmetic(output) == arithmetic(other)
         used = {key: gradient for key, gradient in others.items() if gradient.norm() > 0}
         assert len(used) == len(others) or (
             "all weights" in case.name and ".experts." in (others.keys() - used.keys()).pop()
         )
         assert distance({key: gradients[key] for key in used}, used) <= bound, f"step {number}"
+
+
+def arithmetic(output: StepOutput) -> tuple[int, int, int]:
+    """What a step's FLOP are counted from."""
+    num_tokens = output.num_forward_tokens - output.num_padding_tokens
+    return num_tokens, output.num_loss_tokens, output.num_attention_scores
 
 
 def check_published(found: Found) -> None:

@@ -23,6 +23,8 @@ TRAIN_METRICS = [
     "lr",
     "global_valid_toks",
     "total_num_tokens",
+    "tokens_per_second_per_gpu",
+    "model_tflops_per_second_per_gpu",
     "timing/policy_and_reference_logprobs",
     "timing/policy_training",
 ]

@@ -33,6 +33,8 @@ TRAIN_METRICS = [
     "mean_prompt_length",
     "mean_completion_length",
     "total_num_tokens",
+    "tokens_per_second_per_gpu",
+    "model_tflops_per_second_per_gpu",
     "global_valid_toks",
     "global_valid_seqs",
     "num_valid_samples",

@@ -20,6 +20,8 @@ TRAIN_METRICS = [
     "num_cut_tokens",
     "total_num_tokens",
     "tokens_per_second",
+    "tokens_per_second_per_gpu",
+    "model_tflops_per_second_per_gpu",
     "timing/total_step_time",
     "timing/data_processing",
     "timing/policy_training",

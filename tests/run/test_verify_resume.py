@@ -145,7 +145,7 @@ def changed(kind: str, key, **values) -> Record:
     [
         (RECORD, None),
         (changed("metrics", (2, "train"), **{"timing/x": 7.0}), None),
-        (changed("metrics", (3, "train"), tokens_per_second=1), None),
+        (changed("metrics", (3, "train"), tokens_per_second=1, mfu=0.5, peak_gpu_gib=3.5), None),
         (changed("metrics", (3, "train"), loss=0.3), "step 3, train: loss was 0.25, and is 0.3 after resuming"),
         (changed("metrics", (3, "train"), new=1), "step 3, train: new was absent, and is 1 after resuming"),
         (changed("metrics", (3, "validation"), accuracy=1.0), "step 3, validation: accuracy was 0.5, and is 1.0"),

@@ -88,12 +88,22 @@ def run_shared(one: TinyRun, settings: list[str], root: Path, *overrides: str) -
     return tiny(*settings, *overrides), tiny
 
 
+def num_processes(line: dict[str, float]) -> float:
+    return line["tokens_per_second"] / line["tokens_per_second_per_gpu"]
+
+
+def tflop(line: dict[str, float]) -> float:
+    """The arithmetic of a step, of all processes."""
+    return line["model_tflops_per_second_per_gpu"] * line["timing/policy_training"] * num_processes(line)
+
+
 def assert_is_the_run_of_one(shared: TinyRun, one: TinyRun) -> None:
     lines, expected = shared.metrics(), one.metrics(experiment=2)
     assert len(lines) == len(expected) == NUM_STEPS
     for line, other in zip(lines, expected, strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-5, abs=1e-5)
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert tflop(line) == pytest.approx(tflop(other), rel=1e-9)
         for name in {"kl_penalty", "preference_accuracy", "reward"} & other.keys():
             assert line[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
     ours, theirs = adapter(shared.checkpoints / f"step_{NUM_STEPS}"), adapter(one.root / "one" / f"step_{NUM_STEPS}")
@@ -108,6 +118,7 @@ def test_a_run_in_several_processes_is_the_run_of_one(one_process, tmp_path, alg
     ended, shared = run_shared(one, settings, tmp_path, *WAYS[way])
     assert ended.code == 0, ended.err
     assert_is_the_run_of_one(shared, one)
+    assert f"cluster.gpus_per_node={num_processes(shared.metrics()[0]):.3g}" in WAYS[way]
 
 
 @SLOW
