@@ -607,7 +607,7 @@ def test_a_directory_in_use_by_a_living_run_is_refused(tmp_path, killed):
     with pytest.raises(ValueError, match=f"in use by a run that is still alive \\(process {other.pid}\\)"):
         checkpointer(tmp_path).prepare()
     other.kill() if killed else None
-    other.communicate("", timeout=30)
+    other.communicate("", timeout=120)
     checkpointer(tmp_path).prepare()
 
 

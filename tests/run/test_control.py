@@ -46,7 +46,7 @@ def start(tmp_path, seconds_after_save=0.0):
 def test_a_signal_lets_the_step_finish_and_save(tmp_path, number):
     process = start(tmp_path)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number
     assert (tmp_path / "saved").read_text() == f"saved after {number.name}"
     assert f"{number.name}: finishing this step, then saving" in errors
@@ -59,7 +59,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=1.0)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Interrupted" in errors
     assert "Traceback" not in errors
