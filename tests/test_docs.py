@@ -377,7 +377,7 @@ def run_gpu_check(command: Command, place: Place, capsys) -> None:
     main = runpy.run_path(str(ROOT / command.program))["main"]
     assert main([*dict.fromkeys((*arguments, "--cpu")), "--only", "environment,kernels"]) == 0
     entries = json.loads((place.root / "gpu_check.json").read_text())
-    assert [entry["name"] for entry in entries] == ["versions and card", "speed", "Triton LoRA kernels"]
+    assert [entry["name"] for entry in entries] == ["versions and card", "speed", "Triton kernels"]
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(entries)
 
 

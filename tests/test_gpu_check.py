@@ -109,7 +109,7 @@ def test_a_check_that_fails_gives_exit_code_1_and_the_others_are_made(check, mon
         ("generation", "qwen2", False),
         ("generation", "qwen3", True),
         ("generation", "qwen3", True),
-        ("kernels", "Triton LoRA kernels", None),
+        ("kernels", "Triton kernels", None),
     ]
     wrong = entries[2]["facts"]
     assert wrong["error"] == "RuntimeError: no weights" if fact == "error" else float(wrong[fact]) > 1e-3
@@ -141,15 +141,16 @@ def test_without_a_gpu_it_says_how_to_run_without_one(monkeypatch, tmp_path, cap
     assert "--cpu" in capsys.readouterr().err
 
 
-def test_on_a_gpu_every_case_is_a_check_of_its_own_name(monkeypatch, tmp_path):
+def test_on_a_gpu_every_case_is_a_check_of_its_own_name(tmp_path):
     """Of the lists alone; nothing is computed."""
-    monkeypatch.setattr(kernels, "configure", lambda: {})
     machine = Machine(device="cuda", root=tmp_path)
     names = {
         group.__name__: [check.name for check in group.checks(machine)]
         for group in (kernels, attention, generation, steps, runs)
     }
     assert all(len(set(of_group)) == len(of_group) for of_group in names.values())
+    for whose in ("ours, bfloat16", "ours, float16", "ours, float32", "ours, log-probabilities", "nemo-automodel's"):
+        assert any(name.startswith(whose) for name in names["tests.gpu.kernels"])
     stepped = " ".join(names["tests.gpu.steps"])
     assert all(word in stepped for word in ("llama", "qwen2", "qwen3", "packed", "activation checkpointing"))
     ran = names["tests.gpu.runs"]

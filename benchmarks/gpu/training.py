@@ -4,8 +4,8 @@ Rows have their full length and distinct prompts, so that nothing is padded and 
 same work. The policies are the product's own, with one replacement: the DTensor backend's weights are drawn on the
 device in place of being read, since a model of 16 GB takes longer to write and check than to measure.
 
-The Triton kernels are off except where they are measured, and there each has one configuration: picking one by timing
-compiles for a minute.
+The Triton kernels of the adapter are off except where they are measured, and there nemo-automodel's have one
+configuration each, as ours do: picking one by timing compiles for a minute.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def grpo_4b(machine: Machine) -> Iterator[Check]:
 
 
 def kernels(machine: Machine) -> Iterator[Check]:
-    for use_triton in (False, True):
-        name = f"{LLAMA_1B.name}, use_triton={str(use_triton).lower()}"
-        yield measurement(name, partial(kernels_step, machine, use_triton))
+    settings: dict[str, Literal["automodel"] | bool] = {"off": False, "ours": True, "automodel": "automodel"}
+    for name, use_triton in settings.items():
+        yield measurement(f"{LLAMA_1B.name}, {name}", partial(kernels_step, machine, use_triton))
 
 
 def megatron(machine: Machine) -> Iterator[Check]:
@@ -68,7 +68,9 @@ def sft_tokens(machine: Machine) -> int:
     return SFT_TOKENS if machine.has_gpu else TOY_TOKENS
 
 
-def sft_step(machine: Machine, shape: Shape, *, rows_of_microbatch: int, use_triton: bool = False) -> dict[str, Fact]:
+def sft_step(
+    machine: Machine, shape: Shape, *, rows_of_microbatch: int, use_triton: Literal["automodel"] | bool = False
+) -> dict[str, Fact]:
     num_tokens = sft_tokens(machine)
     config = shape.config(toy=not machine.has_gpu)
     policy = dtensor_policy(
@@ -77,10 +79,10 @@ def sft_step(machine: Machine, shape: Shape, *, rows_of_microbatch: int, use_tri
     return step_facts(machine, config, policy, full_rows(config, SFT_ROWS, num_tokens, prompt_tokens=1), SftLoss())
 
 
-def kernels_step(machine: Machine, use_triton: bool) -> dict[str, Fact]:
+def kernels_step(machine: Machine, use_triton: Literal["automodel"] | bool) -> dict[str, Fact]:
     if use_triton and not machine.has_gpu:
         return {"skipped": "no GPU: the kernels are Triton's"}
-    if use_triton:
+    if use_triton == "automodel":
         from tests.gpu import kernels as pinned
 
         pinned.configure()
@@ -171,7 +173,7 @@ def policy_inputs(
     *,
     microbatch_tokens: int,
     backend: Backend = "dtensor",
-    use_triton: bool = False,
+    use_triton: Literal["automodel"] | bool = False,
     dtensor_cfg: Mapping[str, Any] | None = None,
 ) -> tuple[PolicyConfig, PolicySetup]:
     """What a policy is built from: packed microbatches of this many tokens, everything else as it is by default."""

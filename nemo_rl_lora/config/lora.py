@@ -20,7 +20,8 @@ from nemo_rl_lora.lora.targets import ALL_LINEAR
 if TYPE_CHECKING:
     from nemo_rl_lora.config.policy import PolicyConfig
 
-_KERNEL_ROW_BYTES = 512  # of A's and B's blocks, which hold the whole rank: above it no configuration fits sm_90
+AUTOMODEL = "automodel"
+_AUTOMODEL_ROW_BYTES = 512  # of A's and B's blocks, which hold the whole rank: above it no configuration fits sm_90
 
 
 class AdapterBlock(Section):
@@ -79,8 +80,8 @@ class LoraCfg(AdapterBlock):
     """Adapt every linear layer but the output head. Lists of target_modules need false."""
     A_init: str = Field(default="xavier", alias="lora_A_init")
     """How A is drawn: xavier, uniform, kaiming or normal(STD). B starts at zero."""
-    kernels: bool = Field(default=True, alias="use_triton")
-    """Triton kernels, on CUDA with tensor_parallel_size 1."""
+    kernels: Literal["automodel"] | bool = Field(default=True, alias="use_triton")
+    """Triton kernels, on CUDA with tensor_parallel_size 1; "automodel" takes nemo-automodel's instead of our own."""
 
     def spec(self, backend: str) -> LoraSpec:
         if self.match_all_linear and self.targets and self.targets != ALL_LINEAR:
@@ -129,8 +130,9 @@ class UnifiedLora(AdapterBlock):
     """Dtype of the adapter in the forward pass; null follows the compute dtype. Masters are fp32."""
     B_init: str = "zero"
     """How B is drawn: zero."""
-    kernels: bool | None = Field(default=None, alias="use_triton")
-    """Triton kernels of the DTensor backend; null means wherever they can run."""
+    kernels: Literal["automodel"] | bool | None = Field(default=None, alias="use_triton")
+    """Triton kernels of the DTensor backend; null means wherever they can run, and "automodel" takes nemo-automodel's
+    instead of our own."""
     a2a: bool = False
     """Megatron only: one all-to-all instead of a gather on row-parallel layers under sequence parallelism."""
 
@@ -142,19 +144,19 @@ class UnifiedLora(AdapterBlock):
             )
         if backend == "megatron" and self.kernels:
             raise ValueError(
-                f"{self.KEY}.use_triton=True: the Triton kernels belong to the DTensor backend, and the backend is "
-                f"megatron. Set it to null or false, or policy.backend=dtensor."
+                f"{self.KEY}.use_triton={self.kernels!r}: the Triton kernels belong to the DTensor backend, and the "
+                f"backend is megatron. Set it to null or false, or policy.backend=dtensor."
             )
         return super().spec(backend, kernels=backend == "dtensor" if self.kernels is None else self.kernels)
 
 
 def unified_from_spec(spec: LoraSpec) -> dict[str, Any]:
-    """The `policy.lora` block that parses into this spec; null for kernels that are on, which serves both backends."""
+    """The `policy.lora` block that parses into this spec; null for our own kernels, which serves both backends."""
     block: dict[str, Any] = {"enabled": True}
     for name, key in UnifiedLora.spec_keys().items():
         value = getattr(spec, name)
         block[key] = list(value) if isinstance(value, tuple) else value
-    return block | {"use_triton": None if spec.kernels else False, "alpha": plain_number(spec.alpha)}
+    return block | {"use_triton": None if spec.kernels is True else spec.kernels, "alpha": plain_number(spec.alpha)}
 
 
 def _block_in_force(policy: PolicyConfig) -> AdapterBlock:
@@ -209,6 +211,16 @@ def kernels_off_because(policy: PolicyConfig, spec: LoraSpec, *, cuda: bool) -> 
     if not cuda:
         return f"{key}: off, because there is no CUDA device: plain torch products are used."
     dtype, dim = spec.dtype or policy.precision, max(spec.dim, *spec.rank_pattern.values(), 0)
-    if dim * (4 if dtype == "float32" else 2) > _KERNEL_ROW_BYTES:
-        return f"{key}: off, because blocks of rank {dim} in {dtype} do not fit in a GPU's shared memory."
+    if spec.kernels == AUTOMODEL and dim * (4 if dtype == "float32" else 2) > _AUTOMODEL_ROW_BYTES:
+        return (
+            f"{key}: off, because blocks of rank {dim} in {dtype} of nemo-automodel's kernels do not fit in a GPU's "
+            f"shared memory. Set it to true, for kernels of any rank."
+        )
     return None
+
+
+def kernels_in_force(policy: PolicyConfig, spec: LoraSpec, *, cuda: bool) -> Literal["own", "automodel"] | None:
+    """Which Triton kernels compute the adapter; None where plain torch products do."""
+    if not spec.kernels or kernels_off_because(policy, spec, cuda=cuda) is not None:
+        return None
+    return "automodel" if spec.kernels == AUTOMODEL else "own"

@@ -56,6 +56,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dropout_position": _one_of("pre", "post"),
     "B_init": _one_of("zero"),
     "fused": _one_of("canonical", "shared"),
+    "kernels": _one_of(True, False, "automodel"),
     "dtype": _one_of(*COMPUTE_DTYPES, None),
 }
 
@@ -73,7 +74,7 @@ class LoraSpec:
     A_init: str = "xavier"
     B_init: Literal["zero"] = "zero"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: fp32 masters, cast to the compute dtype
-    kernels: bool = True  # Triton kernels where the backend and the machine have them
+    kernels: Literal["automodel"] | bool = True  # Triton kernels where they run: our own, or nemo-automodel's
     a2a: bool = False  # Megatron's all-to-all on row-parallel layers
     fused: Literal["canonical", "shared"] = "canonical"  # one A per Hugging Face module, or per fused Megatron layer
     rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)  # the first match wins

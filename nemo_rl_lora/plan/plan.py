@@ -327,12 +327,13 @@ def _expert_effects(megatron: MegatronConfig) -> list[Effect]:
 
 
 def _kernels(policy: PolicyConfig, spec: LoraSpec) -> Effect:
+    asked = spec.kernels if isinstance(spec.kernels, str) else _on_off(spec.kernels)
     off = kernels_off_because(policy, spec, cuda=torch.cuda.is_available())
     reason = (off or "").partition(": ")[2].removeprefix("off, because ").removesuffix(".")
     return Effect(
         key=f"{lora_block_key(policy)}.use_triton",
-        requested=_on_off(spec.kernels),
-        effective=_on_off(spec.kernels and off is None),
+        requested=asked,
+        effective=asked if off is None else "off",
         reason=reason or ("CUDA, one tensor-parallel rank" if spec.kernels else "not asked for"),
     )
 

@@ -4,7 +4,8 @@ The head runs over chunks of tokens. Each log-probability is a scalar per token,
 hidden state, (W[target] - softmax(logits) @ W) * scale / temperature (each row of W times the slope of the soft cap,
 where there is one), is computed in the forward pass while the chunk's logits
 are there, and scaled in the backward pass by whatever gradient the loss sends. Where the head itself is trained (full
-fine-tuning) the chunk is computed again in the backward pass instead.
+fine-tuning) the chunk is computed again in the backward pass instead. On a GPU a Triton kernel takes a chunk's logits
+as they are and writes their slope over them (kernels/logprobs.py); elsewhere torch does.
 
 Tensor-parallel ranks may share the vocabulary: each has rows of the head, all have the hidden states and the targets,
 and all get every log-probability and the whole gradient of the hidden states.
@@ -13,6 +14,7 @@ and all get every log-probability and the whole gradient of the hidden states.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
@@ -53,6 +55,29 @@ def _logits(hidden: Tensor, weight: Tensor, head: Head) -> tuple[Tensor, Tensor 
     return (logits if factor == 1.0 else logits.mul_(factor)), slope
 
 
+def _kernel_takes(hidden: Tensor, head: Head) -> bool:
+    """Whether the Triton kernel computes the log-probabilities of these: it sees one rank's logits alone."""
+    return hidden.is_cuda and head.group is None and find_spec("triton") is not None
+
+
+def _by_kernel(hidden: Tensor, weight: Tensor, target: Tensor, head: Head, slope: Tensor | None) -> Tensor:
+    """Log-probabilities of a chunk; `slope`, where there is one, becomes theirs by hidden, but for the factor on it."""
+    from nemo_rl_lora.kernels import logprobs
+
+    logits = F.linear(hidden, weight)
+    values = logprobs.target_logprobs(
+        logits,
+        target,
+        factor=head.form.scale,
+        soft_cap=head.form.soft_cap,
+        temperature=head.temperature,
+        with_slope=slope is not None,
+    )
+    if slope is not None:
+        torch.mm(logits, weight, out=slope)
+    return values
+
+
 def _own_target(target: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
     """The row of this rank's head for each target, and where the target is of another rank's (row 0 stands in)."""
     if head.group is None:
@@ -80,8 +105,12 @@ class _FrozenHead(torch.autograd.Function):
         row, elsewhere = _own_target(target, head)
         out = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        by_kernel = _kernel_takes(hidden, head)
         for begin in range(0, len(target), head.chunk_tokens):
             part = slice(begin, begin + head.chunk_tokens)
+            if by_kernel:
+                out[part] = _by_kernel(hidden[part], weight, row[part], head, None if slope is None else slope[part])
+                continue
             logits, bend = _logits(hidden[part], weight, head)
             logp = _log_softmax(logits, group)
             out[part] = logp.gather(1, row[part, None])[:, 0]

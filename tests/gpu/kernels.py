@@ -1,30 +1,51 @@
-"""The Triton LoRA kernels on a GPU beside their formula in fp64: values, gradients, and one launch of each.
+"""The Triton kernels on a GPU beside their formula in fp64: ours, of the LoRA layer and the head, and nemo-automodel's.
 
-Each kernel has one of its configurations, since timing all of them takes a minute for each new shape; the one chosen
-fits in the shared memory of compute capability 9.0 for ranks up to 64, in fp32 and in bf16.
+Ours have one configuration for each dtype and size of rank. nemo-automodel's have one of theirs here, since timing all
+of them takes a minute for each new shape; it fits in the shared memory of compute capability 9.0 for ranks up to 64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache, partial
 
+import torch
 import triton
 
-from tests.gpu.checks import Answer, Check, Machine, skipped, within
-from tests.policy.dtensor.kernel_cases import Case, CountedKernel, DtypeName, measure, one_configuration
-
-# fp32: as in tests/policy/dtensor/test_kernels.py; the products of TF32 would be off by 3e-4.
-# bf16: a rounding is at most 2^-9, and four stages round (x A^T, its product with B, the base, the sum): 8e-3.
-BOUNDS: dict[DtypeName, float] = {"float32": 2e-6, "bfloat16": 1.2e-2}
-# shape of x without its last axis, rank, in_features, out_features
-SHAPES = (
-    ((1,), 4, 64, 96),
-    ((17,), 16, 896, 4864),
-    ((2, 300), 16, 4864, 896),
-    ((1000,), 8, 2048, 512),
-    ((4096,), 64, 4096, 4096),
+from nemo_rl_lora.kernels import adapter, logprobs
+from tests.gpu.checks import Answer, Check, Machine, relative, skipped, within
+from tests.policy.dtensor.kernel_cases import (
+    Case,
+    CountedKernel,
+    DtypeName,
+    counted_own_kernels,
+    measure,
+    one_configuration,
 )
+
+# fp32: as in tests/kernels/interpreted.py; the products of TF32 would be off by 3e-4. bf16 and fp16: as there, with as
+# much again for the base products, which cuBLAS need not sum in fp32 throughout. nemo-automodel's round once more.
+BOUNDS: dict[str, float] = {"float32": 2e-6, "bfloat16": 1.2e-2, "float16": 1.5e-3}
+# shape of x without its last axis, rank, in_features, out_features
+ONE = ((1,), 4, 64, 96)
+SMALL = ((17,), 16, 896, 4864)
+BATCH = ((2, 300), 16, 4864, 896)
+ODD = ((333,), 24, 1001, 777)
+LARGE = ((4096,), 64, 4096, 4096)
+HIGH = ((1000,), 256, 2048, 512)
+# and the dtypes of x and of the adapter's computation
+OWN_CASES: tuple[tuple[tuple[tuple[int, ...], int, int, int], DtypeName, DtypeName | None], ...] = (
+    *((size, "bfloat16", None) for size in (ONE, SMALL, BATCH, ODD, LARGE, HIGH)),
+    *((size, "float32", None) for size in (ONE, BATCH, ODD, HIGH)),
+    (BATCH, "float16", None),
+    (BATCH, "bfloat16", "float32"),
+    (BATCH, "float32", "bfloat16"),
+)
+AUTOMODEL_CASES: tuple[tuple[tuple[tuple[int, ...], int, int, int], DtypeName], ...] = tuple(
+    (size, dtype) for dtype in ("float32", "bfloat16") for size in (ONE, BATCH, LARGE)
+)
+VOCABULARIES = (9001, 151936)
 _BACKWARD = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 8}
 CONFIGURATIONS = {
     "lora_forward_kernel": {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_K": 128, "BLOCK_SIZE_L": 128, "GROUP_SIZE_M": 8},
@@ -35,37 +56,92 @@ CONFIGURATIONS = {
 
 def checks(machine: Machine) -> Iterator[Check]:
     if not machine.has_gpu:
-        yield Check(name="Triton LoRA kernels", ask=partial(skipped, "no GPU"))
+        yield Check(name="Triton kernels", ask=partial(skipped, "no GPU"))
         return
-    for dtype, bound in BOUNDS.items():
-        for shape, dim, in_features, out_features in SHAPES:
-            case = Case(
-                shape=shape,
-                dim=dim,
-                in_features=in_features,
-                out_features=out_features,
-                scale=2.0,
-                bias=True,
-                compute=dtype,
-                adapter=None,
-            )
-            name = f"{dtype}, x {[*shape, in_features]}, rank {dim}, {out_features} outputs"
-            yield Check(name=name, ask=partial(beside_formula, case, bound))
+    for size, dtype, inner in OWN_CASES:
+        case = case_of(size, dtype, inner)
+        yield Check(name=f"ours, {described(case)}", ask=partial(beside_formula, case, own_counters, 2))
+    yield Check(name="ours, one input twice", ask=repeats)
+    for dtype in (torch.bfloat16, torch.float32):
+        for vocabulary in VOCABULARIES:
+            name = f"ours, log-probabilities of {str(dtype).removeprefix('torch.')} logits, vocabulary {vocabulary}"
+            yield Check(name=name, ask=partial(head_beside_formula, vocabulary, dtype))
+    for size, dtype in AUTOMODEL_CASES:
+        case = case_of(size, dtype, None, automodel=True)
+        yield Check(name=f"nemo-automodel's, {described(case)}", ask=partial(beside_formula, case, configure, 1))
+
+
+def case_of(
+    size: tuple[tuple[int, ...], int, int, int], dtype: DtypeName, inner: DtypeName | None, *, automodel: bool = False
+) -> Case:
+    shape, dim, in_features, out_features = size
+    return Case(
+        shape=shape,
+        dim=dim,
+        in_features=in_features,
+        out_features=out_features,
+        scale=2.0,
+        bias=True,
+        compute=dtype,
+        adapter=inner,
+        kernels="automodel" if automodel else "own",
+    )
+
+
+def described(case: Case) -> str:
+    adapter_dtype = "" if case.adapter is None else f", adapter in {case.adapter}"
+    x = [*case.shape, case.in_features]
+    return f"{case.compute}{adapter_dtype}, x {x}, rank {case.dim}, {case.out_features} outputs"
+
+
+own_counters = cache(counted_own_kernels)
 
 
 @cache
 def configure() -> dict[str, CountedKernel]:
-    """Once in a process: one configuration for each kernel, and a counter around it. Other groups need it as well,
-    since every shape of theirs would be timed."""
+    """Once in a process: one configuration for each kernel of nemo-automodel, and a counter around it."""
     return one_configuration(
         {name: triton.Config(blocks, num_warps=4, num_stages=4) for name, blocks in CONFIGURATIONS.items()}
     )
 
 
-def beside_formula(case: Case, bound: float) -> Answer:
-    found = measure(case, configure(), "cuda")
+def beside_formula(case: Case, counters: Callable[[], Mapping[str, CountedKernel]], num_launches: int) -> Answer:
+    """`num_launches`: how often each kernel is to be launched."""
+    found = measure(case, counters(), "cuda")
     launches = found["launches"]
+    bound = max(BOUNDS[case.compute], BOUNDS[case.adapter or case.compute])
     answer = within(bound, found["errors"], launches=sum(launches.values()))
-    if set(launches.values()) != {1}:
-        return Answer(ok=False, facts={**answer.facts, "wrong": f"one launch of each kernel, not {launches}"})
+    if set(launches.values()) != {num_launches}:
+        return Answer(ok=False, facts={**answer.facts, "wrong": f"{num_launches} of each kernel, not {launches}"})
     return answer
+
+
+def repeats() -> Answer:
+    """Output and gradients, bit for bit, where every sum is split."""
+    generator = torch.Generator("cuda").manual_seed(3)
+    shapes = (600, 2048), (1024, 2048), (32, 2048), (1024, 32), (600, 1024)
+    x, weight, a, b, d_y = (torch.randn(*s, generator=generator, device="cuda").bfloat16() / 8 for s in shapes)
+    found = []
+    for _ in range(2):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, a, b)]
+        y = adapter.adapted_linear(leaves[0], weight, None, *leaves[1:], scale=2.0, dtype=x.dtype)
+        y.backward(d_y)
+        found.append((y, *(leaf.grad for leaf in leaves)))
+    same = [torch.equal(one, other) for one, other in zip(*found, strict=True)]
+    return Answer(ok=all(same), facts=dict(zip(("y", "x", "A", "B"), same, strict=True)))
+
+
+def head_beside_formula(vocabulary: int, dtype: torch.dtype) -> Answer:
+    """With a soft cap. Log-probabilities are fp32 whatever the logits are."""
+    generator = torch.Generator().manual_seed(5)
+    logits = (4 * torch.randn(64, vocabulary, generator=generator)).to("cuda", dtype)
+    target = torch.randint(vocabulary, (64,), generator=generator).to("cuda")
+    exact = logits.double().requires_grad_()
+    expected = torch.log_softmax(3.0 * torch.tanh(2.0 * exact / 3.0) / 0.7, -1).gather(1, target[:, None])[:, 0]
+    expected.sum().backward()
+    assert exact.grad is not None
+    values = logprobs.target_logprobs(logits, target, factor=2.0, soft_cap=3.0, temperature=0.7, with_slope=True)
+    slope = relative(logits.double() * (2.0 / 0.7), exact.grad)
+    error, bound = relative(values, expected), BOUNDS["float32"]
+    answer = within(BOUNDS[str(dtype).removeprefix("torch.")], {"slope": slope}, logprobs=error, logprobs_bound=bound)
+    return replace(answer, ok=bool(answer.ok) and error <= bound)

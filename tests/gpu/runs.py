@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM
 
 from nemo_rl_lora.config.master import Algorithm
 from tests.driver import TinyRun, adapter, same
-from tests.gpu import kernels
 from tests.gpu.checks import Answer, Check, Machine, relative, within
 from tests.tiny_models import make_tiny_llama
 
@@ -84,8 +83,6 @@ class NamedRun(TinyRun):
 
 
 def checks(machine: Machine) -> Iterator[Check]:
-    if machine.has_gpu:
-        kernels.configure()
     model = make_tiny_llama(machine.root / "model", head_dim=16)
     runs = Runs(machine.root, model)
     for case in GPU_CASES if machine.has_gpu else CPU_CASES:

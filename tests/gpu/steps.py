@@ -20,7 +20,6 @@ from nemo_rl_lora.algorithms.losses.policy import make_policy_loss
 from nemo_rl_lora.algorithms.losses.preference import row_logprobs
 from nemo_rl_lora.config.loss_fn import LossFnConfig
 from nemo_rl_lora.types import Batch, LossFn
-from tests.gpu import kernels
 from tests.gpu.checks import Answer, Check, Machine, relative, within, without_gpu
 from tests.policy.batches import make_groups_batch
 from tests.policy.dtensor.test_policy import make_policy, spec
@@ -94,9 +93,6 @@ class Step:
 
 
 def checks(machine: Machine) -> Iterator[Check]:
-    if machine.has_gpu:
-        kernels.configure()
-
     @cache
     def model_of(family: str) -> Path:
         return save_random_model(FAMILIES[family], machine.root / family)

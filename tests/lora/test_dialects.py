@@ -15,6 +15,7 @@ from nemo_rl_lora.config.lora import (
     LoraCfg,
     PeftCfg,
     UnifiedLora,
+    kernels_in_force,
     kernels_off_because,
     lora_spec_from_policy,
     unified_from_spec,
@@ -236,8 +237,29 @@ def test_an_impossible_value_is_named_by_the_key_of_its_block(parse, block, star
 def test_kernels_are_refused_on_megatron_when_asked_for_by_name():
     message = _message(_unified, "megatron", use_triton=True)
     assert message.startswith("policy.lora.use_triton=True: the Triton kernels belong to the DTensor backend")
+    assert _message(_unified, "megatron", use_triton="automodel").startswith("policy.lora.use_triton='automodel': the")
     assert _unified("megatron").kernels is False
     assert _unified("dtensor").kernels is True
+
+
+@pytest.mark.parametrize("parse", [_dtensor, _unified])
+def test_nemo_automodels_kernels_are_chosen_by_their_name(parse):
+    assert parse(use_triton="automodel").kernels == "automodel"
+
+
+@pytest.mark.parametrize(
+    ("written", "cuda", "expected"),
+    [
+        (True, True, "own"),
+        ("automodel", True, "automodel"),
+        (False, True, None),
+        (True, False, None),
+        ("automodel", False, None),
+    ],
+)
+def test_the_kernels_in_force_are_those_asked_for_where_they_run(written, cuda, expected):
+    policy = _policy(lora_cfg={"enabled": True, "use_triton": written})
+    assert kernels_in_force(policy, _dtensor(use_triton=written), cuda=cuda) == expected
 
 
 def test_two_adapters_are_refused():
@@ -270,10 +292,15 @@ def test_kernels_are_off_for_a_reason_that_names_the_keys():
         ({"dim": 8, "dtype": "float32", "rank_pattern": {"q_proj": 256}}, "blocks of rank 256 in float32"),
     ],
 )
-def test_kernels_are_off_where_no_configuration_of_them_fits_a_gpu(block, reason):
+def test_nemo_automodels_kernels_are_off_where_no_configuration_fits_a_gpu_and_ours_are_not(block, reason):
     policy = _policy(lora={})
-    said = kernels_off_because(policy, _unified(**block), cuda=True)
-    assert said == (reason and f"policy.lora.use_triton: off, because {reason} do not fit in a GPU's shared memory.")
+    said = kernels_off_because(policy, _unified(**block, use_triton="automodel"), cuda=True)
+    assert said == (
+        reason
+        and f"policy.lora.use_triton: off, because {reason} of nemo-automodel's kernels do not fit in a GPU's shared "
+        f"memory. Set it to true, for kernels of any rank."
+    )
+    assert kernels_off_because(policy, _unified(**block), cuda=True) is None
 
 
 _specs = st.builds(
@@ -286,7 +313,7 @@ _specs = st.builds(
     excludes=st.sampled_from([(), ("k_proj",)]),
     A_init=st.sampled_from(["xavier", "uniform", "normal(0.02)"]),
     dtype=st.sampled_from([None, "float32", "bfloat16"]),
-    kernels=st.booleans(),
+    kernels=st.sampled_from([True, False, "automodel"]),
     rank_pattern=st.sampled_from([{}, {"up_proj": 4}]),
     alpha_pattern=st.sampled_from([{}, {"*.layers.1.*": 8}]),
     use_rslora=st.booleans(),

@@ -203,6 +203,8 @@ def test_what_settings_come_to_is_said_with_its_reason(tiny):
     assert effects["policy.shared_prefix.enabled"].effective == "on"
     off = _plan(tiny, "policy.dtensor_cfg.lora_cfg.enabled=true", "policy.dtensor_cfg.lora_cfg.use_triton=false")
     assert off.effects[0].reason == "not asked for"
+    other = _plan(tiny, "policy.lora.dim=4", "policy.lora.use_triton=automodel").effects[0]
+    assert (other.requested, other.effective) == ("automodel", "automodel" if torch.cuda.is_available() else "off")
     unshared = {e.key: e for e in _plan(tiny, "policy.shared_prefix.enabled=false").effects}
     assert unshared["policy.shared_prefix.enabled"].effective == "off"
 

@@ -1,14 +1,15 @@
 """A linear layer with a LoRA branch, on nemo-automodel's LinearLoRA.
 
-The vendor's layer owns the parameters' names and the memory-efficient and Triton products. What it lacks is here:
-a switch that turns the branch off (the reference policy is the same model without it), fp32 masters cast to the
-dtype of the computation, a scale that need not be alpha / dim, and dropout and initialisation that are functions of a
-seed and the module's name (adapter_state.py).
+The vendor's layer owns the parameters' names and the memory-efficient products. What it lacks is here: a switch that
+turns the branch off (the reference policy is the same model without it), fp32 masters cast to the dtype of the
+computation, a scale that need not be alpha / dim, dropout and initialisation that are functions of a seed and the
+module's name (adapter_state.py), and Triton kernels for any rank (kernels/adapter.py), beside the vendor's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ class AdapterLinear(LinearLoRA):
     adapter_dtype: torch.dtype | None
     scale: float
     switch: AdapterSwitch
-    use_kernels: bool
+    kernels: Literal["own", "automodel"] | None
 
     @property
     def tensors(self) -> AdapterTensors:
@@ -47,27 +48,43 @@ class AdapterLinear(LinearLoRA):
         return AdapterTensors(a=self.lora_A.weight, b=self.lora_B.weight, scale=self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, DTensor):
-            base = tp_linear_forward(x, self.weight, self.bias, mm_for_2d_compile=False)
-        else:
-            base = F.linear(x, self.weight, self.bias)
         if not self.switch.on:
-            return base
+            return self._base(x)
         dtype = self.adapter_dtype or x.dtype
+        position = self.dropout_position if self.dropout_p > 0.0 and self.switch.dropout_seed is not None else None
+        if self.kernels == "own":
+            return self._by_own_kernels(x, dtype, position)
+        base = self._base(x)
         a, b = self.lora_A.weight.to(dtype), self.lora_B.weight.to(dtype)
         inner = x.to(dtype)
-        position = self.dropout_position if self.dropout_p > 0.0 and self.switch.dropout_seed is not None else None
         if position == "pre":
             inner = self._dropped(inner)
         if isinstance(inner, DTensor):
             update = _shared_update(inner, a, b, self.scale)
         elif dtype == base.dtype and position != "post":
-            return apply_memory_efficient_lora(inner, a, b, self.scale, self.use_kernels, base)
+            return apply_memory_efficient_lora(inner, a, b, self.scale, self.kernels is not None, base)
         else:
-            update = apply_memory_efficient_lora(inner, a, b, self.scale, self.use_kernels)
+            update = apply_memory_efficient_lora(inner, a, b, self.scale, self.kernels is not None)
         if position == "post":
             update = self._dropped(update)
         return base + update.to(base.dtype)
+
+    def _base(self, x: Tensor) -> Tensor:
+        """The product with the frozen weight."""
+        if isinstance(x, DTensor):
+            return tp_linear_forward(x, self.weight, self.bias, mm_for_2d_compile=False)
+        return F.linear(x, self.weight, self.bias)
+
+    def _by_own_kernels(self, x: Tensor, dtype: torch.dtype, dropout_position: str | None) -> Tensor:
+        """The whole layer in one operation; dropout on the output of B needs the update by itself."""
+        from nemo_rl_lora.kernels.adapter import adapted_linear, adapter_update
+
+        a, b = self.lora_A.weight, self.lora_B.weight
+        if dropout_position == "post":
+            update = self._dropped(adapter_update(x, a, b, scale=self.scale, dtype=dtype))
+            return self._base(x) + update.to(x.dtype)
+        inner = self._dropped(x.to(dtype)) if dropout_position == "pre" else None
+        return adapted_linear(x, self.weight, self.bias, a, b, scale=self.scale, dtype=dtype, inner=inner)
 
     def _dropped(self, x: Tensor) -> Tensor:
         """x after dropout. Of an x that tensor-parallel ranks share, each draws the whole mask and takes its part."""
@@ -102,11 +119,15 @@ def _own_part(mask: Tensor, like: DTensor) -> DTensor:
 
 
 def install_adapters(
-    model: nn.Module, modules: Sequence[AdaptedModule], spec: LoraSpec, *, use_kernels: bool
+    model: nn.Module,
+    modules: Sequence[AdaptedModule],
+    spec: LoraSpec,
+    *,
+    kernels: Literal["own", "automodel"] | None,
 ) -> AdapterSwitch:
     """Freeze the model and put an adapter on each of these linear modules, in place; `drawn_a` starts them."""
     switch = AdapterSwitch()
-    if use_kernels:
+    if kernels == "automodel":
         multiply_in_ieee()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -122,7 +143,7 @@ def install_adapters(
         linear.adapter_dtype = None if spec.dtype is None else torch_dtype(spec.dtype)
         linear.scale = module.scale
         linear.switch = switch
-        linear.use_kernels = use_kernels
+        linear.kernels = kernels
     return switch
 
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from nemo_rl_lora.config.dtensor import DTensorConfig
-from nemo_rl_lora.config.lora import kernels_off_because, lora_block_key
+from nemo_rl_lora.config.lora import kernels_in_force, lora_block_key
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.distributed.ranks import Ranks
 from nemo_rl_lora.lora.adapter_tensors import SIDES, canonical_tensors
@@ -146,8 +146,8 @@ class DTensorPolicy(TrainedPolicy):
             self._model.requires_grad_(True)
             return (), None
         adapted = adapted_modules(config, setup, spec, self._model)
-        use_kernels = spec.kernels and kernels_off_because(config, spec, cuda=torch.cuda.is_available()) is None
-        return adapted, install_adapters(self._model, adapted, spec, use_kernels=use_kernels)
+        kernels = kernels_in_force(config, spec, cuda=torch.cuda.is_available())
+        return adapted, install_adapters(self._model, adapted, spec, kernels=kernels)
 
     def _forward_pass(self, config: PolicyConfig, setup: PolicySetup) -> ForwardPass:
         return ForwardPass(

@@ -1,7 +1,8 @@
-"""A LoRA layer on the Triton kernels beside its formula, written out in fp64: cases, launches and errors.
+"""A LoRA layer on Triton kernels, our own or nemo-automodel's, beside its formula, written out in fp64: cases, launches
+and errors.
 
-Without the interpreter's patches (kernel_check.py), so that a GPU's kernels are measured by the same lines. The
-references share no code with the product.
+Without the interpreter's patches (tests/kernels/interpreter.py), so that a GPU's kernels are measured by the same
+lines. The references share no code with the product.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import triton
 from nemo_automodel.components._peft import lora_kernel
 from torch import Tensor, nn
 
+from nemo_rl_lora.kernels import low_rank
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.policy.dtensor.linear import AdapterLinear, install_adapters
 
-DtypeName = Literal["float32", "bfloat16"]
-KERNELS = ("lora_forward_kernel", "lora_da_dx_kernel", "lora_db_kernel")
+DtypeName = Literal["float32", "bfloat16", "float16"]
+KERNELS = ("lora_forward_kernel", "lora_da_dx_kernel", "lora_db_kernel")  # nemo-automodel's
+OWN_KERNELS = ("project_kernel", "expand_kernel", "reduce_kernel")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +38,7 @@ class Case:
     bias: bool
     compute: DtypeName  # of x, W and b
     adapter: DtypeName | None  # in which the adapter computes; None: as x
-    kernels: bool = True
+    kernels: Literal["own", "automodel"] | None = "own"
 
 
 class CountedKernel:
@@ -51,13 +54,22 @@ class CountedKernel:
 
 
 def one_configuration(configurations: Mapping[str, triton.Config]) -> dict[str, CountedKernel]:
-    """Each kernel with one configuration, so that none is timed against others, and a counter around it."""
+    """Each kernel of nemo-automodel with one configuration, so that none is timed against others, and a counter around
+    it."""
     counted = {}
     for name in KERNELS:
         kernel = getattr(lora_kernel, name)
         kernel.configs = [configurations[name]]
         counted[name] = CountedKernel(kernel)
         setattr(lora_kernel, name, counted[name])
+    return counted
+
+
+def counted_own_kernels() -> dict[str, CountedKernel]:
+    """A counter around each of ours, which has one configuration in any case."""
+    counted = {name: CountedKernel(getattr(low_rank, name)) for name in OWN_KERNELS}
+    for name, kernel in counted.items():
+        setattr(low_rank, name, kernel)
     return counted
 
 
@@ -74,7 +86,7 @@ def make_layer(case: Case, generator: torch.Generator) -> AdapterLinear:
         alpha=case.scale * case.dim,
         scale=case.scale,
     )
-    install_adapters(model, (module,), spec, use_kernels=case.kernels)
+    install_adapters(model, (module,), spec, kernels=case.kernels)
     layer = model[0]
     assert isinstance(layer, AdapterLinear)
     with torch.no_grad():

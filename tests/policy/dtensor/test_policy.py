@@ -226,7 +226,7 @@ def test_dropout_keeps_the_expected_update(position):
 
     holder = torch.nn.Sequential(linear)
     module = AdaptedModule(name="0", in_features=6, out_features=5, dim=3, alpha=3, scale=1.0)
-    switch = install_adapters(holder, [module], spec(dropout=0.25, dropout_position=position), use_kernels=False)
+    switch = install_adapters(holder, [module], spec(dropout=0.25, dropout_position=position), kernels=None)
     torch.nn.init.normal_(linear.lora_B.weight)
     full = holder(x)
     switch.dropout_seed = 1
