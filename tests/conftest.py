@@ -86,11 +86,9 @@ def groups_batch():
 
 
 @pytest.fixture
-def on_gpu(monkeypatch):
-    """Tensors of a GPU have a device, a dtype and a shape here, and no numbers."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def on_gpu():
+    """A GPU whose tensors have a device, a dtype and a shape, and no numbers; it counts what is asked of it."""
+    from tests.fake_gpu import fake_gpu
 
-    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    with FakeTensorMode():
-        yield
+    with fake_gpu() as gpu:
+        yield gpu

@@ -184,9 +184,10 @@ def model_of_tensors(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> 
     model.tie_weights()
     absent = [name for name, p in model.named_parameters() if p.is_meta]
     assert not absent + unexpected, (absent, unexpected)
+    device = next(model.parameters()).device
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # rotary frequencies, not in checkpoints
-            model.set_submodule(name, type(module)(config))
+            model.set_submodule(name, nn.Module.to(type(module)(config), device))
     model.generation_config = _generation_config(path) or model.generation_config
     return model.requires_grad_(False).eval()
 

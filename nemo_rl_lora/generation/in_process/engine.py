@@ -200,7 +200,8 @@ class InProcessGeneration(Ticketed):
                 for index in range(request.num_completions)
             ]
         opened = [row for ticket, _ in admitted for row in groups[ticket]]
-        self._draw(opened, logits.repeat_interleave(torch.tensor(counts, device=logits.device), dim=0))
+        repeats = torch.tensor(counts, device=logits.device)
+        self._draw(opened, logits.repeat_interleave(repeats, dim=0, output_size=sum(counts)))  # else it is read back
         return opened
 
     def _draw(self, rows: Sequence[_Sequence], logits: Tensor) -> None:

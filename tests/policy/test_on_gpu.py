@@ -1,0 +1,222 @@
+"""Training steps and decoding on a GPU that computes nothing (tests/fake_gpu.py): no tensor lies on a wrong device, and
+how many kernels are launched, how often memory is copied, and how often the host waits for the GPU, has bounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_rl_lora.generation.in_process.engine import InProcessGeneration
+from nemo_rl_lora.generation.protocol import generate
+from nemo_rl_lora.lora.spec import LoraSpec
+from nemo_rl_lora.types import Batch, SyncMode
+from tests.fake_gpu import FakeGpu
+from tests.generation.engine_inputs import LetterTokenizer, request
+from tests.policy.batches import make_groups_batch
+from tests.policy.dtensor.test_policy import make_policy, spec
+from tests.policy.gpu_policies import Asked, Costs, costs_of, gpu_for_policies, model_of, table
+from tests.policy.megatron.twins import BOTH
+from tests.policy.parallel_ranks import loss_of
+from tests.policy.test_pairs import make_chats, make_pairs
+from tests.tiny_models import ALL_LINEAR
+
+PLAIN = spec(kernels=False, targets=ALL_LINEAR)
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "rows": {"shared_prefix": {"enabled": False}},
+    "shared": {"shared_prefix": {"enabled": "auto"}},
+    "packed": {
+        "sequence_packing": {"enabled": True, "train_mb_tokens": 150, "logprob_mb_tokens": 150},
+        "shared_prefix": {"enabled": False},
+    },
+    "padded": {},
+}
+ADAPTERS: dict[str, LoraSpec | None] = {
+    "plain": PLAIN,
+    "kernels": replace(PLAIN, kernels=True),
+    "dropout before": replace(PLAIN, dropout=0.1, dropout_position="pre"),
+    "dropout after": replace(PLAIN, dropout=0.1, dropout_position="post"),
+    "fp32 adapter": replace(PLAIN, dtype="float32"),
+    "all weights": None,
+}
+DEFAULT = {
+    ("dtensor", "sft", "packed", "bfloat16", "plain"),
+    ("dtensor", "grpo", "shared", "bfloat16", "dropout before"),
+    ("dtensor", "dpo", "padded", "float32", "plain"),
+    ("megatron", "grpo", "shared", "bfloat16", "plain"),
+    ("megatron", "dpo", "rows", "float32", "dropout after"),
+}
+
+
+PRECISIONS = ("bfloat16", "float32")
+ALL = [
+    *product(BOTH, ("sft", "dpo", "grpo"), LAYOUTS, PRECISIONS, ["plain"]),
+    *product(BOTH, ["grpo"], ["shared"], PRECISIONS, ADAPTERS),
+    ("megatron", "dpo", "rows", "float32", "dropout after"),
+]
+CASES = [
+    pytest.param(*case, id="-".join(case), marks=() if case in DEFAULT else pytest.mark.slow)
+    for case in dict.fromkeys(ALL)
+    if case[0] == "dtensor" or (case[2] != "padded" and case[4] != "kernels")  # Megatron's models have no windows
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def gpu():
+    with gpu_for_policies() as gpu:
+        yield gpu
+
+
+def batch_of(algorithm: str) -> Batch:
+    if algorithm == "sft":
+        return make_chats()
+    if algorithm == "dpo":
+        return replace(make_pairs(), reference_logprobs=torch.zeros(8))
+    batch = make_groups_batch()
+    return replace(batch, reference_logprobs=torch.zeros(batch.token_ids.shape))
+
+
+@pytest.mark.parametrize(("backend", "algorithm", "layout", "precision", "adapter"), CASES)
+def test_every_tensor_of_a_policy_is_where_it_is_computed(
+    gpu: FakeGpu, models: Path, tmp_path: Path, backend: str, algorithm: str, layout: str, precision: str, adapter: str
+):
+    chosen = ADAPTERS[adapter]
+    policy = make_policy(
+        model_of("mistral" if layout == "padded" else "llama", 1, models),
+        backend=BOTH[backend],
+        spec=chosen,
+        precision=precision,
+        keep_reference=True,
+        train_micro_batch_size=4,
+        **LAYOUTS[layout],
+    )
+    batch, loss = batch_of(algorithm), loss_of(algorithm)
+    policy.logprobs(batch)
+    policy.reference_logprobs(batch)
+    policy.train_step(batch, loss)
+    assert gpu.num_launches > 0
+    for master in policy._trained.masters().values():
+        assert master.is_cuda
+        assert master.grad is not None
+        assert master.grad.is_cuda
+    for mode in ("merged", "adapter") if chosen is not None else ("merged",):
+        ref = policy.publish(1, mode)
+        assert ref.tensors is not None
+        assert all(ref.tensors[info.name].shape == info.shape for info in ref.manifest)
+    if chosen is not None:  # of all weights nothing is saved that does not ask for numbers
+        policy.save(tmp_path)
+        policy.load(tmp_path)
+        policy.train_step(batch, loss)
+
+
+def costs_of_a_step(gpu: FakeGpu, models: Path, backend: str, algorithm: str, **settings: Any) -> Costs:
+    """Of a microbatch and its layers."""
+    batch = batch_of(algorithm)
+    num_rows = len(batch.token_ids)
+
+    def run(layers: int, microbatches: int) -> Asked:
+        policy = make_policy(
+            model_of("llama", layers, models),
+            **{
+                "backend": BOTH[backend],
+                "spec": PLAIN,
+                "precision": "bfloat16",
+                "train_micro_batch_size": -(-num_rows // microbatches),
+                **settings,
+            },
+        )
+        gpu.reset()
+        policy.train_step(batch, loss_of(algorithm))
+        return Asked.of(gpu)
+
+    return costs_of(run)
+
+
+# Launches of a decoder layer, copies to the GPU and waits for it, of a microbatch; and waits of a step beside them.
+STEPS = {
+    ("dtensor", "sft"): (228, 11, 12, 2),
+    ("dtensor", "grpo"): (259, 18, 36, 2),
+    ("megatron", "sft"): (190, 13, 14, 2),
+    ("megatron", "grpo"): (221, 20, 38, 2),
+}
+
+
+@pytest.mark.parametrize(("backend", "algorithm"), STEPS)
+def test_a_microbatch_asks_for_no_more_than_this(gpu: FakeGpu, models: Path, backend: str, algorithm: str):
+    costs = costs_of_a_step(gpu, models, backend, algorithm)
+    launches, copies, waits, waits_of_a_step = STEPS[backend, algorithm]
+    assert 0 < costs.layer.launches <= launches, table(costs.layer.operations)
+    assert sum(costs.layer.copies.values()) == sum(costs.layer.waits.values()) == 0
+    assert 0 < sum(costs.unit.copies.values()) <= copies, table(costs.unit.copies)
+    assert sum(costs.unit.waits.values()) <= waits, table(costs.unit.waits)
+    assert 0 < sum(costs.once.waits.values()) <= waits_of_a_step, table(costs.once.waits)
+
+
+def engine_of(policy: Any) -> InProcessGeneration:
+    return InProcessGeneration(
+        policy.base_model(),
+        tokenizer=LetterTokenizer(),
+        spec=PLAIN,
+        adapted=policy.adapted,
+        compute_dtype=policy.compute_dtype,
+        max_concurrent_sequences=4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind", "precision", "sampling"),
+    [
+        ("dtensor", "llama", "bfloat16", {}),
+        pytest.param("dtensor", "qwen3", "float32", {"temperature": 0.0}, marks=pytest.mark.slow),
+        pytest.param("dtensor", "llama", "bfloat16", {"top_k": 5, "top_p": 0.9}, marks=pytest.mark.slow),
+        pytest.param("dtensor", "llama", "float32", {"top_p": 0.9}, marks=pytest.mark.slow),
+        pytest.param("dtensor", "mistral", "bfloat16", {}, marks=pytest.mark.slow),
+        pytest.param("megatron", "llama", "float32", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_every_tensor_of_the_engine_in_process_is_where_it_is_computed(
+    gpu: FakeGpu, models: Path, backend: str, kind: str, precision: str, sampling: dict[str, Any]
+):
+    policy = make_policy(model_of(kind, 1, models), backend=BOTH[backend], spec=PLAIN, precision=precision)
+    engine = engine_of(policy)
+    assert all(buffer.is_cuda for buffer in policy.base_model().buffers())
+    requests = [  # of several lengths, more than fit at once; rows end at different times
+        request(tuple(range(1, 4 + i)), num_completions=3, max_new_tokens=2 + 2 * i, **sampling) for i in range(3)
+    ]
+    for version, mode in enumerate(("merged", "adapter"), start=1):
+        engine.sync_weights(policy.publish(version, mode))
+        groups = generate(engine, requests)
+        assert [len(c.token_ids) for g in groups for c in g.completions] == [2] * 3 + [4] * 3 + [6] * 3
+
+
+# Launches of a decoder layer, and of all else for a token; copies to the GPU, and waits for it.
+DECODING: dict[SyncMode, tuple[int, int, int, int]] = {"merged": (51, 60, 5, 8), "adapter": (93, 60, 5, 8)}
+
+
+@pytest.mark.parametrize("mode", DECODING)
+def test_a_token_asks_for_no_more_than_this(gpu: FakeGpu, models: Path, mode: SyncMode):
+    def run(layers: int, tokens: int) -> Asked:
+        policy = make_policy(model_of("llama", layers, models), spec=PLAIN, precision="bfloat16")
+        engine = engine_of(policy)
+        engine.sync_weights(policy.publish(1, mode))
+        gpu.reset()
+        generate(engine, [request((3, 4, 5), num_completions=4, max_new_tokens=3 + tokens)])
+        return Asked.of(gpu)
+
+    costs = costs_of(run)
+    launches_of_a_layer, launches, copies, waits = DECODING[mode]
+    assert 0 < costs.layer.launches <= launches_of_a_layer, table(costs.layer.operations)
+    assert sum(costs.layer.copies.values()) == sum(costs.layer.waits.values()) == 0
+    assert costs.unit.launches <= launches, table(costs.unit.operations)
+    assert 0 < sum(costs.unit.copies.values()) <= copies, table(costs.unit.copies)
+    assert 0 < sum(costs.unit.waits.values()) <= waits, table(costs.unit.waits)
