@@ -48,7 +48,8 @@ def test_in_the_interpreter(failures, name):
 
 
 @pytest.mark.slow
-def test_a_training_step_in_the_interpreter(tmp_path):
+@pytest.mark.timeout(900)
+def test_training_steps_in_the_interpreter(tmp_path):
     file = HERE / "interpreted_step.py"
     failures = run_interpreted(file, tmp_path)
     assert list(failures) == names_in(file)
