@@ -270,7 +270,8 @@ class _Process:
             return
         finally:
             self.end()
-            self._connection.close()
+            with self._sending:  # else the rest of a request could go to whoever gets the number of the descriptor next
+                self._connection.close()
 
     def _wait_for_exit(self) -> None:
         """Its connection is closed, so it is about to exit: its own exit code is worth a moment."""

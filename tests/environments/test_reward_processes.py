@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,25 @@ def test_a_call_that_comes_to_a_process_that_has_just_crashed_is_made_by_another
     monkeypatch.setattr(_Place, "process", crashed_meanwhile)
     assert scored(environment, "bb").rewards == (2.0,)
     assert killed
+
+
+def test_a_connection_is_not_closed_while_a_request_is_sent(made):
+    environment = made(num_workers=1)
+    assert scored(environment, "a").rewards == (1.0,)
+    process = environment._calls._workers._places[0].process()
+    closed = []
+
+    class Request:
+        def __reduce__(self):  # the request is being made into bytes: next they are written to the descriptor
+            os.kill(process.pid, signal.SIGKILL)
+            wait_until(lambda: process._how is not None)
+            time.sleep(0.2)
+            closed.append(process._connection.closed)  # its number could be another connection's by now
+            return int, ()
+
+    assert process.call(Request(), seconds=60.0).text == "was ended by SIGKILL"
+    assert closed == [False]
+    wait_until(lambda: process._connection.closed)
 
 
 def test_a_failed_call_for_a_whole_rollout_counts_every_completion(made):
