@@ -53,6 +53,14 @@ def without_adamw_choice(tracked: Tracked) -> Tracked:
     return _without_inherited(tracked, "policy.optimizer.kwargs", {"foreach", "fused"})
 
 
+def with_precision(tracked: Tracked, precision: str) -> Tracked:
+    """The tree with this `policy.precision`, unless the user set one. For a whole configuration: other keys refer to
+    it."""
+    if tracked.layers.is_set("policy.precision"):
+        return tracked
+    return Tracked(merged(tracked.tree, {"policy": {"precision": precision}}), tracked.layers)
+
+
 def with_importance_correction(tracked: Tracked) -> Tracked:
     """The tree with the correction for an earlier policy's samples where rollouts run ahead of training, unless the
     user set it. For a whole configuration: a file that inherits another may switch `grpo.async_grpo` off again."""

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 from nemo_rl_lora.config.errors import ConfigError, is_reference, not_mappings, show, unknown_key, validation_paragraphs
 from nemo_rl_lora.config.gives_way import (
     with_importance_correction,
+    with_precision,
     without_adamw_choice,
     without_parallel_sizes,
     without_replaced,
@@ -64,8 +65,9 @@ def _on_numbers(resolver: Callable[..., Any], *values: Any) -> Any:
     return resolver(*map(as_number, values))
 
 
-def load_config(path: Path | None, overrides: Sequence[str], driver: Driver) -> Any:
-    """The configuration of a driver's run, of its class in MASTERS; `path` None is its quick start.
+def load_config(path: Path | None, overrides: Sequence[str], driver: Driver, *, precision: str | None = None) -> Any:
+    """The configuration of a driver's run, of its class in MASTERS; `path` None is its quick start. `precision` is
+    instead of an inherited `policy.precision`.
 
     Raises ConfigError.
     """
@@ -74,6 +76,8 @@ def load_config(path: Path | None, overrides: Sequence[str], driver: Driver) -> 
     _check_driver(file, _read(file).tree, driver)
     read = _read(file, root)
     tracked = without_parallel_sizes(without_replaced(read, overridden(read, overrides, root)))
+    if precision is not None:
+        tracked = with_precision(tracked, precision)
     return _validated(root, without_adamw_choice(with_importance_correction(tracked)))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rl_lora.config.load import load_config, resolved_yaml
 from nemo_rl_lora.run.control import EXIT_OK, StopRequest, running
-from nemo_rl_lora.run.drivers import declare, prepare_process
+from nemo_rl_lora.run.drivers import declare, prepare_process, with_fast_precision
 
 if TYPE_CHECKING:
     from nemo_rl_lora.evaluation.models import CheckedEvaluation, LoadedBase
@@ -28,6 +28,7 @@ def main(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides, "eval")
     if not arguments.plan:
         prepare_process(started=arguments.started)
+    config = with_fast_precision(config, arguments)
     from nemo_rl_lora.config.errors import ConfigError
     from nemo_rl_lora.evaluation.models import LoadedBase, check_evaluation
     from nemo_rl_lora.evaluation.report import EvaluationConsole, ResultFiles, print_results
