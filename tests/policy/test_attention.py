@@ -1,11 +1,13 @@
 """Segment layout and attention against transformers' own padded forward pass, values and gradients."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from nemo_rl_lora.policy import attention
 from nemo_rl_lora.policy.attention import supports_segments
 from nemo_rl_lora.policy.forward import ForwardPass
 from nemo_rl_lora.policy.head import Head, target_logprobs
@@ -71,6 +73,27 @@ def assert_equals_padded_rows(tiny_model, groups_batch, family, plan):
     torch.testing.assert_close(seen, expected, atol=5e-6, rtol=0)
     for parameter, gradient in zip(model.parameters(), expected_gradients, strict=True):
         assert (parameter.grad - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize(("length", "num_keys"), [(150, 150), (150, 220), (64, 64), (65, 70), (3, 9)])
+def test_runs_of_queries_equal_a_dense_softmax(monkeypatch, length, num_keys):
+    """In fp64, gradients too; with so few scores at a time that segments are taken by twos and fewer."""
+    monkeypatch.setattr(attention, "_SCORES_PER_CHUNK", 3 * 2 * 64 * 2 * 220)
+    torch.manual_seed(0)
+    num, heads, repeats, width = 5, 3, 2, 8
+    shapes = ((num, heads, repeats * length, width), *2 * ((num, heads, num_keys, width),))
+    q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    blocked = torch.ones(num, length, num_keys, dtype=torch.bool).triu(num_keys - length + 1)
+    for row in range(num):  # padding of the parent's keys
+        blocked[row, :, num_keys - length - row : num_keys - length] = row < num_keys - length
+    scores = (q @ k.transpose(-1, -2) * 0.3).view(num, heads, repeats, length, num_keys)
+    dense = scores.masked_fill(blocked[:, None, None], -math.inf).softmax(-1).view(num, heads, -1, num_keys) @ v
+    found = attention.attend(q, k, v, blocked, 0.3)
+    assert torch.allclose(found, dense, rtol=0, atol=1e-6)  # probabilities are in fp32
+    grad = torch.randn_like(dense)
+    expected = torch.autograd.grad(dense, (q, k, v), grad)
+    for own, other in zip(torch.autograd.grad(found, (q, k, v), grad), expected, strict=True):
+        assert torch.allclose(own, other, rtol=0, atol=1e-5)
 
 
 def test_padded_layout_serves_a_sliding_window(tiny_model, groups_batch):
