@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from nemo_rl_lora.run.drivers import train
 
 __all__ = ["load_config", "train"]
+__version__ = "0.1.0"
+"""Here, and not asked of the package's metadata: a checkout on PYTHONPATH has none."""
 
 _HOMES = {"load_config": "nemo_rl_lora.config.load", "train": "nemo_rl_lora.run.drivers"}
 """The module of each name, imported when it is first asked for."""

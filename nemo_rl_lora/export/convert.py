@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +32,7 @@ from nemo_rl_lora.checkpoints.durable_files import (
     put_in_place,
     remove_unfinished,
 )
+from nemo_rl_lora.checkpoints.record import package_versions
 from nemo_rl_lora.checkpoints.steps import STEP_PREFIX, step_directories
 from nemo_rl_lora.export.inputs import (
     ADAPTER_FLAG,
@@ -409,7 +409,8 @@ def _make_temporary(export: Export) -> None:
 
 def _publish(export: Export, report: dict[str, Any]) -> None:
     """Write the report, flush, and give the directory its name."""
-    versions = {name: version(name) for name in ("nemo-rl-lora", "torch", "safetensors")}
+    found = package_versions()
+    versions = {name: found[name] for name in ("nemo-rl-lora", "torch", "safetensors")}
     export.report = {"format_version": 1, **report, "versions": versions}
     text = json.dumps(export.report, indent=2, allow_nan=False)
     (export.temporary / REPORT_FILE).write_text(text + "\n", encoding="utf-8")

@@ -14,9 +14,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from nemo_rl_lora import __version__
 from nemo_rl_lora.run.control import EXIT_CONFIG, EXIT_OK, STARTED, main_guard
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(overview())
         return EXIT_OK
     if name == "--version":
-        sys.stdout.write(f"{NAME} {version(NAME)}\n")
+        sys.stdout.write(f"{NAME} {__version__}\n")
         return EXIT_OK
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
