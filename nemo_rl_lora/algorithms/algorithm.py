@@ -97,6 +97,10 @@ class Algorithm(ABC, Generic[M]):
         """Read and check every row. ValueError names the first thing that is wrong."""
 
     @abstractmethod
+    def tokens_of(self, row: Any) -> tuple[int, int]:
+        """What a row of the loader adds to the run's tokens, at least and at most."""
+
+    @abstractmethod
     def data_digests(self) -> dict[str, str]:
         """Of the rows that `load_data` read, as tokenised: a digest for the key of each dataset."""
 

@@ -59,6 +59,10 @@ class Dpo(Tuning[DpoMaster, PreferencePair]):
         """Pairs, tokenised."""
         return load_preference_sets(self.config, tokenizer, seed=self.loop.seed)
 
+    def tokens_of(self, row: PreferencePair) -> tuple[int, int]:
+        number = 2 * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids)
+        return number, number
+
     @property
     def validation_metrics(self) -> tuple[str, ...]:
         if not self.validation_sets:

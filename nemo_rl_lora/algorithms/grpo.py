@@ -100,6 +100,13 @@ class Grpo(Algorithm[GrpoMaster]):
             check_prompts(self.environments, prompts.unencoded())
         return loader
 
+    def tokens_of(self, row: Prompt) -> tuple[int, int]:
+        """Of a group; with dynamic sampling of one that is trained on, as many of the loader's as there are."""
+        loop, room = self.loop, self.config.policy.max_total_sequence_length - len(row.token_ids)
+        completions = loop.num_generations_per_prompt / loop.batch_multiplier
+        longest = min(self.config.generation.max_new_tokens, room)
+        return int(completions * (len(row.token_ids) + 1)), int(completions * (len(row.token_ids) + longest))
+
     def data_digests(self) -> dict[str, str]:
         return data_digests(self._train.sets, [] if self._validation is None else self._validation.sets)
 

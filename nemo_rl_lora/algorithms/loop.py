@@ -65,8 +65,8 @@ class TrainingLoop:
         return self._step
 
     def run(self, stop: StopRequest) -> RunResult:
-        """Run to the end of the data or of max_num_steps, or until asked to stop. An error leaves the last complete
-        step saved where it still can be, and says which."""
+        """Run to the end of the data, of the steps or of the tokens, or until asked to stop. An error leaves the last
+        complete step saved where it still can be, and says which."""
         try:
             return self._take_steps(stop)
         except Exception as error:  # of whatever kind: it is raised again
@@ -78,7 +78,7 @@ class TrainingLoop:
         outcome = "completed"
         if self._step == 0 and self._settings.val_at_start and (reached := self._validate()):
             return self._result(f"completed: {reached}")
-        while self._step < self._run.num_steps:
+        while not self._is_over:
             started = time.monotonic()
             try:
                 done = self._algorithm.train(self._step, self._watch)
@@ -110,6 +110,13 @@ class TrainingLoop:
         if self._checkpointing.enabled and not self._is_saved():
             self._save("end")
         return self._result(outcome)
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether all steps, or tokens, are done."""
+        tokens = self._settings.max_num_tokens
+        had_tokens = tokens is not None and self._counters.get("num_tokens", 0.0) >= tokens
+        return self._step >= self._run.num_steps or had_tokens
 
     def _record(self, done: StepDone) -> None:
         """Write the metrics of the step."""
@@ -155,7 +162,7 @@ class TrainingLoop:
         return found.reached
 
     def _validation_is_due(self) -> bool:
-        if self._settings.val_at_end and self._step == self._run.num_steps:
+        if self._settings.val_at_end and self._is_over:
             return True
         return self._settings.val_period > 0 and self._step % self._settings.val_period == 0
 

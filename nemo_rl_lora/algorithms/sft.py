@@ -43,6 +43,9 @@ class Sft(Tuning[SftMaster, Example]):
             self.config, tokenizer, only_unmask_final=self.loop.only_unmask_final, seed=self.loop.seed
         )
 
+    def tokens_of(self, row: Example) -> tuple[int, int]:
+        return len(row.token_ids), len(row.token_ids)
+
     @property
     def validation_metrics(self) -> tuple[str, ...]:
         names = [rows.name for rows in self.validation_sets]

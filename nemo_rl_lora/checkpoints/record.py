@@ -47,7 +47,15 @@ FORMAT_VERSION = 1
 
 SaveReason = Literal["period", "epoch", "end", "signal", "deadline", "threshold", "failure"]
 
-_PERIODS = ("max_num_steps", "max_num_epochs", "val_period", "val_at_start", "val_at_end", "val_batches")
+_PERIODS = (
+    "max_num_steps",
+    "max_num_epochs",
+    "max_num_tokens",
+    "val_period",
+    "val_at_start",
+    "val_at_end",
+    "val_batches",
+)
 _RETENTION = ("keep_top_k", "save_period", "save_epochs", "save_optimizer", "checkpoint_must_save_by")
 _DATA = ("on_bad_row", "on_change")
 _PLACES = ("enabled", "checkpoint_dir", "load_path", "on_damage")

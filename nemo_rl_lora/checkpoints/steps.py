@@ -78,9 +78,12 @@ class ResumePoint:
         return self.info.step
 
 
-def is_finished(point: ResumePoint | None, max_steps: int) -> bool:
-    """Whether the run did all its steps or reached its threshold, so that starting it again has nothing to do."""
-    return point is not None and (point.step >= max_steps or point.info.reason == "threshold")
+def is_finished(point: ResumePoint | None, max_steps: int, max_tokens: int | None = None) -> bool:
+    """Whether the run did all its steps or tokens, or reached its threshold: starting it again has nothing to do."""
+    if point is None:
+        return False
+    had_tokens = max_tokens is not None and point.info.counters.get("num_tokens", 0.0) >= max_tokens
+    return point.step >= max_steps or had_tokens or point.info.reason == "threshold"
 
 
 class SaveDeadline:

@@ -14,6 +14,9 @@ class LoopConfig(Section):
     """Passes over the training data; the run ends at this or at max_num_steps, whichever comes first."""
     max_num_steps: int = Field(default=60, ge=1)
     """Steps of the run: optimizer steps, or rollouts in GRPO."""
+    max_num_tokens: int | None = Field(default=None, ge=1)
+    """The run ends too at the first step at which its tokens (the sum of `total_num_tokens`) are so many. No NeMo RL
+    key."""
     val_period: int = Field(default=10, ge=-1)
     """Validate every so many steps; 0 or -1: never on the way."""
     val_at_start: bool = True

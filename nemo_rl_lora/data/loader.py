@@ -5,7 +5,7 @@ Every draw is a pure function of the seed and its place, so a position is a few 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -82,6 +82,12 @@ class RowLoader(Iterator[list[T]]):
     def is_at_end_of_epoch(self) -> bool:
         """Whether the next batch begins another epoch."""
         return self.offset + self._num_rows > self._total
+
+    def mean_of_a_batch(self, number: Callable[[T], float]) -> float:
+        """What a batch has of something on average, by up to 1,000 rows of each set, spread over it."""
+        shares = np.diff(self._shares, prepend=0.0)
+        means = [np.mean([number(rows[i]) for i in range(0, len(rows), -(-len(rows) // 1000))]) for rows in self._sets]
+        return self._num_rows * float(np.dot(shares, means))
 
     def __next__(self) -> list[T]:
         if self.is_at_end_of_epoch:

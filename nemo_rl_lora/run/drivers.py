@@ -105,9 +105,10 @@ def _finished(start: Start) -> RunResult | None:
 
     if start.resume is None or not start.is_finished:
         return None
-    step, path = start.resume.step, start.resume.path
+    step, path, loop = start.resume.step, start.resume.path, start.config.algorithm
+    budget = "" if start.algorithm.loop.max_num_tokens is None else f" and {loop}.max_num_tokens"
     sys.stdout.write(
-        f"The run in {path} is finished: {step} steps. For more steps raise {start.config.algorithm}.max_num_steps; "
+        f"The run in {path} is finished: {step} steps. For more steps raise {loop}.max_num_steps{budget}; "
         "for another run set checkpointing.checkpoint_dir or checkpointing.load_path=none.\n"
     )
     return RunResult(outcome="was finished", is_complete=True, step=step, checkpoint=path, log_directory=None)

@@ -7,6 +7,7 @@ nothing: it does not lock the checkpoints' directory, and the base's weights nee
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import datetime
@@ -141,8 +142,8 @@ class Start:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run did all its steps already."""
-        return is_finished(self.resume, self.num_steps)
+        """Whether the run did all its steps, or tokens, already."""
+        return is_finished(self.resume, self.num_steps, self.algorithm.loop.max_num_tokens)
 
 
 def _engine(start: Start) -> None:
@@ -182,7 +183,20 @@ def _tokenizer(start: Start) -> str:
 def _data(start: Start) -> str:
     loader = start.loader
     clock = "" if start.clock is None else f"; the chat template's clock stands at {start.clock}"
-    return f"{start.algorithm.describe_data()} ({loader.num_batches_per_epoch} steps an epoch){clock}"
+    steps = f"{loader.num_batches_per_epoch} steps an epoch{_expected_steps(start)}"
+    return f"{start.algorithm.describe_data()} ({steps}){clock}"
+
+
+def _expected_steps(start: Start) -> str:
+    """When `max_num_tokens` ends the run, by the mean of the rows."""
+    algorithm = start.algorithm
+    if (tokens := algorithm.loop.max_num_tokens) is None:
+        return ""
+    least = start.loader.mean_of_a_batch(lambda row: algorithm.tokens_of(row)[0])
+    most = start.loader.mean_of_a_batch(lambda row: algorithm.tokens_of(row)[1])
+    earliest, latest = math.ceil(tokens / most), math.ceil(tokens / least)
+    when = f"about step {latest}" if latest == earliest else f"a step from {earliest} to {latest}"
+    return f"; {start.config.algorithm}.max_num_tokens={tokens} is reached at {when}, of {start.num_steps} at most"
 
 
 def _validation(start: Start) -> None:
