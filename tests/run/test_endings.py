@@ -101,6 +101,7 @@ def _terminal(name: str, ignored: int | None = None) -> None:
         os.dup2(terminal, number)
     fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     os.environ["TERM"] = "xterm-256color"
+    os.environ.pop("COLUMNS", None)  # else it is not the terminal that is asked
     if ignored is not None:
         signal.signal(ignored, signal.SIG_IGN)
 

@@ -45,6 +45,7 @@ RUN = [
 
 def losing_processes(tiny: TinyRun, *overrides: str, num_losses: int = 1) -> Ended:
     """The driver, each of whose first `num_losses` starts loses a training process in the middle of a step."""
+    pytest.importorskip("ray")
     driver = subprocess.Popen(
         [sys.executable, f"examples/run_{tiny.algorithm}.py", *tiny.arguments(*RUN, *overrides)],
         cwd=ROOT,
