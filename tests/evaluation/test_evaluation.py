@@ -180,6 +180,20 @@ def test_an_adapter_that_changes_on_disk_after_the_check_is_not_evaluated(tiny_e
         raise AssertionError("it is served")
 
 
+def test_an_evaluation_without_memory_names_keys_that_take_less(tiny_eval, monkeypatch):
+    def collect(engine, tickets):
+        raise MemoryError
+
+    monkeypatch.setattr(InProcessGeneration, "collect", collect)
+    ended = tiny_eval("policy.generation.max_concurrent_sequences=3")
+    assert ended.code == 1
+    lines = ended.err.split("The run failed: ")[1].splitlines()
+    assert lines[0] == "MemoryError"
+    assert lines[1].startswith("Out of memory in sampling; the peak was ")
+    assert lines[2].startswith("policy.generation.max_concurrent_sequences=3: ")
+    assert lines[3].startswith("policy.generation.lora_sync='auto': ")
+
+
 def test_a_step_of_a_grpo_run_scores_what_the_run_said_of_it(tiny_run, tiny_eval):
     common = ["data.validation.num_rows=6", "policy.generation.val_temperature=0", "policy.generation.max_new_tokens=6"]
     ended = tiny_run(
