@@ -4,7 +4,8 @@ Contract: the Generation protocol. A prompt is computed once for its group; all 
 together, up to a number of concurrent sequences; a finished sequence leaves the batch and a waiting group enters. A
 completion depends on its prompt, its seed, the sampling and the weights, not on what is decoded beside it (but for
 the rounding of differently shaped products). A merged sync is held in own copies of the named tensors, an adapter
-sync as A and B beside the shared base; the base model's tensors are never written.
+sync as A and B beside the shared base; the base model's tensors are never written. Merged weights take the place of
+those before one tensor at a time: a sync that breaks off leaves an engine that serves no version until the next one.
 Not here: the arithmetic of the model (decoder.py, fallback.py) and of drawing a token (sampling.py).
 """
 
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -59,6 +61,34 @@ class _Sequence:
     finish_reason: FinishReason | None = None
 
 
+class Incoming(Mapping[str, Tensor]):
+    """The tensors of a sync by name, each made when it is read and kept by nobody here: who holds them in turn needs
+    memory for one."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], take: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+        self._shapes, self._take = shapes, take
+        self._unread = dict.fromkeys(shapes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        self._unread.pop(name, None)
+        return self._take(name, shape)
+
+    def read_rest(self) -> None:
+        """Make what nobody has read, so that it is known to be missing."""
+        for name in list(self._unread):
+            self[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
 class InProcessGeneration(Ticketed):
     """`spec` and `adapted` say what a sync moves: the adapted modules, or every parameter where `spec` is None."""
 
@@ -100,27 +130,16 @@ class InProcessGeneration(Ticketed):
     def _sync(self, ref: WeightsRef) -> SyncReceipt:
         start = time.perf_counter()
         expected = _checked_shapes(ref, self._expected[ref.mode])
-        assert ref.tensors is not None
-        staged: dict[str, Tensor] = {}
-        num_bytes, proof_seconds = 0, 0.0
         self._inspection.begin(ref)
-        for name, shape in expected.items():
-            tensor = ref.tensors[name]
-            if tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"weights of version {ref.version}: {name!r} has shape {tuple(tensor.shape)}, not {shape}. "
-                    f"The engine keeps version {self._version}."
-                )
-            num_bytes += tensor.numel() * tensor.element_size()
-            dtype = self._adapter_dtype if ref.mode == "adapter" else self._dtype
-            staged[name] = self._copied(tensor, dtype)
-            copied = time.perf_counter()
-            self._inspection.note(name, tensor, staged[name])
-            proof_seconds += time.perf_counter() - copied
+        incoming = Incoming(expected, partial(self._taken, ref))
         if ref.mode == "merged":
+            self._version = None  # in between it serves no version
             self._decoder.set_adapters({})
-            self._decoder.set_weights(staged)
-        else:
+            self._decoder.set_weights(incoming)
+            incoming.read_rest()
+        else:  # A and B are small: they are all there before anything is touched
+            staged = {name: incoming[name] for name in expected}
+            self._version = None
             self._decoder.set_weights({})
             modules = self._adapted.items()
             self._decoder.set_adapters({name: AdapterTensors.of(name, m.scale, staged) for name, m in modules})
@@ -133,11 +152,25 @@ class InProcessGeneration(Ticketed):
             mode=ref.mode,
             digest=digest,
             num_tensors=len(expected),
-            num_bytes=num_bytes,
+            num_bytes=sum(info.num_bytes for info in ref.manifest),
             seconds=done - start,
             verdict=verdict,
-            proof_seconds=proof_seconds + done - served,
+            proof_seconds=self._inspection.noting_seconds + done - served,
         )
+
+    def _taken(self, ref: WeightsRef, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of a ref as the engine is to hold it, of which the inspection knows."""
+        assert ref.tensors is not None
+        tensor = ref.tensors[name]
+        if tuple(tensor.shape) != shape:
+            keeps = "serves no version" if self._version is None else f"keeps version {self._version}"
+            raise ValueError(
+                f"weights of version {ref.version}: {name!r} has shape {tuple(tensor.shape)}, not {shape}. "
+                f"The engine {keeps}."
+            )
+        own = self._copied(tensor, self._adapter_dtype if ref.mode == "adapter" else self._dtype)
+        self._inspection.note(name, tensor, own)
+        return own
 
     def _copied(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """The engine's own, which stays as it is while the policy trains on."""
