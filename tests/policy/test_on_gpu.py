@@ -15,6 +15,7 @@ import torch
 from nemo_rl_lora.generation.in_process.engine import InProcessGeneration
 from nemo_rl_lora.generation.protocol import generate
 from nemo_rl_lora.lora.spec import LoraSpec
+from nemo_rl_lora.tensors import NUM_PAGES, PAGE_BYTES, tensors_digest
 from nemo_rl_lora.types import Batch, SyncMode
 from tests.fake_gpu import FakeGpu
 from tests.generation.engine_inputs import LetterTokenizer, request
@@ -220,3 +221,20 @@ def test_a_token_asks_for_no_more_than_this(gpu: FakeGpu, models: Path, mode: Sy
     assert costs.unit.launches <= launches, table(costs.unit.operations)
     assert 0 < sum(costs.unit.copies.values()) <= copies, table(costs.unit.copies)
     assert 0 < sum(costs.unit.waits.values()) <= waits, table(costs.unit.waits)
+
+
+def test_the_digest_of_a_large_tensor_takes_its_pages_in_one_copy(on_gpu, monkeypatch):
+    whole, num_bytes = torch.Tensor.cpu, []
+
+    def cpu(tensor):
+        num_bytes.append(tensor.numel() * tensor.element_size())
+        return whole(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    weight = torch.zeros(1024, 1024, device="cuda", dtype=torch.bfloat16)
+    on_gpu.reset()
+
+    tensors_digest({"w": weight})
+
+    assert num_bytes == [NUM_PAGES * PAGE_BYTES]
+    assert on_gpu.waits.total() == 1
