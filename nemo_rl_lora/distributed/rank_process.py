@@ -23,6 +23,7 @@ from nemo_rl_lora.distributed.node_files import piece_of, sees
 from nemo_rl_lora.distributed.shared_memory import shared_directory
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.policy.backends import build_policy
+from nemo_rl_lora.policy.determinism import deterministic_algorithms
 from nemo_rl_lora.policy.microbatches import Cutting, Portion
 from nemo_rl_lora.policy.offer import write_ref
 from nemo_rl_lora.policy.protocol import PolicySetup
@@ -83,6 +84,7 @@ class RankProcess:
         if self._rank == 0:
             size = sum(file.stat().st_size for file in setup.model_path.glob("*.safetensors"))
             self._directory = self._files.enter_context(shared_directory("nrl-weights-", size))
+        self._files.enter_context(deterministic_algorithms(config.deterministic))
         with self._named():
             self._policy = build_policy(config, setup)
         return Built(adapted=self._policy.adapted, cutting=self._policy.cutting, gpu_name=self._policy.gpu_name)
