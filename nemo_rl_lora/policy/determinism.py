@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend
-from torch.utils import deterministic
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +42,17 @@ def deterministic_algorithms(on: bool, tell: Callable[[str], None] | None = None
             f"starts Python."
         )
     os.environ.setdefault(WORKSPACE, _SIZES)
-    fills, fused = deterministic.fill_uninitialized_memory, _fused_attention()
+    settings: Any = torch.utils.deterministic
+    fills, fused = settings.fill_uninitialized_memory, _fused_attention()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    deterministic.fill_uninitialized_memory = False  # a pass over every new tensor, of which nobody reads a thing
+    settings.fill_uninitialized_memory = False  # a pass over every new tensor, of which nobody reads a thing
     _set_fused_attention(False, False, False)
     try:
         with _named_once(_log if tell is None else tell):
             yield
     finally:
         _set_fused_attention(*fused)
-        deterministic.fill_uninitialized_memory = fills
+        settings.fill_uninitialized_memory = fills
         torch.use_deterministic_algorithms(False)
 
 

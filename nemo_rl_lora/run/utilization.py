@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from nemo_rl_lora.models.flops import FlopRates
 from nemo_rl_lora.types import StepOutput
 
-# TFLOP/s as NVIDIA publishes them, without sparsity: bf16 with sums in fp32, and fp32 (not TF32). The first pattern that
-# a name holds counts; variants with other clocks (laptops', 4090 D) are none of these. Sources, some of which give bf16
-# with sparsity, which is twice as much: the data sheets of the H100 (SXM 1,979, PCIe 1,513, NVL 1,671) and of the H200
-# (SXM 1,979, NVL 1,671); of GB200 NVL72 (72 GPUs: 360 PFLOP/s bf16, 5,760 TFLOP/s fp32) and HGX B200 (8: 36 PFLOP/s,
-# 600 TFLOP/s); those of A100, A30, A10, L40S, L40 and L4; of GeForce cards, the appendices of the white papers on the
-# Ada and the RTX Blackwell architecture (bf16 with fp32 accumulate).
+# TFLOP/s as NVIDIA publishes them, without sparsity: bf16 with sums in fp32, and fp32 (not TF32). The first pattern
+# that a name holds counts; variants with other clocks (laptops', 4090 D) are none of these. Sources, some of which give
+# bf16 with sparsity, which is twice as much: the data sheets of the H100 (SXM 1,979, PCIe 1,513, NVL 1,671) and of the
+# H200 (SXM 1,979, NVL 1,671); of GB200 NVL72 (72 GPUs: 360 PFLOP/s bf16, 5,760 TFLOP/s fp32) and HGX B200 (8 GPUs: 36
+# PFLOP/s, 600 TFLOP/s); those of A100, A30, A10, L40S, L40 and L4; of GeForce cards, the appendices of the white papers
+# on the Ada and the RTX Blackwell architecture (bf16 with fp32 accumulate).
 _PEAKS = (
     (r"\bH100 PCIe\b", 756.5, 51.2),
     (r"\bH[12]00 NVL\b", 835.5, 60.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from dataclasses import replace
@@ -16,6 +17,7 @@ from nemo_rl_lora.config.loss_fn import LossFnConfig
 from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.distributed.lost import ProcessesLost
 from nemo_rl_lora.distributed.policy_group import PolicyGroup
+from nemo_rl_lora.policy.determinism import WORKSPACE
 from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
 from nemo_rl_lora.run.memory import from_phase
 from nemo_rl_lora.tensors import tensors_digest
@@ -30,7 +32,7 @@ VARIABLE = "NRL_TEST_VARIABLE"
 
 
 def two_processes(config, setup) -> PolicyGroup:
-    asked = {"backend": "megatron", "megatron_cfg": MegatronConfig(env_vars={VARIABLE: "seen"})}
+    asked = {"backend": "megatron", "deterministic": True, "megatron_cfg": MegatronConfig(env_vars={VARIABLE: "seen"})}
     return PolicyGroup(config.model_copy(update=asked), setup, ClusterConfig(gpus_per_node=2))
 
 
@@ -119,6 +121,18 @@ def test_a_checkpoint_that_does_not_fit_is_refused_as_by_one_process(twins, tmp_
     _, group = twins
     with pytest.raises(ValueError, match="adapter_config.json"):
         group.load(tmp_path)
+
+
+def with_settings(inputs):
+    loss, metrics = GRPO(inputs)
+    is_set = torch.are_deterministic_algorithms_enabled() and WORKSPACE in os.environ
+    return loss, metrics | {"is_set_min": float(is_set)}
+
+
+def test_every_process_is_deterministic_where_that_is_asked_for(twins, groups_batch):
+    one, group = twins
+    assert group.train_step(groups_batch, with_settings).metrics["is_set_min"] == 1
+    assert one.train_step(groups_batch, with_settings).metrics["is_set_min"] == 0
 
 
 def no_memory(inputs):

@@ -15,11 +15,11 @@ from nemo_rl_lora.policy.dtensor.policy import DTensorPolicy
 
 
 def state() -> tuple[object, ...]:
-    cuda = torch.backends.cuda
+    cuda, settings = torch.backends.cuda, vars(torch.utils)["deterministic"]
     return (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        settings.fill_uninitialized_memory,
         cuda.flash_sdp_enabled(),
         cuda.mem_efficient_sdp_enabled(),
         cuda.cudnn_sdp_enabled(),
