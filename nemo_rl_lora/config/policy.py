@@ -183,7 +183,7 @@ class PolicyConfig(ModelConfig):
         spec = lora_spec_from_policy(self)
         if self.deterministic and spec is not None and spec.kernels == AUTOMODEL:
             raise ValueError(
-                f"policy.deterministic=True: {lora_field_key(self, 'kernels')}={AUTOMODEL} chooses among configurations "
+                f"policy.deterministic=True: {lora_field_key(self, 'kernels')}={AUTOMODEL} chooses among settings "
                 f"of its kernels by timing them, anew in every process. Set that to true, for kernels with one each."
             )
         return self
