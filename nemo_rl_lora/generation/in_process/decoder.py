@@ -390,9 +390,9 @@ class CausalDecoder:
         return self.head(self._norm(x, self.final_norm))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.norm_eps)
-        return weight * wide.to(x.dtype)
+        return weight * F.rms_norm(
+            x, weight.shape, None, self.norm_eps
+        )  # rounded before the weight, as transformers do
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [N, 1, D]; the first half of the sines is negated, which turns rotate-half into a roll."""
@@ -471,9 +471,11 @@ class CausalDecoder:
         prompt_values = self.prompt_store.values[layer_index][: plan.num_prompts, :, :L]
         own_scores = torch.matmul(q, keys[:N, ..., :T])
         shared_scores = self._to_rows(plan, torch.matmul(self._to_rectangle(plan, q), prompt_keys))
-        scores = torch.cat((shared_scores, own_scores), dim=-1).float() * self.scaling
-        if plan.mask is not None:
-            scores += plan.mask
+        scores = torch.cat((shared_scores, own_scores), dim=-1)
+        if plan.mask is None:
+            scores = scores.float() * self.scaling
+        else:
+            scores = torch.add(plan.mask, scores, alpha=self.scaling)  # in fp32, as the mask
         attention = scores.softmax(dim=-1).to(q.dtype)
         shared_attention = self._to_rectangle(plan, attention[..., :L])
         out = self._to_rows(plan, torch.matmul(shared_attention, prompt_values))
