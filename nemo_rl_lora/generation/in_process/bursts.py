@@ -227,11 +227,10 @@ class Bursts:
         logits = self._decoder.compute(plan, fields["token_ids"])
         u = fields["uniforms"].view(torch.float64).view(BURST_TOKENS, -1).index_select(0, num_done)[0]
         token_ids, logprobs, is_drawn = draw(logits, shape.kinds, fields["kinds"], u)
-        is_drawn = is_drawn & (fields["is_open"] > 0)
+        is_drawn = fields["is_open"].logical_and_(is_drawn).bool()
         new = torch.stack((token_ids.where(is_drawn, -1), logprobs.view(torch.int64)))
         outbox.index_copy_(0, num_done, new[None])
-        fields["token_ids"].copy_(token_ids.where(is_drawn, fields["token_ids"]))
-        fields["is_open"].copy_(is_drawn)
+        torch.where(is_drawn, token_ids, fields["token_ids"], out=fields["token_ids"])
         written += is_drawn
         num_done += 1
 

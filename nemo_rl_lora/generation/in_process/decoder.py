@@ -143,8 +143,9 @@ class StepPlan:
 
 def attention_mask(prompt_lengths: Tensor, written: Tensor, prompt_length: int, completion_length: int) -> Tensor:
     """StepPlan's, for rows [N] with prompts of these lengths."""
-    prompt, own = (torch.arange(length, device=written.device) for length in (prompt_length, completion_length))
-    hidden = torch.cat((prompt >= prompt_lengths[:, None], own > written[:, None]), dim=1)
+    places = torch.arange(max(prompt_length, completion_length), device=written.device)
+    is_no_prompt = places[:prompt_length] >= prompt_lengths[:, None]
+    hidden = torch.cat((is_no_prompt, places[:completion_length] > written[:, None]), dim=1)
     mask = torch.zeros(hidden.shape, device=written.device).masked_fill_(hidden, float("-inf"))
     return mask[:, None, None]
 
