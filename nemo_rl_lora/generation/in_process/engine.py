@@ -300,6 +300,11 @@ def _choose_decoder(model: PreTrainedModel, dtype: torch.dtype, batch_rows: int)
 def _choose_bursts(decoder: Decoder, cuda_graphs: CudaGraphsChoice) -> Bursts | None:
     """None where a step at a time is as fast: on a CPU, which need not be told what to do ahead."""
     if not isinstance(decoder, CausalDecoder) or decoder.embedding.device.type != "cuda":
+        if cuda_graphs is True:
+            raise ValueError(
+                "policy.generation.cuda_graphs=True: only the engine's fast decoder is captured, and only on a GPU. "
+                "Set it to auto, or remove it."
+            )
         return None
     memory = torch.cuda.get_device_properties(decoder.embedding.device).total_memory
     decoder.kept_bytes = int(_KEPT_SHARE * memory)
