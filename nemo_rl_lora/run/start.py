@@ -199,6 +199,7 @@ def _build_generation(
         adapted=policy.adapted,
         compute_dtype=policy.compute_dtype,
         max_concurrent_sequences=config.max_concurrent_sequences,
+        cuda_graphs=config.cuda_graphs,
     )
     return engine, sync
 

@@ -540,6 +540,9 @@ WRONG = {
      "or remove the file."),
     "more positions than the model has": ("policy.max_total_sequence_length=512",
      "policy.max_total_sequence_length=512: {model} has 256 positions. Set it to 256 or less."),
+    "CUDA graphs without a GPU": ("policy.generation.cuda_graphs=true",
+     "policy.generation.cuda_graphs=True: a CUDA graph needs a GPU, and torch finds none. "
+     "Set it to auto, or remove it."),
     "a data file that is missing":
      ("data.validation={{_override_: true, dataset_name: gsm8k, data_path: '{tmp}/none.jsonl'}}",
      "data.validation.data_path='{tmp}/none.jsonl': there is no such file or directory (looked for {tmp}/none.jsonl). "

@@ -12,7 +12,7 @@ each of them, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -143,8 +143,9 @@ class StepPlan:
 
 def attention_mask(prompt_lengths: Tensor, written: Tensor, prompt_length: int, completion_length: int) -> Tensor:
     """StepPlan's, for rows [N] with prompts of these lengths."""
-    prompt, own = (torch.arange(length, device=written.device) for length in (prompt_length, completion_length))
-    hidden = torch.cat((prompt >= prompt_lengths[:, None], own > written[:, None]), dim=1)
+    places = torch.arange(max(prompt_length, completion_length), device=written.device)
+    is_no_prompt = places[:prompt_length] >= prompt_lengths[:, None]
+    hidden = torch.cat((is_no_prompt, places[:completion_length] > written[:, None]), dim=1)
     mask = torch.zeros(hidden.shape, device=written.device).masked_fill_(hidden, float("-inf"))
     return mask[:, None, None]
 
@@ -169,12 +170,16 @@ class CausalDecoder:
         self.rotary = model.get_submodule("model.rotary_emb")
         self._read_weights(model)
         self.cos, self.sin = self.embedding.new_empty(0), self.embedding.new_empty(0)
+        self.kept_bytes = 0  # a cache up to this size stays where it is when the last row is closed
         self.reset()
 
     def reset(self) -> None:
         layers, heads = len(self.layers), self.num_kv_heads
         self.prompt_store = KeyValueStore(layers, heads, self.head_dim, self.embedding)
         self.completion_store = KeyValueStore(layers, heads, self.head_dim, self.embedding)
+        self._close_rows()
+
+    def _close_rows(self) -> None:
         self.row_prompt: list[int] = []  # the prompt slot of each row
         self.row_length: list[int] = []  # completion tokens stored for each row
         self.prompt_lengths: list[int] = []  # of each prompt slot
@@ -310,16 +315,29 @@ class CausalDecoder:
     def step(self, token_ids: Tensor) -> Tensor:
         plan = self._plan()
         assert token_ids.shape == (plan.num_rows,), (token_ids.shape, plan.num_rows)
-        self.reserve(plan)
+        self.reserve(
+            num_rows=plan.num_rows,
+            num_prompts=plan.num_prompts,
+            prompt_length=plan.prompt_length,
+            completion_length=plan.completion_length,
+        )
         logits = self.compute(plan, token_ids)
         self.row_length = [length + 1 for length in self.row_length]
         return logits
 
-    def reserve(self, plan: StepPlan) -> None:
-        """Make room for what a step of this plan reads and writes."""
-        self.prompt_store.reserve(plan.num_prompts, plan.prompt_length)
-        self.completion_store.reserve(plan.num_rows, plan.completion_length)
-        self._reserve_positions(plan.prompt_length + plan.completion_length)
+    def reserve(self, *, num_rows: int, num_prompts: int, prompt_length: int, completion_length: int) -> None:
+        """Make room for what a step of these sizes reads and writes."""
+        self.prompt_store.reserve(num_prompts, prompt_length)
+        self.completion_store.reserve(num_rows, completion_length)
+        self._reserve_positions(prompt_length + completion_length)
+
+    def tensors_of_a_step(self) -> Iterator[Tensor]:
+        """All that `compute` reads and writes, but for its arguments."""
+        for store in (self.prompt_store, self.completion_store):
+            yield from (store.keys, store.values)
+        yield from (self.cos, self.sin, *self.weights.values())
+        for projection in (*self.projections.values(), self.head):
+            yield from projection.tensors()
 
     def compute(self, plan: StepPlan, token_ids: Tensor) -> Tensor:
         """The logits after one more token in every row [N, V]. Of the plan's numbers on the device none is looked at:
@@ -334,7 +352,9 @@ class CausalDecoder:
     def retire(self, rows: Sequence[int]) -> list[int]:
         order, sources, targets = fill_holes(len(self.row_prompt), rows)
         if not order:
-            self.reset()
+            if self.prompt_store.num_bytes + self.completion_store.num_bytes > self.kept_bytes:
+                self.reset()
+            self._close_rows()
             return order
         self.completion_store.move(sources, targets, max(self.row_length, default=0))
         self.row_prompt = [self.row_prompt[row] for row in order]
@@ -371,9 +391,9 @@ class CausalDecoder:
         return self.head(self._norm(x, self.final_norm))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.norm_eps)
-        return weight * wide.to(x.dtype)
+        return weight * F.rms_norm(
+            x, weight.shape, None, self.norm_eps
+        )  # rounded before the weight, as transformers do
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [N, 1, D]; the first half of the sines is negated, which turns rotate-half into a roll."""
@@ -424,12 +444,13 @@ class CausalDecoder:
                 self._rectangle = (width, indices.to(self.embedding.device), places_of.to(self.embedding.device))
         return self._rectangle
 
-    def rectangle_of_rows(self) -> tuple[int, list[int], list[int]]:
-        """StepPlan's width and its two indices. A place that no row needs has the first of its prompt."""
+    def rectangle_of_rows(self, width: int = 0) -> tuple[int, list[int], list[int]]:
+        """StepPlan's width, at least this one, and its two indices. A place that no row needs has the first of its
+        prompt."""
         members: list[list[int]] = [[] for _ in self.prompt_lengths]
         for row, slot in enumerate(self.row_prompt):
             members[slot].append(row)
-        width = max(len(rows) for rows in members)
+        width = max(width, *map(len, members))
         places = [0] * len(self.row_prompt)
         for slot, rows in enumerate(members):
             for column, row in enumerate(rows):
@@ -451,9 +472,11 @@ class CausalDecoder:
         prompt_values = self.prompt_store.values[layer_index][: plan.num_prompts, :, :L]
         own_scores = torch.matmul(q, keys[:N, ..., :T])
         shared_scores = self._to_rows(plan, torch.matmul(self._to_rectangle(plan, q), prompt_keys))
-        scores = torch.cat((shared_scores, own_scores), dim=-1).float() * self.scaling
-        if plan.mask is not None:
-            scores += plan.mask
+        scores = torch.cat((shared_scores, own_scores), dim=-1)
+        if plan.mask is None:
+            scores = scores.float() * self.scaling
+        else:
+            scores = torch.add(plan.mask, scores, alpha=self.scaling)  # in fp32, as the mask
         attention = scores.softmax(dim=-1).to(q.dtype)
         shared_attention = self._to_rectangle(plan, attention[..., :L])
         out = self._to_rows(plan, torch.matmul(shared_attention, prompt_values))

@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nemo_rl_lora.generation.in_process.bursts import BURST_TOKENS, Bursts, CudaGraphs
 from nemo_rl_lora.generation.in_process.decoder import CausalDecoder, Decoder, unsupported_reason
 from nemo_rl_lora.generation.in_process.fallback import PlainDecoder
 from nemo_rl_lora.generation.in_process.inspection import Inspection
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CudaGraphsChoice = bool | Literal["auto"]
+
+_KEPT_SHARE = 0.1  # of a GPU's memory, for a cache that stays between rollouts and the CUDA graphs that use it
 _NO_LIMIT = 2**31  # positions of a model without a table of them: ALiBi, recurrent layers
 _NUM_PROBE_STEPS = 3
 _FP32_BOUND = 1e-3  # of logits relative to their size: rounding is 1e-6, with recurrent layers 1e-4
@@ -59,6 +63,7 @@ class _Sequence:
     logprobs: list[float] = field(default_factory=list)
     versions: list[tuple[int, int]] = field(default_factory=list)  # as in Completion
     finish_reason: FinishReason | None = None
+    is_held_up: bool = False  # a burst left the draw of its next token to the host
 
 
 class Incoming(Mapping[str, Tensor]):
@@ -101,6 +106,7 @@ class InProcessGeneration(Ticketed):
         adapted: Sequence[AdaptedModule],
         compute_dtype: torch.dtype,
         max_concurrent_sequences: int,
+        cuda_graphs: CudaGraphsChoice = "auto",
     ) -> None:
         config = base_model.config.get_text_config()
         super().__init__(
@@ -119,6 +125,7 @@ class InProcessGeneration(Ticketed):
         }
         self._turns = Turns()
         self._decoder = _choose_decoder(base_model, compute_dtype, max_concurrent_sequences)
+        self._bursts = _choose_bursts(self._decoder, cuda_graphs)
         self._inspection = Inspection(self._decoder, base_model, list(self._adapted.values()), compute_dtype)
 
     def sync_weights(self, ref: WeightsRef) -> SyncReceipt:
@@ -193,13 +200,18 @@ class InProcessGeneration(Ticketed):
                     admitted = self._admissible(len(rows))
                     if admitted:
                         rows += self._open(admitted, groups)
-                    else:
+                    elif self._bursts is None or any(row.is_held_up for row in rows):
                         last = torch.tensor([row.token_ids[-1] for row in rows], device=self._device)
                         self._draw(rows, self._decoder.step(last))
+                    else:
+                        self._extend(rows, self._bursts)
                     rows = self._close_finished(rows, groups)
         except BaseException:
             self._decoder.reset()
             raise
+        finally:
+            if self._bursts is not None:
+                self._bursts.forget()
 
     def _admissible(self, num_open: int) -> list[tuple[Ticket, GroupRequest]]:
         """The groups that enter now: a group is never split, so one larger than the limit runs alone."""
@@ -238,15 +250,34 @@ class InProcessGeneration(Ticketed):
         return opened
 
     def _draw(self, rows: Sequence[_Sequence], logits: Tensor) -> None:
-        assert self._version is not None, "checked by collect"
-        seeds = [row.request.seeds[row.index] for row in rows]
-        u = uniforms(seeds, [len(row.token_ids) for row in rows])
+        u = self._uniforms(rows, 1)[0]
         tokens, logprobs = sample(logits, [row.request.sampling for row in rows], u)
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            row.token_ids.append(token)
-            row.logprobs.append(logprob)
-            one_more(row.versions, self._version)
-            row.finish_reason = self._finish_reason(row)
+            self._append(row, token, logprob)
+            row.is_held_up = False
+
+    def _extend(self, rows: Sequence[_Sequence], bursts: Bursts) -> None:
+        num_tokens = min(BURST_TOKENS, max(row.limit - len(row.token_ids) for row in rows))
+        sampling = [row.request.sampling for row in rows]
+        found = bursts.extend([row.token_ids[-1] for row in rows], sampling, self._uniforms(rows, num_tokens))
+        for row, new in zip(rows, found, strict=True):
+            for token, logprob in new:
+                if row.finish_reason is None:
+                    self._append(row, token, logprob)
+            row.is_held_up = len(new) < num_tokens and row.finish_reason is None
+
+    def _uniforms(self, rows: Sequence[_Sequence], num_tokens: int) -> Tensor:
+        """[tokens, N]: for the next tokens of every row."""
+        seeds = [row.request.seeds[row.index] for row in rows] * num_tokens
+        positions = [len(row.token_ids) + later for later in range(num_tokens) for row in rows]
+        return uniforms(seeds, positions).view(num_tokens, len(rows))
+
+    def _append(self, row: _Sequence, token: int, logprob: float) -> None:
+        assert self._version is not None, "checked by collect"
+        row.token_ids.append(token)
+        row.logprobs.append(logprob)
+        one_more(row.versions, self._version)
+        row.finish_reason = self._finish_reason(row)
 
     def _finish_reason(self, row: _Sequence) -> FinishReason | None:
         """Why the last token ended the row, or None."""
@@ -297,6 +328,20 @@ def _choose_decoder(model: PreTrainedModel, dtype: torch.dtype, batch_rows: int)
         decoder = PlainDecoder(model, dtype)
     _refuse_other_logits(decoder, model, _FP32_BOUND if dtype == torch.float32 else _BF16_BOUND)
     return decoder
+
+
+def _choose_bursts(decoder: Decoder, cuda_graphs: CudaGraphsChoice) -> Bursts | None:
+    """None where a step at a time is as fast: on a CPU, which need not be told what to do ahead."""
+    if not isinstance(decoder, CausalDecoder) or decoder.embedding.device.type != "cuda":
+        if cuda_graphs is True:
+            raise ValueError(
+                "policy.generation.cuda_graphs=True: only the engine's fast decoder is captured, and only on a GPU. "
+                "Set it to auto, or remove it."
+            )
+        return None
+    memory = torch.cuda.get_device_properties(decoder.embedding.device).total_memory
+    decoder.kept_bytes = int(_KEPT_SHARE * memory)
+    return Bursts(decoder, CudaGraphs if cuda_graphs else None, may_fail=cuda_graphs == "auto")
 
 
 @torch.inference_mode()

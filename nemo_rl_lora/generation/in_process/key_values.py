@@ -19,6 +19,10 @@ class KeyValueStore:
         self.keys = like.new_empty((num_layers, 0, num_heads, head_dim, 0))
         self.values = like.new_empty((num_layers, 0, num_heads, 0, head_dim))
 
+    @property
+    def num_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
     def reserve(self, num_slots: int, length: int) -> None:
         """Make room for this many slots of this length; what is stored stays."""
         layers, slots, heads, head_dim, capacity = self.keys.shape

@@ -6,6 +6,7 @@ the same address.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -62,6 +63,11 @@ class Projection:
         if adapter is not None and old is not None and old.scale == adapter.scale:
             adapter = replace(adapter, a=in_place(old.a, adapter.a), b=in_place(old.b, adapter.b))
         self.adapter = adapter
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that a product reads."""
+        of_adapter = (None, None) if self.adapter is None else (self.adapter.a, self.adapter.b)
+        yield from (one for one in (self.weight, self.packed, self.bias, *of_adapter) if one is not None)
 
     def held(self) -> Tensor:
         """The weight as a plain tensor."""

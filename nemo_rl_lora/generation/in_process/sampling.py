@@ -92,7 +92,7 @@ def _draw_alike(logits: Tensor, kind: Draw, u: Tensor, prefix: int | None) -> tu
     if kind.temperature == 0:
         tokens = logits.argmax(dim=-1, keepdim=True)
         chosen = logits.gather(1, tokens).float() - logits.float().logsumexp(dim=-1, keepdim=True)
-        return tokens[:, 0], chosen[:, 0].double(), chosen[:, 0].isfinite()
+        return tokens[:, 0], chosen[:, 0].double(), chosen[:, 0] > float("-inf")  # as NaN is not
     if kind.top_k is None and kind.top_p == 1:
         return _inverse_cdf(logits, kind.temperature, u)
     ordered, order, is_enough = _truncate(logits.float() / kind.temperature, kind, prefix)
@@ -136,11 +136,13 @@ def _inverse_cdf(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor,
     total = running[:, -1:]
     target = u[:, None] * total
     block = _first_above(running, target)
-    before = torch.where(block > 0, running.gather(1, (block - 1).clamp(min=0)), 0.0)
-    inside = blocks[torch.arange(N, device=logits.device), block[:, 0]].double().cumsum(dim=-1)
+    before = running.gather(1, (block - 1).clamp(min=0)).masked_fill_(block == 0, 0.0)
+    inside = blocks.gather(1, block[:, :, None].expand(N, 1, BLOCK))[:, 0].double().cumsum(dim=-1)
     picked = block * BLOCK + _first_above(inside, target - before)
-    logprobs = (logits.gather(1, picked).double() - largest.double()) / temperature - total.log()
-    return picked[:, 0], logprobs[:, 0], total[:, 0].isfinite()
+    logprobs = logits.gather(1, picked).double() - largest.double()
+    if temperature != 1:
+        logprobs /= temperature
+    return picked[:, 0], (logprobs - total.log())[:, 0], total[:, 0] > 0  # as NaN is not
 
 
 def _first_above(running: Tensor, target: Tensor) -> Tensor:
