@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -136,15 +136,15 @@ def tensors_digest(tensors: Mapping[str, Tensor | StoredTensor], *, whole: bool 
         for name in sorted(tensors):
             tensor = tensors[name]
             if isinstance(tensor, StoredTensor):
-                entry, read = tensor, _reading(reader, tensor)
+                entry, read = tensor, partial(_stored_spans, reader, tensor)
             elif tensor.is_meta:
                 elsewhere = True
                 continue
             else:
-                entry, read = entry_of(name, tensor.shape, tensor.dtype), _slicing(tensor)
+                entry, read = entry_of(name, tensor.shape, tensor.dtype), partial(_spans, tensor)
             digest.update(f"{name} {list(entry.shape)} {entry.dtype}\n".encode())
-            for start, stop in digested_spans(entry.num_bytes, whole=whole):
-                digest.update(read(start, stop))
+            for block in read(digested_spans(entry.num_bytes, whole=whole)):
+                digest.update(block)
     return "" if elsewhere else digest.hexdigest()
 
 
@@ -161,13 +161,19 @@ def digested_spans(num_bytes: int, *, whole: bool) -> list[tuple[int, int]]:
     return [(start, start + PAGE_BYTES) for start in starts]
 
 
-def _reading(reader: TensorReader, tensor: StoredTensor) -> Callable[[int, int], memoryview]:
-    return lambda start, stop: reader.read_bytes(tensor, start, stop)
+def _stored_spans(reader: TensorReader, tensor: StoredTensor, spans: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
+    return (reader.read_bytes(tensor, start, stop) for start, stop in spans)
 
 
-def _slicing(tensor: Tensor) -> Callable[[int, int], memoryview]:
+def _spans(tensor: Tensor, spans: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
+    """These bytes of a tensor. From a GPU pages come together, in one copy that is waited for once."""
+    import torch
+
     data = _flat_bytes(tensor)
-    return lambda start, stop: data[start:stop].cpu().numpy().data
+    parts = [data[start:stop] for start, stop in spans]
+    if not data.is_cpu and all(stop - start == PAGE_BYTES for start, stop in spans):
+        parts = [torch.cat(parts)] if parts else []
+    return (part.cpu().numpy().data for part in parts)
 
 
 def _flat_bytes(tensor: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ Tensors of the CPU are real. Those of the GPU are torch's FakeTensors: an operat
 read from the GPU are made up (0, 0.5, True), and so are sizes that depend on numbers. An operation counts as one
 launch, where a real one may take several; `_foreach_` operations take tensors by the thirty, as the kernels do that
 have the most to read. Gradients come from an engine in Python, since torch's asks for a CUDA runtime, and Triton's
-kernels do nothing.
+kernels do nothing. A CUDA graph is captured by calling its function, in which no copy and no wait is allowed, and its
+replay is one launch.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +63,7 @@ class FakeGpu(TorchDispatchMode):
         self._pinned: dict[int, torch.UntypedStorage] = {}
         self.place = ""  # the node of a backward pass that is computed now
         self.num_backward_passes = 0
+        self.is_capturing = False
         self.reset()
 
     def reset(self) -> None:
@@ -189,6 +192,7 @@ class FakeGpu(TorchDispatchMode):
             f"{name} has tensors of the CPU among those of the GPU, at {_line()}"
         )
         for tensor in moved:
+            assert not self.is_capturing, f"a copy from the host in a CUDA graph, at {_line()}"
             self.copies[_line()] += 1
             may_run_on = kwargs.get("non_blocking", False) or (name == "copy_" and len(args) > 2 and args[2])
             if not (may_run_on and self._is_pinned(tensor)):
@@ -203,7 +207,24 @@ class FakeGpu(TorchDispatchMode):
         return self.fakes.from_tensor(value) if is_real else value
 
     def wait(self) -> None:
+        assert not self.is_capturing, f"the host waits in a CUDA graph, at {_line()}"
         self.waits[_line()] += 1
+
+    @contextmanager
+    def capture(self, graph: _Graph, **_: Any) -> Iterator[None]:
+        """As torch.cuda.graph."""
+        before, self.is_capturing = (self.launches.copy(), self.places.copy()), True
+        try:
+            yield
+        finally:
+            self.is_capturing = False
+        graph.num_kernels = self.num_launches - before[0].total()
+        self.launches, self.places = before
+
+    def launch_graph(self) -> None:
+        assert not self.is_capturing
+        self.launches["cuda graph"] += 1
+        self.places[_line()] += 1
 
     def launch_triton(self, *args: Any, **kwargs: Any) -> None:
         """A Triton kernel, of which the arguments alone are looked at."""
@@ -287,6 +308,21 @@ class _NoNumbers:
         return self
 
 
+class _Graph:
+    """A captured function, which computes nothing when it is replayed either."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self._gpu, self.num_kernels = gpu, 0
+
+    def replay(self) -> None:
+        assert self.num_kernels, "nothing was captured"
+        self._gpu.launch_graph()
+
+
+class _Stream:
+    def wait_stream(self, stream: _Stream) -> None: ...
+
+
 @contextmanager
 def fake_gpu() -> Iterator[FakeGpu]:
     """CUDA is available within, with one GPU."""
@@ -321,6 +357,13 @@ def fake_gpu() -> Iterator[FakeGpu]:
         patch.setattr(torch.cuda, "synchronize", lambda *_: gpu.wait())
         patch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+        patch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(total_memory=80 << 30))
+        patch.setattr(torch.cuda, "Stream", _Stream)
+        patch.setattr(torch.cuda, "current_stream", _Stream)
+        patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: _Graph(gpu))
+        patch.setattr(torch.cuda, "graph", gpu.capture)
         patch.setattr(torch, "Generator", make_generator)
         patch.setattr(torch, "rand", draw)
         patch.setattr(nn.Module, "to", move_module)

@@ -1,7 +1,8 @@
 """Tokens a second of the engine in the trainer's process on the Llama-3.2-1B shape, beside transformers' `generate`.
 
 Every row has a prompt of 100 tokens and a fixed number of new ones. On our side 8 rows share their prompt, as in GRPO,
-and `generate` has the same rows. Prefill counts on both sides, the sync of the weights on neither (`sync_s`).
+and `generate` has the same rows. Prefill counts on both sides, the sync of the weights on neither (`sync_s`),
+and nor does the capture of CUDA graphs, since a first rollout is not timed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from gpu.timing import measurement, timed
 from gpu.training import TOY_TOKENS, dtensor_policy
 from work import LORA_ALPHA, LORA_DIM
 
-from nemo_rl_lora.generation.in_process.engine import InProcessGeneration
+from nemo_rl_lora.generation.in_process.engine import CudaGraphsChoice, InProcessGeneration
 from nemo_rl_lora.generation.protocol import generate
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.types import GroupRequest, Prompt, SamplingParams, SyncMode
@@ -45,12 +46,21 @@ def decoding(machine: Machine) -> Iterator[Check]:
     for num_rows in sizes:
         for mode in MODES:
             yield measurement(f"ours, {mode}, {num_rows} rows", partial(ours, machine, policy, mode, num_rows))
+    for mode in MODES:
+        name = f"ours, {mode}, {sizes[0]} rows, without CUDA graphs"
+        yield measurement(name, partial(ours, machine, policy, mode, sizes[0], cuda_graphs=False))
     policy.cache_clear()  # its weights would count as memory of the other side
     for num_rows in sizes:
         yield measurement(f"transformers' generate, {num_rows} rows", partial(plain, machine, model, num_rows))
 
 
-def ours(machine: Machine, make_policy: Callable[[], Any], mode: SyncMode, num_rows: int) -> dict[str, Fact]:
+def ours(
+    machine: Machine,
+    make_policy: Callable[[], Any],
+    mode: SyncMode,
+    num_rows: int,
+    cuda_graphs: CudaGraphsChoice = "auto",
+) -> dict[str, Fact]:
     policy, tokenizer = make_policy(), LetterTokenizer()
     engine = InProcessGeneration(
         policy.base_model(),
@@ -59,6 +69,7 @@ def ours(machine: Machine, make_policy: Callable[[], Any], mode: SyncMode, num_r
         adapted=policy.adapted,
         compute_dtype=torch.bfloat16,
         max_concurrent_sequences=num_rows,
+        cuda_graphs=cuda_graphs,
     )
     receipt = engine.sync_weights(policy.publish(1, mode))
     num_new = new_tokens(machine)

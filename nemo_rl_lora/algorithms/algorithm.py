@@ -21,6 +21,7 @@ from nemo_rl_lora.generation.protocol import Generation
 from nemo_rl_lora.generation.sync_mode import SyncChoice
 from nemo_rl_lora.policy.protocol import Policy
 from nemo_rl_lora.run.console import KeyMetric, TrainingConsole
+from nemo_rl_lora.run.memory import lacked_memory_before_weights_moved
 from nemo_rl_lora.run.metrics import RolloutSample, RunLog, Stopwatch
 from nemo_rl_lora.run.utilization import Utilization
 from nemo_rl_lora.types import Batch, LossFn, StepOutput
@@ -130,8 +131,9 @@ class Algorithm(ABC, Generic[M]):
         had_moved, self.has_moved = self.has_moved, True
         try:
             return self.run.policy.train_step(batch, loss_fn)
-        except FloatingPointError:  # raised before the optimizer moves
-            self.has_moved = had_moved
+        except Exception as error:
+            if isinstance(error, FloatingPointError) or lacked_memory_before_weights_moved(error):
+                self.has_moved = had_moved
             raise
 
     @abstractmethod

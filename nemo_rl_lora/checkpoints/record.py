@@ -55,12 +55,20 @@ _PERIODS = (
     "val_at_start",
     "val_at_end",
     "val_batches",
+    "val_micro_batch_size",
 )
 _RETENTION = ("keep_top_k", "save_period", "save_epochs", "save_optimizer", "checkpoint_must_save_by")
 _DATA = ("on_bad_row", "on_change")
 _PLACES = ("enabled", "checkpoint_dir", "load_path", "on_damage")
-# The base files compute the second from a size below; the others say how AdamW runs.
-_POLICY = ("backend", "make_sequence_length_divisible_by", "optimizer.kwargs.foreach", "optimizer.kwargs.fused")
+_BUDGETS = ("train_mb_tokens", "logprob_mb_tokens")
+# How rows are cut into passes, for a run that has to take less memory; a size that the base files compute from one
+# below; how AdamW runs.
+_POLICY = (
+    *("backend", "deterministic"),
+    *("train_micro_batch_size", "logprob_batch_size"),
+    *(f"{name}.{key}" for name in ("dynamic_batching", "sequence_packing") for key in _BUDGETS),
+    *("make_sequence_length_divisible_by", "optimizer.kwargs.foreach", "optimizer.kwargs.fused"),
+)
 _BOTH_BACKENDS = ("enabled", "context_parallel_size", "sequence_parallel", "activation_checkpointing", "env_vars")
 _DTENSOR = (
     *_BOTH_BACKENDS,
@@ -79,7 +87,10 @@ _MEGATRON = (
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
 )
-_GENERATION = ("num_engines", "colocated.resources.num_nodes", "colocated.resources.gpus_per_node")
+_GENERATION = (
+    *("num_engines", "colocated.resources.num_nodes", "colocated.resources.gpus_per_node"),
+    *("max_concurrent_sequences", "vllm_cfg.gpu_memory_utilization"),
+)
 _ENVIRONMENT = ("num_workers", "concurrency", "timeout_seconds", "on_failure")
 # What may differ between a run and its continuation: exact dotted keys, where NAME is any, and whole sections.
 FREE_KEYS = (

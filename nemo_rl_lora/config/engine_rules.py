@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_rl_lora.config.generation import GenerationConfig, chosen_engine
+from nemo_rl_lora.config.generation import EngineConfig, GenerationConfig, chosen_engine
 
 _KEY = "policy.generation"
 _RESOURCES = f"{_KEY}.colocated.resources"
@@ -13,8 +13,17 @@ def engine_problems(generation: GenerationConfig | None) -> list[str]:
     if generation is None:
         return []
     if chosen_engine(generation.backend)[0] != "vllm":
-        return _other_engine_problems(generation)
+        return [*_other_engine_problems(generation), *graph_problems(generation)]
     return _number_problems(generation)
+
+
+def graph_problems(generation: EngineConfig) -> list[str]:
+    """Why the engine in the trainer's process has no CUDA graphs that were asked for."""
+    import torch
+
+    if generation.cuda_graphs is not True or torch.cuda.is_available():
+        return []
+    return [f"{_KEY}.cuda_graphs=True: a CUDA graph needs a GPU, and torch finds none. Set it to auto, or remove it."]
 
 
 def _other_engine_problems(generation: GenerationConfig) -> list[str]:

@@ -85,6 +85,10 @@ class EngineConfig(Section):
     max_concurrent_sequences: int = Field(default=128, ge=1)
     """Completions that are decoded at once; the in-process engine never splits a group, so a larger one runs alone.
     Each holds 2 x layers x key-value heads x head size values of cache per token. No NeMo RL key."""
+    cuda_graphs: Literal["auto"] | bool = "auto"
+    """Whether the in-process engine replays a step that was captured once, on a GPU. auto: where it can be captured;
+    true: stop where it cannot; false: launch every kernel of every token, which gives the same numbers. vLLM's key is
+    vllm_cfg.enforce_eager. No NeMo RL key."""
     max_new_tokens: int = Field(default=512, ge=1)
     """Longest completion."""
     val_temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)

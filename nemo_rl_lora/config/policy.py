@@ -14,7 +14,7 @@ from nemo_rl_lora.config.adapter_start import AdapterStartConfig
 from nemo_rl_lora.config.base import Section
 from nemo_rl_lora.config.dtensor import DTensorConfig
 from nemo_rl_lora.config.generation import GenerationConfig
-from nemo_rl_lora.config.lora import UnifiedLora, lora_spec_from_policy
+from nemo_rl_lora.config.lora import AUTOMODEL, UnifiedLora, lora_field_key, lora_spec_from_policy
 from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.config.optimizer import AnyScheduler, OptimizerConfig, SchedulerConfig, split_sequence
 
@@ -104,6 +104,10 @@ class PolicyConfig(ModelConfig):
     """Padded lengths are a multiple of this."""
     max_grad_norm: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Limit of the gradient's global L2 norm; null for none."""
+    deterministic: bool = False
+    """On a GPU, take the algorithms that give the same bits each time, where torch has them, so that a continued run is
+    the run that was not interrupted; what has none is named in the log. It costs time. On a CPU a run repeats without.
+    No NeMo RL key."""
     dtensor_cfg: DTensorConfig = DTensorConfig()
     """The DTensor backend."""
     megatron_cfg: MegatronConfig = MegatronConfig()
@@ -172,6 +176,16 @@ class PolicyConfig(ModelConfig):
     @model_validator(mode="after")
     def _one_adapter(self) -> PolicyConfig:
         lora_spec_from_policy(self)
+        return self
+
+    @model_validator(mode="after")
+    def _kernels_that_are_not_chosen_by_a_clock(self) -> PolicyConfig:
+        spec = lora_spec_from_policy(self)
+        if self.deterministic and spec is not None and spec.kernels == AUTOMODEL:
+            raise ValueError(
+                f"policy.deterministic=True: {lora_field_key(self, 'kernels')}={AUTOMODEL} chooses among settings "
+                f"of its kernels by timing them, anew in every process. Set that to true, for kernels with one each."
+            )
         return self
 
     @model_validator(mode="after")

@@ -52,7 +52,14 @@ def _unused(config: MasterConfig) -> Iterator[tuple[list[str], str]]:
     else:
         yield [UnifiedLora.KEY], f"the adapter is that of {native}. Set it there."
     generation = policy.generation
-    if generation is not None and chosen_engine(generation.backend)[0] != "vllm":
+    engine = None if generation is None else chosen_engine(generation.backend)[0]
+    if generation is not None and engine != "in_process":
+        yield (
+            ["policy.generation.cuda_graphs"],
+            f"completions do not come from the in-process engine (policy.generation.backend={generation.backend}). "
+            "Remove the change: vLLM has policy.generation.vllm_cfg.enforce_eager.",
+        )
+    if generation is not None and engine != "vllm":
         yield (
             [f"policy.generation.{key}" for key in _VLLM_KEYS],
             f"completions do not come from vLLM (policy.generation.backend={generation.backend}). Remove the change.",

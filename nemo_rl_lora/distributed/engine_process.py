@@ -33,6 +33,7 @@ from nemo_rl_lora.generation.proof import RankShown
 from nemo_rl_lora.generation.vllm.engine import EngineSettings, Job, Sampled, VllmEngine
 from nemo_rl_lora.generation.vllm.generation import start_engine
 from nemo_rl_lora.generation.vllm.proven import EngineLost
+from nemo_rl_lora.run.memory import from_process
 from nemo_rl_lora.types import TensorInfo
 
 logger = logging.getLogger(__name__)
@@ -59,12 +60,14 @@ class _Host:
                     f"policy.model_name: node {address}, where the engine runs, does not have {path}. Put the model at "
                     f"the same path of every node, or on a disk that they share."
                 )
-        self._engine: VllmEngine = start_engine(settings)
+        with from_process("the engine's process"):
+            self._engine: VllmEngine = start_engine(settings)
         return Started(pid=os.getpid(), node_id=node_id(), address=address)
 
     def call(self, verb: str, *arguments: Any) -> Any:
         try:
-            return getattr(self._engine, verb)(*arguments)
+            with from_process("the engine's process"):
+                return getattr(self._engine, verb)(*arguments)
         except Exception:  # of whatever kind: it is raised again, or all of the engine ends
             if self._engine.has_lost_a_rank:
                 os._exit(1)  # as one of the processes that an engine consists of, so all of it

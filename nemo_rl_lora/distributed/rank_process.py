@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from nemo_rl_lora.distributed.node_files import piece_of, sees
 from nemo_rl_lora.distributed.shared_memory import shared_directory
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.policy.backends import build_policy
+from nemo_rl_lora.policy.determinism import deterministic_algorithms
 from nemo_rl_lora.policy.microbatches import Cutting, Portion
 from nemo_rl_lora.policy.offer import write_ref
 from nemo_rl_lora.policy.protocol import PolicySetup
+from nemo_rl_lora.run.memory import from_process
 from nemo_rl_lora.types import SyncMode, WeightsRef
 
 
@@ -81,22 +84,30 @@ class RankProcess:
         if self._rank == 0:
             size = sum(file.stat().st_size for file in setup.model_path.glob("*.safetensors"))
             self._directory = self._files.enter_context(shared_directory("nrl-weights-", size))
-        self._policy = build_policy(config, setup)
+        self._files.enter_context(deterministic_algorithms(config.deterministic))
+        with self._named():
+            self._policy = build_policy(config, setup)
         return Built(adapted=self._policy.adapted, cutting=self._policy.cutting, gpu_name=self._policy.gpu_name)
 
     def on_portion(self, verb: str, portion: Portion, *arguments: Any) -> Any:
         """A verb of the policy with this process's portion of a batch; what it returns, from processes that report."""
-        found = getattr(self._policy, verb)(portion, *arguments)
+        with self._named():
+            found = getattr(self._policy, verb)(portion, *arguments)
         return found if self._policy.reports else None
 
     def call(self, verb: str, *arguments: Any) -> Any:
         """A verb of the policy; what it returns, from the first process."""
-        found = getattr(self._policy, verb)(*arguments)
+        with self._named():
+            found = getattr(self._policy, verb)(*arguments)
         return found if self._rank == 0 else None
 
     def publish(self, version: int, mode: SyncMode) -> WeightsRef | None:
         """Publish into a file, tensor by tensor: every process makes every tensor with the others, the first writes.
         It takes the place of the file before."""
+        with self._named():
+            return self._publish(version, mode)
+
+    def _publish(self, version: int, mode: SyncMode) -> WeightsRef | None:
         ref = self._policy.publish(version, mode)
         assert ref.tensors is not None
         if self._rank == 0:
@@ -108,6 +119,10 @@ class RankProcess:
         for name in ref.tensors:
             ref.tensors[name]
         return None
+
+    def _named(self) -> AbstractContextManager[None]:
+        """An error about memory says that it comes from this process."""
+        return from_process(f"training process {self._rank}")
 
     def piece(self, path: Path, number: int) -> np.ndarray:
         """A piece of a file of this node, for another one."""

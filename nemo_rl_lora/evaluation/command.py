@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_rl_lora.config.load import load_config, resolved_yaml
 from nemo_rl_lora.run.control import EXIT_OK, StopRequest, running
 from nemo_rl_lora.run.drivers import declare, prepare_process, with_fast_precision
+from nemo_rl_lora.run.memory import from_phase
 
 if TYPE_CHECKING:
     from nemo_rl_lora.evaluation.models import CheckedEvaluation, LoadedBase
@@ -45,14 +46,14 @@ def main(arguments: argparse.Namespace) -> int:
     for note in checked.notes:
         logger.warning(note)
     directory = None if config.eval.save_path is None else Path(config.eval.save_path)
-    with running(directory) as stop, contextlib.ExitStack() as cleanup:
+    with running(directory, config) as stop, contextlib.ExitStack() as cleanup:
         for environment in task.environments.values():
             cleanup.callback(environment.close)
         files = ResultFiles(directory, resolved_yaml(config)) if directory is not None else None
         if files is not None:
             cleanup.callback(files.close)
         try:
-            with stop.starting():
+            with stop.starting(), from_phase("start"):
                 base = LoadedBase(checked)
         except BadWeightsError as error:
             raise ConfigError(str(error)) from error

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from nemo_rl_lora.checkpoints.durable_files import probe_directory
 from nemo_rl_lora.config.data import DatasetConfig
+from nemo_rl_lora.config.engine_rules import graph_problems
 from nemo_rl_lora.config.evaluation import EvalConfig, EvalPolicy
 from nemo_rl_lora.config.master import EvalMaster
 from nemo_rl_lora.data.prompts import load_prompts
@@ -81,6 +82,8 @@ def check_evaluation(config: EvalMaster, *, weights: bool) -> CheckedEvaluation:
     if settings.save_path is not None:
         refuse_existing_results(Path(settings.save_path), "eval.save_path")
         probe_directory(Path(settings.save_path), "eval.save_path")
+    for problem in graph_problems(policy.generation):
+        raise ValueError(problem)
     source = resolve_model(policy.model_name, weights=False)
     model = described_model(source.path, policy.hf_config_overrides, label_of(policy))
     shapes = shapes_of(model, model.config)
@@ -199,6 +202,7 @@ class LoadedBase:
             adapted=candidate.adapted,
             compute_dtype=self._dtype,
             max_concurrent_sequences=self._policy.generation.max_concurrent_sequences,
+            cuda_graphs=self._policy.generation.cuda_graphs,
         )
         try:
             ref = self._weights(candidate)

@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.models.families import families_for, shortening_window
 from nemo_rl_lora.models.own_forward import unserved_argument
+from nemo_rl_lora.policy.determinism import repeatable
 from nemo_rl_lora.policy.flash_segments import FlashPlan, attend_by_flash, plan_flash, takes
 from nemo_rl_lora.policy.microbatches import Segment
 
@@ -286,7 +287,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor, scale: float) -> Te
     """softmax(q k^T) v: q [S, KV, R*L, d], k and v [S, KV, K, d], blocked [S or 1, L, K] true where not to look."""
     if q.is_cuda:
         mask = ~blocked[:, None].repeat(1, 1, q.shape[2] // blocked.shape[1], 1)
-        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # cuDNN builds a graph for every length
+        with sdpa_kernel(
+            repeatable([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+        ):  # cuDNN builds a graph for every length
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return _Attend.apply(q, k, v, blocked, scale)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_rl_lora.policy.determinism import strictly
 from nemo_rl_lora.policy.microbatches import Segment
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -178,19 +179,23 @@ def flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the call's queries, keys and values, where `out` and `total` are those of the whole softmax."""
     rows = call.query_rows
-    return torch.ops.aten._flash_attention_backward(
+    inputs = (
         gathered(grad, rows),
         gathered(q, rows),
         gathered(k, call.key_rows),
         gathered(v, call.key_rows),
         gathered(out, rows),
         total if rows is None else total.index_select(1, rows),
-        call.query_bounds,
-        call.key_bounds,
-        call.longest_query,
-        call.longest_key,
-        0.0,
-        causal,
-        *states,
-        scale=scale,
     )
+    with strictly():  # else it adds the gradients of queries up in any order
+        return torch.ops.aten._flash_attention_backward(
+            *inputs,
+            call.query_bounds,
+            call.key_bounds,
+            call.longest_query,
+            call.longest_key,
+            0.0,
+            causal,
+            *states,
+            scale=scale,
+        )

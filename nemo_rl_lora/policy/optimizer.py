@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_rl_lora.config.optimizer_settings import AdamSettings
+from nemo_rl_lora.run.memory import while_weights_move
 
 
 class MasterAdam(torch.optim.AdamW):
@@ -49,7 +50,8 @@ class MasterAdam(torch.optim.AdamW):
         for group in self.param_groups:
             group["lr"] = lr
             group["weight_decay"] = self._settings.weight_decay_at(self.num_steps)
-        self.step()
+        with while_weights_move():
+            self.step()
         self.num_steps += 1
         return float(norm), lr
 

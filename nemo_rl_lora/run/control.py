@@ -31,6 +31,8 @@ from pathlib import Path
 from types import FrameType
 
 from nemo_rl_lora.config.errors import ConfigError
+from nemo_rl_lora.config.master import EvalMaster, MasterConfig
+from nemo_rl_lora.run.memory import what_takes_less
 from nemo_rl_lora.run.streams import lasting_streams, lost_streams
 
 logger = logging.getLogger(__name__)
@@ -46,11 +48,6 @@ STARTED = "NEMO_RL_LORA_STARTED"  # `process:seconds`, from a process to what it
 REPEAT_SECONDS = 0.5
 _ANSWER_SECONDS = 0.2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LESS_MEMORY = (
-    "What takes less memory: a lower policy.train_micro_batch_size, policy.logprob_batch_size or "
-    "policy.max_total_sequence_length; policy.dtensor_cfg.activation_checkpointing=true, or megatron_cfg's; where "
-    "completions are sampled, a lower policy.generation.max_concurrent_sequences or vllm_cfg.gpu_memory_utilization."
-)
 
 
 class RunFailedError(RuntimeError):
@@ -136,7 +133,9 @@ class StopRequest:
 
 
 @contextmanager
-def running(log_directory: Path | None = None) -> Iterator[StopRequest]:
+def running(
+    log_directory: Path | None = None, config: MasterConfig | EvalMaster | None = None
+) -> Iterator[StopRequest]:
     """The part of a program that trains: signals ask it to stop, and its failures are no configuration
     errors, but for a ConfigError.
 
@@ -154,7 +153,7 @@ def running(log_directory: Path | None = None) -> Iterator[StopRequest]:
             logger.debug("the run failed", exc_info=True)
             if log_path is not None and not _write_traceback(log_path, error):
                 log_path = None
-            raise RunFailedError(_one_paragraph(error), log_path) from error
+            raise RunFailedError(_one_paragraph(error, config), log_path) from error
 
 
 def _say_stopping(name: str, said: threading.Event) -> None:
@@ -252,24 +251,16 @@ def _write_traceback(path: Path, error: Exception) -> bool:
     return True
 
 
-def _one_paragraph(error: BaseException) -> str:
+def _one_paragraph(error: BaseException, config: MasterConfig | EvalMaster | None = None) -> str:
     """The message of an exception without empty lines; the exception's type where the message says too
-    little."""
+    little; where memory is what was missing, which of the configuration's keys take less."""
     message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     lines = [line.rstrip() for line in message.splitlines() if line.strip()]
     if isinstance(error, OSError) and error.filename:
         lines.append(f"({error.filename})")
     if not lines or not isinstance(error, (ValueError, OSError, RunLostError)):
         lines[:1] = [f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__]
-    if _is_out_of_memory(error):
-        lines.append(_LESS_MEMORY)
-    return "\n".join([*lines, *getattr(error, "__notes__", ())])
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, by the name of torch's class, which is not imported here; or of the machine."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"OutOfMemoryError", "MemoryError"}) or "DefaultCPUAllocator: can't allocate" in str(error)
+    return "\n".join([*lines, *what_takes_less(error, config), *getattr(error, "__notes__", ())])
 
 
 def _say(text: str) -> None:

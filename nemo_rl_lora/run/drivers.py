@@ -118,6 +118,7 @@ def _train(start: Start, restarts: Restarts, command: str | None) -> RunResult:
     from nemo_rl_lora.algorithms.loop import TrainingLoop
     from nemo_rl_lora.run.console import setup_logging
     from nemo_rl_lora.run.control import running
+    from nemo_rl_lora.run.memory import from_phase
     from nemo_rl_lora.run.metrics import RunLog
     from nemo_rl_lora.run.restarts import LOSSES
     from nemo_rl_lora.run.start import build_run
@@ -125,14 +126,14 @@ def _train(start: Start, restarts: Restarts, command: str | None) -> RunResult:
     config = start.config
     draw = draw_curves_of if config.logger.plot.enabled else None
     log = RunLog(config.logger, resolved_yaml(config), draw)
-    with running(log.directory) as stop, contextlib.ExitStack() as cleanup:
+    with running(log.directory, config) as stop, contextlib.ExitStack() as cleanup:
         if draw is not None:
             cleanup.callback(draw, log.directory)
         cleanup.callback(log.close)
         restarts.record(log, start)
         loop = None
         try:
-            with stop.starting():
+            with stop.starting(), from_phase("start"):
                 run = build_run(start, log, cleanup)
             setup_logging(run.console.console)
             with run.console:

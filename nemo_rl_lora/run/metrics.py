@@ -30,6 +30,7 @@ import yaml
 from nemo_rl_lora.checkpoints.step_digests import DIGESTS_FILE
 from nemo_rl_lora.config.logger import LoggerConfig
 from nemo_rl_lora.run.gpus import GpuMonitor, sample_gpus
+from nemo_rl_lora.run.memory import from_phase
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ class RolloutSample:
 
 
 class Stopwatch:
-    """Seconds by name. `measure` may be entered several times under one name; the seconds add up."""
+    """Seconds by name. `measure` may be entered several times under one name; the seconds add up. An error about memory
+    from in there says that name."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
@@ -77,7 +79,8 @@ class Stopwatch:
     def measure(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         try:
-            yield
+            with from_phase(name):
+                yield
         finally:
             self.add(name, time.perf_counter() - started)
 

@@ -27,6 +27,7 @@ from nemo_rl_lora.models.flops import flop_rates, why_not_counted
 from nemo_rl_lora.models.stored import BadWeightsError
 from nemo_rl_lora.plan.plan import chosen_sync
 from nemo_rl_lora.policy.backends import build_policy
+from nemo_rl_lora.policy.determinism import deterministic_algorithms
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.run.console import TrainingConsole
 from nemo_rl_lora.run.metrics import RunLog
@@ -49,6 +50,7 @@ def build_run(start: Start, log: RunLog, cleanup: ExitStack) -> Run:
     """Load the weights, and attach the algorithm to its run. What has to be closed is registered with `cleanup`."""
     config, engine, algorithm = start.config, start.config.policy.generation, start.algorithm
     cleanup.callback(algorithm.close)
+    cleanup.enter_context(deterministic_algorithms(config.policy.deterministic))
     processes = _engine_processes(start, engine, cleanup)
     try:
         policy = _build_policy(start)
@@ -197,6 +199,7 @@ def _build_generation(
         adapted=policy.adapted,
         compute_dtype=policy.compute_dtype,
         max_concurrent_sequences=config.max_concurrent_sequences,
+        cuda_graphs=config.cuda_graphs,
     )
     return engine, sync
 

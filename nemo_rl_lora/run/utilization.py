@@ -14,8 +14,12 @@ from dataclasses import dataclass
 from nemo_rl_lora.models.flops import FlopRates
 from nemo_rl_lora.types import StepOutput
 
-# TFLOP/s as their makers publish them, without sparsity: bf16 with sums in fp32, and fp32 (not TF32). The first pattern
-# that a name holds counts; variants with other clocks (laptops', 4090 D) are none of these.
+# TFLOP/s as NVIDIA publishes them, without sparsity: bf16 with sums in fp32, and fp32 (not TF32). The first pattern
+# that a name holds counts; variants with other clocks (laptops', 4090 D) are none of these. Sources, some of which give
+# bf16 with sparsity, which is twice as much: the data sheets of the H100 (SXM 1,979, PCIe 1,513, NVL 1,671) and of the
+# H200 (SXM 1,979, NVL 1,671); of GB200 NVL72 (72 GPUs: 360 PFLOP/s bf16, 5,760 TFLOP/s fp32) and HGX B200 (8 GPUs: 36
+# PFLOP/s, 600 TFLOP/s); those of A100, A30, A10, L40S, L40 and L4; of GeForce cards, the appendices of the white papers
+# on the Ada and the RTX Blackwell architecture (bf16 with fp32 accumulate).
 _PEAKS = (
     (r"\bH100 PCIe\b", 756.5, 51.2),
     (r"\bH[12]00 NVL\b", 835.5, 60.0),
@@ -23,7 +27,11 @@ _PEAKS = (
     (r"\bGB200\b", 2500.0, 80.0),
     (r"\bB200\b", 2250.0, 75.0),
     (r"\bA100\b", 312.0, 19.5),
+    (r"\bA30\b", 165.0, 10.3),
+    (r"\bA10\b", 125.0, 31.2),
     (r"\bL40S\b", 362.0, 91.6),
+    (r"\bL40\b", 181.0, 90.5),
+    (r"\bL4\b", 121.0, 30.3),
     (r"RTX 4090$", 165.2, 82.6),
     (r"RTX 5090$", 209.5, 104.8),
 )

@@ -26,6 +26,11 @@ def problems(*overrides: str) -> list[str]:
             "or policy.generation.num_engines=1.",
         ),
         (
+            ["policy.generation.cuda_graphs=true"],
+            "policy.generation.cuda_graphs=True: a CUDA graph needs a GPU, and torch finds none.",
+            "Set it to auto, or remove it.",
+        ),
+        (
             ["policy.generation.backend=vllm", "policy.generation.num_engines=2"],
             "policy.generation.num_engines=2: one engine shares the trainer's process. Set "
             "policy.generation.colocated.enabled=false",

@@ -47,12 +47,20 @@ def test_recipe_for_two_nodes_loads_and_names_all_that_is_missing() -> None:
         ),
         ("+policy.generation.vllm_kwargs.seed=4", "policy.generation.vllm_kwargs={'seed': 4}"),
         ("policy.generation.timeout_seconds=60", "policy.generation.timeout_seconds=60.0"),
+        ("policy.generation.vllm_cfg.enforce_eager=true", "policy.generation.vllm_cfg.enforce_eager=True"),
     ],
 )
 def test_value_that_nothing_reads_is_named(override: str, key: str) -> None:
     problems = check_runnable(load_config(None, [override], "grpo"))
     assert len(problems) == 1
     assert problems[0].startswith(f"{key}: is read by nothing")
+
+
+def test_a_key_of_the_in_process_engine_is_named_beside_vllm() -> None:
+    overrides = ["policy.generation.backend=vllm", "policy.generation.cuda_graphs=false"]
+    (problem,) = check_runnable(load_config(None, overrides, "grpo"))
+    assert problem.startswith("policy.generation.cuda_graphs=False: is read by nothing")
+    assert problem.endswith("vLLM has policy.generation.vllm_cfg.enforce_eager.")
 
 
 def test_what_an_engine_in_the_trainers_process_does_not_read_is_named() -> None:

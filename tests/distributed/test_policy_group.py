@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 from dataclasses import replace
 
@@ -15,7 +17,9 @@ from nemo_rl_lora.config.loss_fn import LossFnConfig
 from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.distributed.lost import ProcessesLost
 from nemo_rl_lora.distributed.policy_group import PolicyGroup
+from nemo_rl_lora.policy.determinism import WORKSPACE
 from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
+from nemo_rl_lora.run.memory import from_phase
 from nemo_rl_lora.tensors import tensors_digest
 from tests.distributed.processes import assert_loopback_alone, own_processes
 from tests.policy.dtensor.test_policy import make_policy, relative, spec
@@ -28,7 +32,7 @@ VARIABLE = "NRL_TEST_VARIABLE"
 
 
 def two_processes(config, setup) -> PolicyGroup:
-    asked = {"backend": "megatron", "megatron_cfg": MegatronConfig(env_vars={VARIABLE: "seen"})}
+    asked = {"backend": "megatron", "deterministic": True, "megatron_cfg": MegatronConfig(env_vars={VARIABLE: "seen"})}
     return PolicyGroup(config.model_copy(update=asked), setup, ClusterConfig(gpus_per_node=2))
 
 
@@ -117,6 +121,32 @@ def test_a_checkpoint_that_does_not_fit_is_refused_as_by_one_process(twins, tmp_
     _, group = twins
     with pytest.raises(ValueError, match="adapter_config.json"):
         group.load(tmp_path)
+
+
+def with_settings(inputs):
+    loss, metrics = GRPO(inputs)
+    is_set = torch.are_deterministic_algorithms_enabled() and WORKSPACE in os.environ
+    return loss, metrics | {"is_set_min": float(is_set)}
+
+
+def test_every_process_is_deterministic_where_that_is_asked_for(twins, groups_batch):
+    one, group = twins
+    assert group.train_step(groups_batch, with_settings).metrics["is_set_min"] == 1
+    assert one.train_step(groups_batch, with_settings).metrics["is_set_min"] == 0
+
+
+def no_memory(inputs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_a_process_without_memory_is_named_with_its_peak(twins, groups_batch):
+    _, group = twins
+    with pytest.raises(torch.OutOfMemoryError) as raised, from_phase("policy_training"):
+        group.train_step(groups_batch, no_memory)
+    noted = vars(raised.value)
+    assert noted["phase"] == "policy_training"
+    assert re.fullmatch(r"\d+\.\d\d GiB of the machine's memory, in training process [01]", noted["peak_memory"])
+    assert group.train_step(groups_batch, GRPO).grad_norm > 0  # both are there still
 
 
 def test_a_process_that_ends_is_named(twins, groups_batch):  # last: it ends the group

@@ -180,6 +180,20 @@ def test_an_adapter_that_changes_on_disk_after_the_check_is_not_evaluated(tiny_e
         raise AssertionError("it is served")
 
 
+def test_an_evaluation_without_memory_names_keys_that_take_less(tiny_eval, monkeypatch):
+    def collect(engine, tickets):
+        raise MemoryError
+
+    monkeypatch.setattr(InProcessGeneration, "collect", collect)
+    ended = tiny_eval("policy.generation.max_concurrent_sequences=3")
+    assert ended.code == 1
+    lines = ended.err.split("The run failed: ")[1].splitlines()
+    assert lines[0] == "MemoryError"
+    assert lines[1].startswith("Out of memory in sampling; the peak was ")
+    assert lines[2].startswith("policy.generation.max_concurrent_sequences=3: ")
+    assert lines[3].startswith("policy.generation.lora_sync='auto': ")
+
+
 def test_a_step_of_a_grpo_run_scores_what_the_run_said_of_it(tiny_run, tiny_eval):
     common = ["data.validation.num_rows=6", "policy.generation.val_temperature=0", "policy.generation.max_new_tokens=6"]
     ended = tiny_run(
@@ -526,6 +540,9 @@ WRONG = {
      "or remove the file."),
     "more positions than the model has": ("policy.max_total_sequence_length=512",
      "policy.max_total_sequence_length=512: {model} has 256 positions. Set it to 256 or less."),
+    "CUDA graphs without a GPU": ("policy.generation.cuda_graphs=true",
+     "policy.generation.cuda_graphs=True: a CUDA graph needs a GPU, and torch finds none. "
+     "Set it to auto, or remove it."),
     "a data file that is missing":
      ("data.validation={{_override_: true, dataset_name: gsm8k, data_path: '{tmp}/none.jsonl'}}",
      "data.validation.data_path='{tmp}/none.jsonl': there is no such file or directory (looked for {tmp}/none.jsonl). "

@@ -1,10 +1,12 @@
 """The engine of the trainer's process beside transformers: the log-probabilities of what it sampled.
 
-The judge is transformers' own model on the CPU, with the adapter merged into its weights in fp32.
+The judge is transformers' own model on the CPU, with the adapter merged into its weights in fp32. With CUDA graphs and
+without, every number is to be the same; on a CPU tests/recorded_steps.py captures.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -13,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nemo_rl_lora.generation.in_process.engine import InProcessGeneration
+from nemo_rl_lora.generation.in_process.bursts import Bursts
+from nemo_rl_lora.generation.in_process.engine import CudaGraphsChoice, InProcessGeneration
 from nemo_rl_lora.generation.protocol import generate
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.types import CompletionGroup, SyncMode
@@ -26,6 +29,7 @@ from tests.generation.engine_inputs import (
     request,
 )
 from tests.gpu.checks import Answer, Check, Machine, within
+from tests.recorded_steps import recorded
 from tests.tiny_models import sampling_model
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -43,6 +47,55 @@ def checks(machine: Machine) -> Iterator[Check]:
             for mode in modes:
                 name = f"{architecture}, {mode} weights, {str(dtype).removeprefix('torch.')}"
                 yield Check(name=name, ask=partial(beside_transformers, machine, architecture, mode, dtype))
+        for mode in modes if machine.has_gpu or dtype == torch.float32 else ():
+            name = f"CUDA graphs, {mode} weights, {str(dtype).removeprefix('torch.')}"
+            yield Check(name=name, ask=partial(with_and_without_graphs, machine, mode, dtype))
+
+
+def with_and_without_graphs(machine: Machine, mode: SyncMode, dtype: torch.dtype) -> Answer:
+    """Several draws, more rows than fit at once, after each of three syncs: every number is the same."""
+    (with_graphs, seconds, num_captured), (without, seconds_without, _) = (
+        sampled_three_times(machine, mode, dtype, cuda_graphs=cuda_graphs) for cuda_graphs in (True, False)
+    )
+    pairs = [
+        (one, other)
+        for group, again in zip(with_graphs, without, strict=True)
+        for one, other in zip(group.completions, again.completions, strict=True)
+    ]
+    return Answer(
+        ok=with_graphs == without and num_captured > 0,
+        facts={
+            "same_tokens": all(one.token_ids == other.token_ids for one, other in pairs),
+            "same_logprobs": all(one.logprobs == other.logprobs for one, other in pairs),
+            "num_captured": num_captured,
+            "rollout_seconds": seconds,
+            "rollout_seconds_without": seconds_without,
+        },
+    )
+
+
+def sampled_three_times(
+    machine: Machine, mode: SyncMode, dtype: torch.dtype, *, cuda_graphs: bool
+) -> tuple[list[CompletionGroup], float, int]:
+    """The groups of three rollouts, the seconds of the last one, and how many steps are captured."""
+    model, groups, seconds = sampling_model("qwen3"), list[CompletionGroup](), 0.0
+    engine: Any = engine_on(machine, sampling_model("qwen3"), dtype, cuda_graphs=cuda_graphs and machine.has_gpu)
+    if not machine.has_gpu:
+        engine._bursts = Bursts(engine._decoder, (lambda: recorded) if cuda_graphs else None)
+        engine._decoder.kept_bytes = 2**30
+    draws: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.0}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9})
+    requests = [
+        request(prompt, 3, max_new_tokens=20, stop_token_ids=(4, 12), **how) for prompt in PROMPTS for how in draws
+    ]
+    for version in (1, 2, 3):
+        adapter = adapter_tensors(model, version)
+        synced(machine, engine, adapter if mode == "adapter" else merged_tensors(model, adapter), mode, dtype, version)
+        begun = time.perf_counter()
+        groups += generate(engine, requests)
+        seconds = time.perf_counter() - begun
+    num_captured = len(engine._bursts._steps)
+    engine.close()
+    return groups, seconds, num_captured
 
 
 def beside_transformers(machine: Machine, architecture: str, mode: SyncMode, dtype: torch.dtype) -> Answer:
@@ -70,24 +123,42 @@ def sample(
     machine: Machine, model: PreTrainedModel, tensors: dict[str, Tensor], mode: SyncMode, dtype: torch.dtype
 ) -> list[CompletionGroup]:
     """Three completions of each prompt, after a sync of these tensors."""
+    engine = engine_on(machine, model, dtype)
+    synced(machine, engine, tensors, mode, dtype)
+    sampling: dict[str, Any] = {"max_new_tokens": 20, "temperature": TEMPERATURE}
+    return generate(engine, [request(prompt, num_completions=3, **sampling) for prompt in PROMPTS])
+
+
+def engine_on(
+    machine: Machine, model: PreTrainedModel, dtype: torch.dtype, cuda_graphs: CudaGraphsChoice = "auto"
+) -> InProcessGeneration:
     torch.nn.Module.to(model, machine.device, dtype)
     tokenizer: Any = LetterTokenizer()
-    engine = InProcessGeneration(
+    return InProcessGeneration(
         model,
         tokenizer=tokenizer,
         spec=LoraSpec(dim=4, alpha=6.0),
         adapted=adapted_modules(model),
         compute_dtype=dtype,
-        max_concurrent_sequences=64,
+        max_concurrent_sequences=16,
+        cuda_graphs=cuda_graphs,
     )
+
+
+def synced(
+    machine: Machine,
+    engine: InProcessGeneration,
+    tensors: dict[str, Tensor],
+    mode: SyncMode,
+    dtype: torch.dtype,
+    version: int = 1,
+) -> None:
     on_device = {
         name: tensor.to(machine.device, torch.float32 if mode == "adapter" else dtype)
         for name, tensor in tensors.items()
     }
-    receipt = engine.sync_weights(ref(on_device, mode))
+    receipt = engine.sync_weights(ref(on_device, mode, version))
     assert receipt.verdict == "confirmed", receipt
-    sampling: dict[str, Any] = {"max_new_tokens": 20, "temperature": TEMPERATURE}
-    return generate(engine, [request(prompt, num_completions=3, **sampling) for prompt in PROMPTS])
 
 
 def judged_logprobs(model: PreTrainedModel, prompt: tuple[int, ...], token_ids: tuple[int, ...]) -> Tensor:

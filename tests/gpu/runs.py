@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_rl_lora.config.master import Algorithm
+from nemo_rl_lora.policy.determinism import deterministic_algorithms
 from tests.driver import TinyRun, adapter, same
 from tests.gpu.checks import Answer, Check, Machine, relative, within
 from tests.tiny_models import make_tiny_llama
@@ -41,7 +42,7 @@ class Case:
     algorithm: Algorithm
     backend: Literal["dtensor", "megatron"]
     precision: Literal["float32", "bfloat16"] = "float32"
-    deterministic: bool = False  # torch.use_deterministic_algorithms
+    deterministic: bool = False  # policy.deterministic
 
     def __str__(self) -> str:
         mode = ", deterministic" if self.deterministic else ""
@@ -132,17 +133,12 @@ class Runs:
 
 @contextmanager
 def determinism(on: bool) -> Iterator[list[str]]:
-    """torch.use_deterministic_algorithms, which here names what it cannot do, rather than to stop."""
+    """As `policy.deterministic`; which operations have no such form, once it is over."""
     operations: list[str] = []
-    torch.use_deterministic_algorithms(on, warn_only=True)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield operations
-    finally:
-        torch.use_deterministic_algorithms(False)
-    texts = {str(warning.message) for warning in caught}
-    operations += sorted(text.split(" does not have")[0] for text in texts if " does not have a determin" in text)
+    with warnings.catch_warnings(), deterministic_algorithms(on, operations.append):
+        warnings.simplefilter("always")
+        yield operations
+    operations.sort()
 
 
 def repeated_and_resumed(runs: Runs, case: Case) -> Answer:

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_rl_lora.generation.in_process.bursts import BURST_TOKENS
 from nemo_rl_lora.generation.in_process.engine import InProcessGeneration
 from nemo_rl_lora.generation.protocol import generate
 from nemo_rl_lora.lora.spec import LoraSpec
+from nemo_rl_lora.tensors import NUM_PAGES, PAGE_BYTES, tensors_digest
 from nemo_rl_lora.types import Batch, SyncMode
 from tests.fake_gpu import FakeGpu
 from tests.generation.engine_inputs import LetterTokenizer, request
@@ -162,7 +164,7 @@ def test_a_microbatch_asks_for_no_more_than_this(gpu: FakeGpu, models: Path, bac
     assert 0 < sum(costs.once.waits.values()) <= waits_of_a_step, table(costs.once.waits)
 
 
-def engine_of(policy: Any) -> InProcessGeneration:
+def engine_of(policy: Any, **settings: Any) -> InProcessGeneration:
     return InProcessGeneration(
         policy.base_model(),
         tokenizer=LetterTokenizer(),
@@ -170,6 +172,7 @@ def engine_of(policy: Any) -> InProcessGeneration:
         adapted=policy.adapted,
         compute_dtype=policy.compute_dtype,
         max_concurrent_sequences=4,
+        **settings,
     )
 
 
@@ -199,24 +202,75 @@ def test_every_tensor_of_the_engine_in_process_is_where_it_is_computed(
         assert [len(c.token_ids) for g in groups for c in g.completions] == [2] * 3 + [4] * 3 + [6] * 3
 
 
-# Launches of a decoder layer, and of all else for a token; copies to the GPU, and waits for it.
-DECODING: dict[SyncMode, tuple[int, int, int, int]] = {"merged": (51, 60, 5, 8), "adapter": (93, 60, 5, 8)}
+# Launches of a decoder layer for a token, and of all else.
+DECODING: dict[SyncMode, tuple[int, int]] = {"merged": (35, 60), "adapter": (63, 60)}
+
+
+def costs_of_a_burst(gpu: FakeGpu, models: Path, mode: SyncMode, *, cuda_graphs: bool) -> Costs:
+    """What so many tokens of every row ask for, that the host looks at together."""
+
+    def run(layers: int, bursts: int) -> Asked:
+        policy = make_policy(model_of("llama", layers, models), spec=PLAIN, precision="bfloat16")
+        engine = engine_of(policy, cuda_graphs=cuda_graphs)
+        engine.sync_weights(policy.publish(1, mode))
+        gpu.reset()
+        generate(engine, [request((3, 4, 5), num_completions=4, max_new_tokens=1 + BURST_TOKENS * bursts)])
+        return Asked.of(gpu)
+
+    return costs_of(run)
 
 
 @pytest.mark.parametrize("mode", DECODING)
 def test_a_token_asks_for_no_more_than_this(gpu: FakeGpu, models: Path, mode: SyncMode):
-    def run(layers: int, tokens: int) -> Asked:
-        policy = make_policy(model_of("llama", layers, models), spec=PLAIN, precision="bfloat16")
-        engine = engine_of(policy)
-        engine.sync_weights(policy.publish(1, mode))
-        gpu.reset()
-        generate(engine, [request((3, 4, 5), num_completions=4, max_new_tokens=3 + tokens)])
-        return Asked.of(gpu)
-
-    costs = costs_of(run)
-    launches_of_a_layer, launches, copies, waits = DECODING[mode]
+    costs = costs_of_a_burst(gpu, models, mode, cuda_graphs=False)
+    launches_of_a_layer, launches = (BURST_TOKENS * number for number in DECODING[mode])
     assert 0 < costs.layer.launches <= launches_of_a_layer, table(costs.layer.operations)
     assert sum(costs.layer.copies.values()) == sum(costs.layer.waits.values()) == 0
     assert costs.unit.launches <= launches, table(costs.unit.operations)
-    assert 0 < sum(costs.unit.copies.values()) <= copies, table(costs.unit.copies)
-    assert 0 < sum(costs.unit.waits.values()) <= waits, table(costs.unit.waits)
+    assert sum(costs.unit.copies.values()) == 1, table(costs.unit.copies)
+    assert sum(costs.unit.waits.values()) == 1, table(costs.unit.waits)
+
+
+def test_the_digest_of_a_large_tensor_takes_its_pages_in_one_copy(on_gpu, monkeypatch):
+    whole, num_bytes = torch.Tensor.cpu, []
+
+    def cpu(tensor):
+        num_bytes.append(tensor.numel() * tensor.element_size())
+        return whole(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    weight = torch.zeros(1024, 1024, device="cuda", dtype=torch.bfloat16)
+    on_gpu.reset()
+
+    tensors_digest({"w": weight})
+
+    assert num_bytes == [NUM_PAGES * PAGE_BYTES]
+    assert on_gpu.waits.total() == 1
+
+
+@pytest.mark.parametrize("mode", DECODING)
+def test_a_token_of_a_captured_step_is_one_launch(gpu: FakeGpu, models: Path, mode: SyncMode):
+    costs = costs_of_a_burst(gpu, models, mode, cuda_graphs=True)  # in whose capture a copy or a wait raises
+    assert costs.layer.launches == 0, table(costs.layer.operations)
+    assert costs.unit.operations == {"cuda graph": BURST_TOKENS}
+    assert sum(costs.unit.copies.values()) == 1, table(costs.unit.copies)
+    assert sum(costs.unit.waits.values()) == 1, table(costs.unit.waits)
+
+
+def test_a_step_that_cannot_be_captured_is_called(gpu: FakeGpu, models: Path, monkeypatch, caplog):
+    policy = make_policy(model_of("llama", 1, models), spec=PLAIN, precision="bfloat16")
+    asked = [request((3, 4, 5), num_completions=2, max_new_tokens=20)]
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", fails)
+    engine = engine_of(policy)
+    engine.sync_weights(policy.publish(1, "merged"))
+    (group,) = generate(engine, asked)
+    assert [len(c.token_ids) for c in group.completions] == [20, 20]
+    assert "without CUDA graphs, since a step could not be captured: CUDA error" in caplog.text
+    engine = engine_of(policy, cuda_graphs=True)
+    engine.sync_weights(policy.publish(1, "merged"))
+    with pytest.raises(RuntimeError, match="not permitted"):
+        generate(engine, asked)

@@ -69,7 +69,11 @@ def test_what_is_not_known_is_left_out():
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
         ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None, None),
         ("NVIDIA H20", None, None),
-        ("NVIDIA L40", None, None),
+        ("NVIDIA L40", 181.0, 90.5),
+        ("NVIDIA L4", 121.0, 30.3),
+        ("NVIDIA A10", 125.0, 31.2),
+        ("NVIDIA A10G", None, None),
+        ("NVIDIA A30", 165.0, 10.3),
         (None, None, None),
     ],
 )

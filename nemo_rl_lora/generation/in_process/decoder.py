@@ -12,7 +12,7 @@ each of them, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from nemo_rl_lora.generation.in_process.key_values import KeyValueStore, fill_holes
+from nemo_rl_lora.generation.in_process.projections import Projection, in_place
 from nemo_rl_lora.lora.adapter_tensors import AdapterTensors, side_of
 from nemo_rl_lora.lora.files import module_of
 from nemo_rl_lora.models.families import families_for, rope_types_for, shortening_window
@@ -88,98 +90,6 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     return None
 
 
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN can hold linear weights in its own layout here (about a quarter off the products' time)."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-class Projection:
-    """A linear layer: a shared weight, or an own one in oneDNN's layout, with an adapter beside it."""
-
-    __slots__ = ("adapter", "bias", "packed", "shared_bias", "shared_weight", "weight")
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.shared_weight, self.shared_bias = weight, bias
-        self.reset()
-        self.adapter: AdapterTensors | None = None
-
-    def reset(self) -> None:
-        self.weight: Tensor | None = self.shared_weight
-        self.packed: Tensor | None = None
-        self.bias = self.shared_bias
-
-    def own(self, weight: Tensor, batch_rows: int) -> None:
-        """Hold a weight of our own, packed where that works; the plain tensor is let go then."""
-        if can_pack(weight.device, weight.dtype):
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, batch_rows)
-            self.weight = None
-        else:
-            self.packed, self.weight = None, weight
-
-    def held(self) -> Tensor:
-        """The weight as a plain tensor."""
-        held = self.weight if self.packed is None else self.packed.to_dense()
-        assert held is not None
-        return held
-
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
-        assert self.weight is not None
-        return F.linear(x, self.weight, bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self.multiply(x, self.bias)
-        if self.adapter is None:
-            return y
-        return y + self.adapter.update(x).to(y.dtype)
-
-
-class KeyValueStore:
-    """Keys [layers, slots, K, D, capacity] (transposed: the faster product) and values [.., K, capacity, D]."""
-
-    def __init__(self, num_layers: int, num_heads: int, head_dim: int, like: Tensor) -> None:
-        self.keys = like.new_empty((num_layers, 0, num_heads, head_dim, 0))
-        self.values = like.new_empty((num_layers, 0, num_heads, 0, head_dim))
-
-    def reserve(self, num_slots: int, length: int) -> None:
-        """Make room for this many slots of this length; what is stored stays."""
-        layers, slots, heads, head_dim, capacity = self.keys.shape
-        if num_slots <= slots and length <= capacity:
-            return
-        new_slots = max(slots, num_slots)
-        new_capacity = capacity if length <= capacity else max(length, 2 * capacity)
-        # Zeros, not garbage: a masked position still enters a product, where NaN would survive its zero weight.
-        keys = self.keys.new_zeros((layers, new_slots, heads, head_dim, new_capacity))
-        values = self.values.new_zeros((layers, new_slots, heads, new_capacity, head_dim))
-        keys[:, :slots, :, :, :capacity] = self.keys
-        values[:, :slots, :, :capacity] = self.values
-        self.keys, self.values = keys, values
-
-    def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        if not sources:
-            return
-        source, target = torch.tensor(sources), torch.tensor(targets)
-        self.keys[:, target, :, :, :length] = self.keys[:, source, :, :, :length]
-        self.values[:, target, :, :length] = self.values[:, source, :, :length]
-
-
-def fill_holes(num_rows: int, retired: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-    """Close rows by moving the last ones into the gaps. Returns (order, sources, targets); order[new] = old."""
-    gone = set(retired)
-    num_left = num_rows - len(gone)
-    targets = [row for row in sorted(gone) if row < num_left]
-    sources = [row for row in range(num_left, num_rows) if row not in gone]
-    order = list(range(num_left))
-    for source, target in zip(sources, targets, strict=True):
-        order[target] = source
-    return order, sources, targets
-
-
 @dataclass(slots=True, kw_only=True)
 class Layer:
     """The weights of one decoder layer."""
@@ -220,15 +130,24 @@ class StepPlan:
 
     num_rows: int
     num_prompts: int
-    prompt_length: int  # longest open prompt
-    completion_length: int  # longest completion, with this token
-    uniform: bool  # every row writes at completion_length - 1
-    write_index: Tensor  # [N]
+    prompt_length: int  # longest open prompt, or more
+    completion_length: int  # longest completion, with this token, or more
+    slots: Tensor | None  # [N] 0, 1, ..; None where every row writes at completion_length - 1
+    written: Tensor  # [N] where a row writes
     positions: Tensor  # [N]
     mask: Tensor | None  # [N, 1, 1, prompt_length + completion_length], added to the scores
     width: int
     rectangle_rows: Tensor | None  # [P * width]: the row that stands there
     row_places: Tensor | None  # [N]: where in the rectangle a row stands
+
+
+def attention_mask(prompt_lengths: Tensor, written: Tensor, prompt_length: int, completion_length: int) -> Tensor:
+    """StepPlan's, for rows [N] with prompts of these lengths."""
+    places = torch.arange(max(prompt_length, completion_length), device=written.device)
+    is_no_prompt = places[:prompt_length] >= prompt_lengths[:, None]
+    hidden = torch.cat((is_no_prompt, places[:completion_length] > written[:, None]), dim=1)
+    mask = torch.zeros(hidden.shape, device=written.device).masked_fill_(hidden, float("-inf"))
+    return mask[:, None, None]
 
 
 class CausalDecoder:
@@ -251,12 +170,16 @@ class CausalDecoder:
         self.rotary = model.get_submodule("model.rotary_emb")
         self._read_weights(model)
         self.cos, self.sin = self.embedding.new_empty(0), self.embedding.new_empty(0)
+        self.kept_bytes = 0  # a cache up to this size stays where it is when the last row is closed
         self.reset()
 
     def reset(self) -> None:
         layers, heads = len(self.layers), self.num_kv_heads
         self.prompt_store = KeyValueStore(layers, heads, self.head_dim, self.embedding)
         self.completion_store = KeyValueStore(layers, heads, self.head_dim, self.embedding)
+        self._close_rows()
+
+    def _close_rows(self) -> None:
         self.row_prompt: list[int] = []  # the prompt slot of each row
         self.row_length: list[int] = []  # completion tokens stored for each row
         self.prompt_lengths: list[int] = []  # of each prompt slot
@@ -301,24 +224,18 @@ class CausalDecoder:
         )
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        self.weights = {**self.shared}
-        for projection in self.projections.values():
-            projection.reset()
-        for name, tensor in weights.items():
-            module, _, kind = name.rpartition(".")
-            projection = self.projections.get(module)
-            if projection is None:
-                self.weights[name] = tensor
-            elif kind == "bias":
-                projection.bias = tensor
-            else:
-                projection.own(tensor, self.batch_rows)
+        for name, projection in self.projections.items():
+            projection.hold(weights.get(f"{name}.weight"), weights.get(f"{name}.bias"), self.batch_rows)
+        for name, shared in self.shared.items():
+            if name.rpartition(".")[0] not in self.projections:
+                new = weights.get(name)
+                self.weights[name] = shared if new is None else in_place(self.weights[name], new, shared)
         self.layers = [self._read_layer(f"model.layers.{i}.") for i in range(len(self.layers))]
         self._read_outer()
 
     def set_adapters(self, adapters: Mapping[str, AdapterTensors]) -> None:
         for name, projection in self.projections.items():
-            projection.adapter = adapters.get(name)
+            projection.adapt(adapters.get(name))
 
     def held(self, name: str) -> Tensor | None:
         if (side := side_of(name)) is not None:
@@ -378,7 +295,8 @@ class CausalDecoder:
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = torch.tensor(prompt)
         slot_index = torch.tensor(slots)
-        cos, sin = self._rope(torch.arange(L, device=self.embedding.device).repeat(P), L)
+        self._reserve_positions(L)
+        cos, sin = self._rope(torch.arange(L, device=self.embedding.device).repeat(P))
         x = F.embedding(padded.to(self.embedding.device).view(-1), self.embedding)
 
         def attend(layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -397,20 +315,46 @@ class CausalDecoder:
     def step(self, token_ids: Tensor) -> Tensor:
         plan = self._plan()
         assert token_ids.shape == (plan.num_rows,), (token_ids.shape, plan.num_rows)
-        self.completion_store.reserve(plan.num_rows, plan.completion_length)
-        cos, sin = self._rope(plan.positions, plan.prompt_length + plan.completion_length)
+        self.reserve(
+            num_rows=plan.num_rows,
+            num_prompts=plan.num_prompts,
+            prompt_length=plan.prompt_length,
+            completion_length=plan.completion_length,
+        )
+        logits = self.compute(plan, token_ids)
+        self.row_length = [length + 1 for length in self.row_length]
+        return logits
+
+    def reserve(self, *, num_rows: int, num_prompts: int, prompt_length: int, completion_length: int) -> None:
+        """Make room for what a step of these sizes reads and writes."""
+        self.prompt_store.reserve(num_prompts, prompt_length)
+        self.completion_store.reserve(num_rows, completion_length)
+        self._reserve_positions(prompt_length + completion_length)
+
+    def tensors_of_a_step(self) -> Iterator[Tensor]:
+        """All that `compute` reads and writes, but for its arguments."""
+        for store in (self.prompt_store, self.completion_store):
+            yield from (store.keys, store.values)
+        yield from (self.cos, self.sin, *self.weights.values())
+        for projection in (*self.projections.values(), self.head):
+            yield from projection.tensors()
+
+    def compute(self, plan: StepPlan, token_ids: Tensor) -> Tensor:
+        """The logits after one more token in every row [N, V]. Of the plan's numbers on the device none is looked at:
+        what is launched, and where it reads and writes, follows from the sizes alone."""
 
         def attend(layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return self._attend_step(plan, layer_index, q, k, v)
 
-        x = self._body(F.embedding(token_ids, self.embedding), cos, sin, attend)
-        self.row_length = [length + 1 for length in self.row_length]
+        x = self._body(F.embedding(token_ids, self.embedding), *self._rope(plan.positions), attend)
         return self._logits(x)
 
     def retire(self, rows: Sequence[int]) -> list[int]:
         order, sources, targets = fill_holes(len(self.row_prompt), rows)
         if not order:
-            self.reset()
+            if self.prompt_store.num_bytes + self.completion_store.num_bytes > self.kept_bytes:
+                self.reset()
+            self._close_rows()
             return order
         self.completion_store.move(sources, targets, max(self.row_length, default=0))
         self.row_prompt = [self.row_prompt[row] for row in order]
@@ -447,86 +391,92 @@ class CausalDecoder:
         return self.head(self._norm(x, self.final_norm))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.norm_eps)
-        return weight * wide.to(x.dtype)
+        return weight * F.rms_norm(
+            x, weight.shape, None, self.norm_eps
+        )  # rounded before the weight, as transformers do
 
-    def _rope(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [N, 1, D]; the first half of the sines is negated, which turns rotate-half into a roll."""
-        if self.cos.shape[0] < length:
-            table = torch.arange(max(length, 2 * self.cos.shape[0], FIRST_ROPE_POSITIONS), device=positions.device)[
-                None
-            ]
-            cos, sin = self.rotary(self.embedding, table)
-            sign = torch.ones_like(sin[0, 0])
-            sign[: self.head_dim // 2] = -1
-            self.cos, self.sin = cos[0], sin[0] * sign
         return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+
+    def _reserve_positions(self, length: int) -> None:
+        if self.cos.shape[0] >= length:
+            return
+        length = max(length, 2 * self.cos.shape[0], FIRST_ROPE_POSITIONS)
+        cos, sin = self.rotary(self.embedding, torch.arange(length, device=self.embedding.device)[None])
+        sign = torch.ones_like(sin[0, 0])
+        sign[: self.head_dim // 2] = -1
+        self.cos, self.sin = cos[0], sin[0] * sign
 
     def _plan(self) -> StepPlan:
         device = self.embedding.device
-        prompt_lengths = torch.tensor(self.prompt_lengths)
-        row_prompt, written = torch.tensor(self.row_prompt), torch.tensor(self.row_length)
-        L, T = int(prompt_lengths.max()), int(written.max()) + 1
-        row_lengths = prompt_lengths[row_prompt]
-        uniform = int(written.min()) + 1 == T
-        mask = None
-        if not uniform or int(row_lengths.min()) < L:
-            hidden = torch.cat((torch.arange(L) >= row_lengths[:, None], torch.arange(T) > written[:, None]), dim=1)
-            mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None].to(device)
+        prompt_lengths, written = self.lengths_of_rows()
+        L, T = max(self.prompt_lengths), max(written) + 1
+        is_uniform = min(written) + 1 == T
+        is_masked = not is_uniform or min(prompt_lengths) < L
+        lengths = torch.tensor([prompt_lengths, written]).to(device)
         width, rectangle_rows, row_places = self._group_rectangle()
         return StepPlan(
-            num_rows=len(self.row_prompt),
+            num_rows=len(written),
             num_prompts=len(self.prompt_lengths),
             prompt_length=L,
             completion_length=T,
-            uniform=uniform,
-            write_index=written.to(device),
-            positions=(row_lengths + written).to(device),
-            mask=mask,
+            slots=None if is_uniform else torch.arange(len(written), device=device),
+            written=lengths[1],
+            positions=lengths.sum(0),
+            mask=attention_mask(lengths[0], lengths[1], L, T) if is_masked else None,
             width=width,
             rectangle_rows=rectangle_rows,
             row_places=row_places,
         )
 
+    def lengths_of_rows(self) -> tuple[list[int], list[int]]:
+        """Of each row's prompt, and how many tokens of its completion are stored."""
+        return [self.prompt_lengths[slot] for slot in self.row_prompt], self.row_length
+
     def _group_rectangle(self) -> tuple[int, Tensor | None, Tensor | None]:
         if self._rectangle is None:
-            members: list[list[int]] = [[] for _ in self.prompt_lengths]
-            for row, slot in enumerate(self.row_prompt):
-                members[slot].append(row)
-            width = max(len(rows) for rows in members)
-            rectangle = [row for rows in members for row in rows + rows[:1] * (width - len(rows))]
+            width, rectangle, places = self.rectangle_of_rows()
             if rectangle == list(range(len(self.row_prompt))):
                 self._rectangle = (width, None, None)
             else:
-                places = [0] * len(self.row_prompt)
-                for slot, rows in enumerate(members):
-                    for column, row in enumerate(rows):
-                        places[row] = slot * width + column
-                device = self.embedding.device
-                rows_there, places_of = torch.tensor(rectangle), torch.tensor(places)
-                self._rectangle = (width, rows_there.to(device), places_of.to(device))
+                indices, places_of = torch.tensor(rectangle), torch.tensor(places)
+                self._rectangle = (width, indices.to(self.embedding.device), places_of.to(self.embedding.device))
         return self._rectangle
+
+    def rectangle_of_rows(self, width: int = 0) -> tuple[int, list[int], list[int]]:
+        """StepPlan's width, at least this one, and its two indices. A place that no row needs has the first of its
+        prompt."""
+        members: list[list[int]] = [[] for _ in self.prompt_lengths]
+        for row, slot in enumerate(self.row_prompt):
+            members[slot].append(row)
+        width = max(width, *map(len, members))
+        places = [0] * len(self.row_prompt)
+        for slot, rows in enumerate(members):
+            for column, row in enumerate(rows):
+                places[row] = slot * width + column
+        return width, [row for rows in members for row in rows + rows[:1] * (width - len(rows))], places
 
     def _attend_step(self, plan: StepPlan, layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One query for each row against its prompt (shared) and its own completion, under one softmax."""
         N, T, L = plan.num_rows, plan.completion_length, plan.prompt_length
         keys, values = self.completion_store.keys[layer_index], self.completion_store.values[layer_index]
-        if plan.uniform:
+        if plan.slots is None:
             keys[:N, :, :, T - 1] = k
             values[:N, :, T - 1] = v
         else:
-            rows = torch.arange(N, device=q.device)
-            keys[rows, :, :, plan.write_index] = k
-            values[rows, :, plan.write_index] = v
+            keys[plan.slots, :, :, plan.written] = k
+            values[plan.slots, :, plan.written] = v
         q = q.reshape(N, self.num_kv_heads, self.repeats, self.head_dim)
         prompt_keys = self.prompt_store.keys[layer_index][: plan.num_prompts, ..., :L]
         prompt_values = self.prompt_store.values[layer_index][: plan.num_prompts, :, :L]
         own_scores = torch.matmul(q, keys[:N, ..., :T])
         shared_scores = self._to_rows(plan, torch.matmul(self._to_rectangle(plan, q), prompt_keys))
-        scores = torch.cat((shared_scores, own_scores), dim=-1).float() * self.scaling
-        if plan.mask is not None:
-            scores += plan.mask
+        scores = torch.cat((shared_scores, own_scores), dim=-1)
+        if plan.mask is None:
+            scores = scores.float() * self.scaling
+        else:
+            scores = torch.add(plan.mask, scores, alpha=self.scaling)  # in fp32, as the mask
         attention = scores.softmax(dim=-1).to(q.dtype)
         shared_attention = self._to_rectangle(plan, attention[..., :L])
         out = self._to_rows(plan, torch.matmul(shared_attention, prompt_values))

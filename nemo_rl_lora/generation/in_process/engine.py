@@ -4,7 +4,8 @@ Contract: the Generation protocol. A prompt is computed once for its group; all 
 together, up to a number of concurrent sequences; a finished sequence leaves the batch and a waiting group enters. A
 completion depends on its prompt, its seed, the sampling and the weights, not on what is decoded beside it (but for
 the rounding of differently shaped products). A merged sync is held in own copies of the named tensors, an adapter
-sync as A and B beside the shared base; the base model's tensors are never written.
+sync as A and B beside the shared base; the base model's tensors are never written. Merged weights take the place of
+those before one tensor at a time: a sync that breaks off leaves an engine that serves no version until the next one.
 Not here: the arithmetic of the model (decoder.py, fallback.py) and of drawing a token (sampling.py).
 """
 
@@ -12,15 +13,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nemo_rl_lora.generation.in_process.bursts import BURST_TOKENS, Bursts, CudaGraphs
 from nemo_rl_lora.generation.in_process.decoder import CausalDecoder, Decoder, unsupported_reason
 from nemo_rl_lora.generation.in_process.fallback import PlainDecoder
 from nemo_rl_lora.generation.in_process.inspection import Inspection
@@ -38,6 +41,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CudaGraphsChoice = bool | Literal["auto"]
+
+_KEPT_SHARE = 0.1  # of a GPU's memory, for a cache that stays between rollouts and the CUDA graphs that use it
 _NO_LIMIT = 2**31  # positions of a model without a table of them: ALiBi, recurrent layers
 _NUM_PROBE_STEPS = 3
 _FP32_BOUND = 1e-3  # of logits relative to their size: rounding is 1e-6, with recurrent layers 1e-4
@@ -57,6 +63,35 @@ class _Sequence:
     logprobs: list[float] = field(default_factory=list)
     versions: list[tuple[int, int]] = field(default_factory=list)  # as in Completion
     finish_reason: FinishReason | None = None
+    is_held_up: bool = False  # a burst left the draw of its next token to the host
+
+
+class Incoming(Mapping[str, Tensor]):
+    """The tensors of a sync by name, each made when it is read and kept by nobody here: who holds them in turn needs
+    memory for one."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], take: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+        self._shapes, self._take = shapes, take
+        self._unread = dict.fromkeys(shapes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        self._unread.pop(name, None)
+        return self._take(name, shape)
+
+    def read_rest(self) -> None:
+        """Make what nobody has read, so that it is known to be missing."""
+        for name in list(self._unread):
+            self[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
 
 
 class InProcessGeneration(Ticketed):
@@ -71,6 +106,7 @@ class InProcessGeneration(Ticketed):
         adapted: Sequence[AdaptedModule],
         compute_dtype: torch.dtype,
         max_concurrent_sequences: int,
+        cuda_graphs: CudaGraphsChoice = "auto",
     ) -> None:
         config = base_model.config.get_text_config()
         super().__init__(
@@ -89,6 +125,7 @@ class InProcessGeneration(Ticketed):
         }
         self._turns = Turns()
         self._decoder = _choose_decoder(base_model, compute_dtype, max_concurrent_sequences)
+        self._bursts = _choose_bursts(self._decoder, cuda_graphs)
         self._inspection = Inspection(self._decoder, base_model, list(self._adapted.values()), compute_dtype)
 
     def sync_weights(self, ref: WeightsRef) -> SyncReceipt:
@@ -100,27 +137,16 @@ class InProcessGeneration(Ticketed):
     def _sync(self, ref: WeightsRef) -> SyncReceipt:
         start = time.perf_counter()
         expected = _checked_shapes(ref, self._expected[ref.mode])
-        assert ref.tensors is not None
-        staged: dict[str, Tensor] = {}
-        num_bytes, proof_seconds = 0, 0.0
         self._inspection.begin(ref)
-        for name, shape in expected.items():
-            tensor = ref.tensors[name]
-            if tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"weights of version {ref.version}: {name!r} has shape {tuple(tensor.shape)}, not {shape}. "
-                    f"The engine keeps version {self._version}."
-                )
-            num_bytes += tensor.numel() * tensor.element_size()
-            dtype = self._adapter_dtype if ref.mode == "adapter" else self._dtype
-            staged[name] = self._copied(tensor, dtype)
-            copied = time.perf_counter()
-            self._inspection.note(name, tensor, staged[name])
-            proof_seconds += time.perf_counter() - copied
+        incoming = Incoming(expected, partial(self._taken, ref))
         if ref.mode == "merged":
+            self._version = None  # in between it serves no version
             self._decoder.set_adapters({})
-            self._decoder.set_weights(staged)
-        else:
+            self._decoder.set_weights(incoming)
+            incoming.read_rest()
+        else:  # A and B are small: they are all there before anything is touched
+            staged = {name: incoming[name] for name in expected}
+            self._version = None
             self._decoder.set_weights({})
             modules = self._adapted.items()
             self._decoder.set_adapters({name: AdapterTensors.of(name, m.scale, staged) for name, m in modules})
@@ -133,11 +159,25 @@ class InProcessGeneration(Ticketed):
             mode=ref.mode,
             digest=digest,
             num_tensors=len(expected),
-            num_bytes=num_bytes,
+            num_bytes=sum(info.num_bytes for info in ref.manifest),
             seconds=done - start,
             verdict=verdict,
-            proof_seconds=proof_seconds + done - served,
+            proof_seconds=self._inspection.noting_seconds + done - served,
         )
+
+    def _taken(self, ref: WeightsRef, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of a ref as the engine is to hold it, of which the inspection knows."""
+        assert ref.tensors is not None
+        tensor = ref.tensors[name]
+        if tuple(tensor.shape) != shape:
+            keeps = "serves no version" if self._version is None else f"keeps version {self._version}"
+            raise ValueError(
+                f"weights of version {ref.version}: {name!r} has shape {tuple(tensor.shape)}, not {shape}. "
+                f"The engine {keeps}."
+            )
+        own = self._copied(tensor, self._adapter_dtype if ref.mode == "adapter" else self._dtype)
+        self._inspection.note(name, tensor, own)
+        return own
 
     def _copied(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """The engine's own, which stays as it is while the policy trains on."""
@@ -160,13 +200,18 @@ class InProcessGeneration(Ticketed):
                     admitted = self._admissible(len(rows))
                     if admitted:
                         rows += self._open(admitted, groups)
-                    else:
+                    elif self._bursts is None or any(row.is_held_up for row in rows):
                         last = torch.tensor([row.token_ids[-1] for row in rows], device=self._device)
                         self._draw(rows, self._decoder.step(last))
+                    else:
+                        self._extend(rows, self._bursts)
                     rows = self._close_finished(rows, groups)
         except BaseException:
             self._decoder.reset()
             raise
+        finally:
+            if self._bursts is not None:
+                self._bursts.forget()
 
     def _admissible(self, num_open: int) -> list[tuple[Ticket, GroupRequest]]:
         """The groups that enter now: a group is never split, so one larger than the limit runs alone."""
@@ -205,15 +250,34 @@ class InProcessGeneration(Ticketed):
         return opened
 
     def _draw(self, rows: Sequence[_Sequence], logits: Tensor) -> None:
-        assert self._version is not None, "checked by collect"
-        seeds = [row.request.seeds[row.index] for row in rows]
-        u = uniforms(seeds, [len(row.token_ids) for row in rows])
+        u = self._uniforms(rows, 1)[0]
         tokens, logprobs = sample(logits, [row.request.sampling for row in rows], u)
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            row.token_ids.append(token)
-            row.logprobs.append(logprob)
-            one_more(row.versions, self._version)
-            row.finish_reason = self._finish_reason(row)
+            self._append(row, token, logprob)
+            row.is_held_up = False
+
+    def _extend(self, rows: Sequence[_Sequence], bursts: Bursts) -> None:
+        num_tokens = min(BURST_TOKENS, max(row.limit - len(row.token_ids) for row in rows))
+        sampling = [row.request.sampling for row in rows]
+        found = bursts.extend([row.token_ids[-1] for row in rows], sampling, self._uniforms(rows, num_tokens))
+        for row, new in zip(rows, found, strict=True):
+            for token, logprob in new:
+                if row.finish_reason is None:
+                    self._append(row, token, logprob)
+            row.is_held_up = len(new) < num_tokens and row.finish_reason is None
+
+    def _uniforms(self, rows: Sequence[_Sequence], num_tokens: int) -> Tensor:
+        """[tokens, N]: for the next tokens of every row."""
+        seeds = [row.request.seeds[row.index] for row in rows] * num_tokens
+        positions = [len(row.token_ids) + later for later in range(num_tokens) for row in rows]
+        return uniforms(seeds, positions).view(num_tokens, len(rows))
+
+    def _append(self, row: _Sequence, token: int, logprob: float) -> None:
+        assert self._version is not None, "checked by collect"
+        row.token_ids.append(token)
+        row.logprobs.append(logprob)
+        one_more(row.versions, self._version)
+        row.finish_reason = self._finish_reason(row)
 
     def _finish_reason(self, row: _Sequence) -> FinishReason | None:
         """Why the last token ended the row, or None."""
@@ -264,6 +328,20 @@ def _choose_decoder(model: PreTrainedModel, dtype: torch.dtype, batch_rows: int)
         decoder = PlainDecoder(model, dtype)
     _refuse_other_logits(decoder, model, _FP32_BOUND if dtype == torch.float32 else _BF16_BOUND)
     return decoder
+
+
+def _choose_bursts(decoder: Decoder, cuda_graphs: CudaGraphsChoice) -> Bursts | None:
+    """None where a step at a time is as fast: on a CPU, which need not be told what to do ahead."""
+    if not isinstance(decoder, CausalDecoder) or decoder.embedding.device.type != "cuda":
+        if cuda_graphs is True:
+            raise ValueError(
+                "policy.generation.cuda_graphs=True: only the engine's fast decoder is captured, and only on a GPU. "
+                "Set it to auto, or remove it."
+            )
+        return None
+    memory = torch.cuda.get_device_properties(decoder.embedding.device).total_memory
+    decoder.kept_bytes = int(_KEPT_SHARE * memory)
+    return Bursts(decoder, CudaGraphs if cuda_graphs else None, may_fail=cuda_graphs == "auto")
 
 
 @torch.inference_mode()

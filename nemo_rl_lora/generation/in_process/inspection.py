@@ -3,12 +3,14 @@
 Contract: `Inspection` is told of each tensor of a ref as the engine reads it, and asks the decoder once it serves them.
 Columns of every tensor come from products with one-hot rows, as do those of the base beside an adapter, and of B where
 a merged sync has to leave none. The bytes are those of A and B that the decoder holds; of merged weights those of the
-engine's copies, and of one in eight those that the decoder multiplies by, unpacked; the others follow in later syncs.
+engine's copies, and of one in eight those that the decoder multiplies by, unpacked, against the weight merged once
+more; the others follow in later syncs. No merged weight is kept meanwhile.
 It does not see arithmetic between products; `gen_kl_error` measures that.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -58,17 +60,25 @@ class Inspection:
         self._also = {name: names[id(p)] for name, p in every if id(p) in names and names[id(p)] != name}
         self._witness = Witness(self._base)
         self._columns: dict[str, Tensor] = {}
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}  # of an adapter
+        self.noting_seconds = 0.0
         self._received: dict[str, str] = {}
 
     def begin(self, ref: WeightsRef) -> None:
         """A sync begins. What it will not bring has to be as the base has it, or no adapter."""
-        self._ref, self._kept, self._received = ref, {}, {}
+        self._ref, self._kept, self._received, self.noting_seconds = ref, {}, {}, 0.0
         self._columns = dict(self._base) if ref.mode == "adapter" else dict(self._no_update)
 
     def note(self, name: str, sent: Tensor, staged: Tensor) -> None:
         """A tensor as the policy offered it, and the engine's copy, of which the decoder is to make what it serves."""
-        self._kept[name] = source = staged if staged.dtype == sent.dtype else sent.detach()
+        started = time.perf_counter()
+        self._note(name, sent, staged)
+        self.noting_seconds += time.perf_counter() - started
+
+    def _note(self, name: str, sent: Tensor, staged: Tensor) -> None:
+        source = staged if staged.dtype == sent.dtype else sent.detach()
+        if self._ref.mode == "adapter":
+            self._kept[name] = source
         self._received |= digests_of({name: source}, self._ref.mode)
         if name not in self._shapes:
             return
@@ -84,13 +94,19 @@ class Inspection:
         version, received = self._ref.version, self._received
         self._witness.expect(version, self._columns)
         verdict = self._witness.judge([{name: Shown.whole(self._shown(name)) for name in self._columns}])
-        for index, (name, kept) in enumerate(self._kept.items()):
+        for index, info in enumerate(self._ref.manifest):
             is_due = self._ref.mode == "adapter" or (index - version) % UNPACKED_EVERY == 0
-            if is_due and not _holds(self._decoder.held(name), kept):
-                received[name] = "other bytes"
+            if is_due and not _holds(self._decoder.held(info.name), self._offered(info.name)):
+                received[info.name] = "other bytes"
         self._kept = {}
         require_bytes(version, self._ref.handed, received)
         return combined_digest(received), verdict
+
+    def _offered(self, name: str) -> Tensor:
+        """What was sent under a name: merged once more, since nobody has kept it, and known by its digest to be the
+        same."""
+        assert self._ref.tensors is not None
+        return self._kept[name] if name in self._kept else self._ref.tensors[name].detach()
 
     def _shown(self, name: str) -> Tensor:
         """Columns of what stands under a name, by the decoder's product where it has one; zero without an adapter."""

@@ -9,6 +9,7 @@ One uniform number per row picks by inverse distribution function, in fp64 where
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -38,54 +39,89 @@ def _mix(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What of SamplingParams decides which token is drawn."""
+
+    temperature: float
+    top_p: float
+    top_k: int | None
+
+    @staticmethod
+    def of(sampling: SamplingParams) -> Draw:
+        return Draw(sampling.temperature, sampling.top_p, sampling.top_k)
+
+
 def sample(logits: Tensor, sampling: Sequence[SamplingParams], u: Tensor) -> tuple[Tensor, Tensor]:
     """One token for each row: logits [N, V], u [N] in [0, 1). Returns tokens [N] int64 and logprobs [N] fp64.
 
     Raises FloatingPointError where a row's logits give no distribution.
     """
     u = u.to(logits.device)
-    if len(set(sampling)) == 1:
-        return _sample_alike(logits, sampling[0], u)
-    tokens = torch.empty(len(sampling), dtype=torch.int64, device=logits.device)
-    logprobs = torch.empty(len(sampling), dtype=torch.float64, device=logits.device)
-    for params in dict.fromkeys(sampling):
-        rows = torch.tensor([i for i, other in enumerate(sampling) if other == params], device=logits.device)
-        tokens[rows], logprobs[rows] = _sample_alike(logits[rows], params, u[rows])
+    draws = [Draw.of(params) for params in sampling]
+    kinds = tuple(dict.fromkeys(draws))
+    kind_of_row = torch.tensor([kinds.index(one) for one in draws], device=logits.device) if len(kinds) > 1 else None
+    tokens, logprobs, is_drawn = draw(logits, kinds, kind_of_row, u)
+    if not bool(is_drawn.all()):
+        rows = (~is_drawn).nonzero()[:, 0]
+        kind_of_these = None if kind_of_row is None else kind_of_row[rows]
+        tokens[rows], logprobs[rows], is_drawn = draw(logits[rows], kinds, kind_of_these, u[rows], prefix=None)
+        if not bool(is_drawn.all()):
+            raise FloatingPointError(NONFINITE_LOGITS)
     return tokens, logprobs
 
 
-def _sample_alike(logits: Tensor, params: SamplingParams, u: Tensor) -> tuple[Tensor, Tensor]:
-    if params.temperature == 0:
+def draw(
+    logits: Tensor, kinds: Sequence[Draw], kind_of_row: Tensor | None, u: Tensor, prefix: int | None = TOP_P_PREFIX
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `sample`, without a look at a number: a third tensor [N] says which rows have their token. The others have
+    logits without a distribution, or a top-p that reaches past the `prefix` likeliest tokens (None: past none).
+
+    `kind_of_row` [N] is the place in `kinds` of each row's; every kind is drawn for all rows, and there are few.
+    """
+    found = _draw_alike(logits, kinds[0], u, prefix)
+    for place, kind in enumerate(kinds[1:], start=1):
+        assert kind_of_row is not None
+        is_this, others = kind_of_row == place, _draw_alike(logits, kind, u, prefix)
+        found = tuple(torch.where(is_this, one, other) for one, other in zip(others, found, strict=True))
+    tokens, logprobs, is_drawn = found
+    return tokens, logprobs, is_drawn
+
+
+def _draw_alike(logits: Tensor, kind: Draw, u: Tensor, prefix: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    if kind.temperature == 0:
         tokens = logits.argmax(dim=-1, keepdim=True)
         chosen = logits.gather(1, tokens).float() - logits.float().logsumexp(dim=-1, keepdim=True)
-        _refuse_nonfinite(chosen)
-        return tokens[:, 0], chosen[:, 0].double()
-    if params.top_k is None and params.top_p == 1:
-        return _inverse_cdf(logits, params.temperature, u)
-    ordered, order = _truncate(logits.float() / params.temperature, params)
-    picked, logprobs = _inverse_cdf(ordered, 1.0, u)
-    return order.gather(1, picked[:, None])[:, 0], logprobs
+        return tokens[:, 0], chosen[:, 0].double(), chosen[:, 0] > float("-inf")  # as NaN is not
+    if kind.top_k is None and kind.top_p == 1:
+        return _inverse_cdf(logits, kind.temperature, u)
+    ordered, order, is_enough = _truncate(logits.float() / kind.temperature, kind, prefix)
+    picked, logprobs, is_drawn = _inverse_cdf(ordered, 1.0, u)
+    return order.gather(1, picked[:, None])[:, 0], logprobs, is_drawn if is_enough is None else is_drawn & is_enough
 
 
-def _truncate(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Sorted logits [N, c] with -inf for what top-k and top-p cut, and the token of each place [N, c]."""
-    vocabulary = logits.shape[1]
-    if params.top_k is not None:
-        ordered, order = logits.topk(min(params.top_k, vocabulary), dim=-1)
+def _truncate(logits: Tensor, kind: Draw, prefix: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sorted logits [N, c] with -inf for what top-k and top-p cut, the token of each place [N, c], and the rows whose
+    top-p lies within c [N]; None where all do."""
+    vocabulary, is_enough = logits.shape[1], None
+    if kind.top_k is not None:
+        ordered, order = logits.topk(min(kind.top_k, vocabulary), dim=-1)
         total = ordered.double().logsumexp(dim=-1, keepdim=True)
     else:
         total = logits.double().logsumexp(dim=-1, keepdim=True)
-        ordered, order = logits.topk(min(TOP_P_PREFIX, vocabulary), dim=-1)
-        if bool(((ordered.double() - total).exp().sum(dim=-1) < params.top_p).any()):
+        if prefix is None:
             ordered, order = logits.sort(dim=-1, descending=True)
-    if params.top_p < 1:
+        else:
+            ordered, order = logits.topk(min(prefix, vocabulary), dim=-1)
+            is_enough = (ordered.double() - total).exp().sum(dim=-1) >= kind.top_p
+    if kind.top_p < 1:
         mass = (ordered.double() - total).exp()
-        ordered = ordered.masked_fill(mass.cumsum(dim=-1) - mass >= params.top_p, float("-inf"))
-    return ordered, order
+        ordered = ordered.masked_fill(mass.cumsum(dim=-1) - mass >= kind.top_p, float("-inf"))
+    return ordered, order, is_enough
 
 
-def _inverse_cdf(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The column where the running sum of probabilities passes u, and its logprob."""
+def _inverse_cdf(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The column where the running sum of probabilities passes u, its logprob, and whether there is such a sum."""
     N, V = logits.shape
     largest = logits.amax(dim=-1, keepdim=True).float()
     # One fp32 table, changed in place: at a large vocabulary its memory traffic is the cost of a draw.
@@ -98,22 +134,18 @@ def _inverse_cdf(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor,
     blocks = weights.view(N, -1, BLOCK)
     running = blocks.sum(dim=-1).double().cumsum(dim=-1)
     total = running[:, -1:]
-    _refuse_nonfinite(total)
     target = u[:, None] * total
     block = _first_above(running, target)
-    before = torch.where(block > 0, running.gather(1, (block - 1).clamp(min=0)), 0.0)
-    inside = blocks[torch.arange(N, device=logits.device), block[:, 0]].double().cumsum(dim=-1)
+    before = running.gather(1, (block - 1).clamp(min=0)).masked_fill_(block == 0, 0.0)
+    inside = blocks.gather(1, block[:, :, None].expand(N, 1, BLOCK))[:, 0].double().cumsum(dim=-1)
     picked = block * BLOCK + _first_above(inside, target - before)
-    logprobs = (logits.gather(1, picked).double() - largest.double()) / temperature - total.log()
-    return picked[:, 0], logprobs[:, 0]
+    logprobs = logits.gather(1, picked).double() - largest.double()
+    if temperature != 1:
+        logprobs /= temperature
+    return picked[:, 0], (logprobs - total.log())[:, 0], total[:, 0] > 0  # as NaN is not
 
 
 def _first_above(running: Tensor, target: Tensor) -> Tensor:
     """[N, 1] first index whose running sum exceeds target; at most the last that adds anything."""
     last = (running < running[:, -1:]).sum(dim=-1, keepdim=True)
     return torch.minimum(torch.searchsorted(running, target, right=True), last)
-
-
-def _refuse_nonfinite(values: Tensor) -> None:
-    if not bool(values.isfinite().all()):
-        raise FloatingPointError(NONFINITE_LOGITS)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from nemo_rl_lora.generation.in_process.engine import InProcessGeneration
 from nemo_rl_lora.generation.in_process.fallback import PlainDecoder
 from nemo_rl_lora.generation.protocol import generate
-from nemo_rl_lora.types import CompletionGroup, SyncMode
+from nemo_rl_lora.types import CompletionGroup, SyncMode, WeightsRef
 from tests.generation.engine_inputs import (
     LetterTokenizer,
     adapted_modules,
@@ -330,17 +330,34 @@ def test_a_refused_sync_keeps_the_old_version(damage: Any, mode: SyncMode, make_
     assert generate(engine, [request(PROMPTS[0], num_completions=2)]) == before
 
 
-def test_a_tensor_that_differs_from_its_manifest_keeps_the_old_version(make_engine: MakeEngine) -> None:
+def _lying(other: dict[str, torch.Tensor], mode: SyncMode) -> WeightsRef:
+    """What has another shape than it says, in the last tensor."""
+    return replace(ref(other, mode, version=2), tensors=_misshapen(other))
+
+
+def test_a_tensor_that_differs_from_its_manifest_keeps_the_old_adapter(make_engine: MakeEngine) -> None:
     model = sampling_model("llama")
     engine = make_engine(model, lora=True)
-    good = merged_tensors(model, adapter_tensors(model, 1))
-    engine.sync_weights(ref(good, version=1))
+    engine.sync_weights(ref(adapter_tensors(model, 1), "adapter", version=1))
     before = generate(engine, [request(PROMPTS[0])])
-    other = merged_tensors(model, adapter_tensors(model, 2))
-    lying = replace(ref(other, version=2), tensors=_misshapen(other))
     with pytest.raises(ValueError, match="keeps version 1"):
-        engine.sync_weights(lying)
+        engine.sync_weights(_lying(adapter_tensors(model, 2), "adapter"))
     assert generate(engine, [request(PROMPTS[0])]) == before
+
+
+def test_merged_weights_that_break_off_leave_no_version_until_the_next_sync(make_engine: MakeEngine) -> None:
+    model = sampling_model("llama")
+    engine = make_engine(model, lora=True)
+    first, second = (merged_tensors(model, adapter_tensors(model, seed)) for seed in (1, 2))
+    engine.sync_weights(ref(first, version=1))
+    before = generate(engine, [request(PROMPTS[0])])
+    with pytest.raises(ValueError, match="serves no version"):
+        engine.sync_weights(_lying(second, "merged"))
+    with pytest.raises(RuntimeError, match="no weights yet"):
+        engine.collect([])
+    engine.sync_weights(ref(first, version=3))
+    (after,), (expected,) = (groups[0].completions for groups in (generate(engine, [request(PROMPTS[0])]), before))
+    assert (after.token_ids, after.logprobs) == (expected.token_ids, expected.logprobs)
 
 
 def test_an_adapter_sync_needs_an_adapter(make_engine: MakeEngine) -> None:
