@@ -32,7 +32,7 @@ from nemo_rl_lora.patches.nemo_automodel import save_pretrained
 from nemo_rl_lora.patches.transformers import checkpoint_activations
 from nemo_rl_lora.policy.adapter_state import AdapterSwitch, draw_a, dropout_of
 from nemo_rl_lora.policy.attention import layout_problems, supports_segments
-from nemo_rl_lora.policy.dtensor.linear import install_adapters, named_adapters
+from nemo_rl_lora.policy.dtensor.linear import copy_masters, install_adapters, named_adapters
 from nemo_rl_lora.policy.dtensor.loading import load_weights, reads_by_slices, refill_weights
 from nemo_rl_lora.policy.dtensor.own_part import own_part
 from nemo_rl_lora.policy.dtensor.sharded_files import (
@@ -85,6 +85,8 @@ class DTensorPolicy(TrainedPolicy):
             ranks = sharing.ranks(partial_names.__contains__, lambda name: sharing.answers_for(trained.held[name]))
         if setup.spec is not None:
             trained.draw(setup.spec, setup.seed)
+            if self._sharing is None:
+                trained.copies = copy_masters(self._model, adapted)
         self._parameters = trained
         super().__init__(config, setup, ranks, trained)
 
