@@ -146,8 +146,8 @@ def costs_of_a_step(gpu: FakeGpu, models: Path, backend: str, algorithm: str, **
 STEPS = {
     ("dtensor", "sft"): (134, 11, 12, 2),
     ("dtensor", "grpo"): (165, 18, 36, 2),
-    ("megatron", "sft"): (190, 13, 14, 2),
-    ("megatron", "grpo"): (221, 20, 38, 2),
+    ("megatron", "sft"): (133, 13, 14, 2),
+    ("megatron", "grpo"): (164, 20, 38, 2),
 }
 
 
