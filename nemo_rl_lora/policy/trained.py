@@ -45,7 +45,7 @@ from nemo_rl_lora.policy.microbatches import Cutting, Kind, Portion, plan_from_c
 from nemo_rl_lora.policy.offer import offer
 from nemo_rl_lora.policy.optimizer import MasterAdam
 from nemo_rl_lora.policy.protocol import PolicySetup
-from nemo_rl_lora.policy.step import Share, copies_on_cpu, holding, peak_gpu_gib, step_output
+from nemo_rl_lora.policy.step import Share, copies_on_cpu, holding, peak_gpu_gib, read_shares, step_output
 from nemo_rl_lora.tensors import torch_dtype
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
@@ -275,7 +275,7 @@ class TrainedPolicy(ABC):
 
     def _optimizer_step(self, shares: Sequence[Share]) -> StepOutput:
         """One step from the gradients and losses of this process's microbatches and those of the others."""
-        everybodys = [share for of_rank in self._ranks.reported(shares) for share in of_rank]
+        everybodys = [share for of_rank in self._ranks.reported(read_shares(shares)) for share in of_rank]
         self._trained.take_gradients()
         masters = self._trained.masters()
         self._ranks.sum_gradients(masters)
