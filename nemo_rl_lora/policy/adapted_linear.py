@@ -90,19 +90,19 @@ class _AdaptedLinears(torch.autograd.Function):
         ctx: Any, branch: Branch, x: Tensor, mask: Tensor | None, _tracked: Tensor, a: Tensor, *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
         products, dtype = branch.products, a.dtype
-        is_pre, is_post = (mask is not None and branch.masked == position for position in ("pre", "post"))
-        read = x.to(dtype) * mask if is_pre else x
+        pre, post = (mask if branch.masked == position else None for position in ("pre", "post"))
+        read = x if pre is None else x.to(dtype) * pre
         h = products.project(read, a, branch.scale, dtype=dtype)
         outs = []
         for part, weight, bias, b in zip(_parts(h, flat[3::4]), flat[::4], flat[1::4], flat[3::4], strict=True):
             out = None if weight is None else F.linear(x, weight, bias)
-            if is_post:
-                update = products.expand(part, b, 1.0, dtype=dtype).mul_(mask)
+            if post is not None:
+                update = products.expand(part, b, 1.0, dtype=dtype).mul_(post)
                 outs.append(update if out is None else out.add_(update))
             else:
                 outs.append(products.expand(part, b, 1.0, base=out, dtype=dtype))
         ctx.save_for_backward(read, h, mask, a, *flat[::4], *flat[3::4])
-        ctx.branch, ctx.is_pre, ctx.is_post, ctx.x_dtype = branch, is_pre, is_post, x.dtype
+        ctx.branch, ctx.is_pre, ctx.is_post, ctx.x_dtype = branch, pre is not None, post is not None, x.dtype
         return tuple(outs)
 
     @staticmethod

@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemo_rl_lora.policy.adapted_linear import Factor
 
-_AT_ONCE = 30  # masters whose gradients are added at once: about as many as one kernel takes, and memory for no more
+_AT_ONCE = 30  # groups whose gradients are added at once: about as many as one kernel takes, and memory for no more
 
 
 class Group(NamedTuple):
     """Masters that are read as one tensor, in their order by rows, and the dtype that it has."""
 
-    masters: Sequence[nn.Parameter]
+    masters: Sequence[Tensor]
     dtype: torch.dtype
 
     @property
@@ -38,14 +38,16 @@ class MasterCopies:
     """A factor for each group. One master that has the dtype is read itself; of others there is a copy."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
-        self._copied: list[tuple[nn.Parameter, Tensor]] = []
+        self._copied: list[tuple[Tensor, Tensor]] = []
         self.factors: list[Factor] = []
         values = [self._value(group) for group in groups]
         self.refresh()
         for start in range(0, len(groups), _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
             source = torch.zeros((), device=values[start].device, requires_grad=True)
-            self.factors += map(Factor, _StandFor.apply(source, groups[part]), values[part])
+            with torch.enable_grad():  # whatever the caller does
+                stand_ins = _StandFor.apply(source, groups[part])
+            self.factors += map(Factor, stand_ins, values[part])
 
     def _value(self, group: Group) -> Tensor:
         first = group.masters[0]
