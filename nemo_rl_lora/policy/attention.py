@@ -10,7 +10,7 @@ Only full causal attention is served: no sliding window, no soft cap, no attenti
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,7 @@ from nemo_rl_lora.models.own_forward import unserved_argument
 from nemo_rl_lora.policy.determinism import repeatable
 from nemo_rl_lora.policy.flash_segments import FlashPlan, attend_by_flash, plan_flash, takes
 from nemo_rl_lora.policy.microbatches import Segment
+from nemo_rl_lora.policy.upload import upload
 
 NAME = "nemo_rl_lora_segments"
 _SCORES_PER_CHUNK = 16 * 2**20  # 64 MiB of fp32 scores at a time
@@ -53,39 +54,24 @@ class PaddedPlan:
     is_padding: Tensor  # [M] bool
     buckets: tuple[_Bucket, ...]
 
-    def to(self, device: torch.device) -> PaddedPlan:
-        """The same plan with its index tensors on a device."""
-        if self.is_padding.device == device:
-            return self
-        buckets = tuple(
-            replace(
-                bucket,
-                blocked=bucket.blocked.to(device),
-                parent_row=None if bucket.parent_row is None else bucket.parent_row.to(device),
-            )
-            for bucket in self.buckets
-        )
-        return PaddedPlan(
-            padded_from_flat=self.padded_from_flat.to(device),
-            flat_from_padded=self.flat_from_padded.to(device),
-            is_padding=self.is_padding.to(device),
-            buckets=buckets,
-        )
-
 
 class AttentionPlan:
-    """The segments of a microbatch, laid out when a layer first asks for it, in the form that its kernel takes."""
+    """The segments of a microbatch, laid out in the form that a layer's kernel takes.
 
-    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
-        self._segments, self._device = segments, device
+    `flash` is given where the device has flash attention, to come there with all else; the other form is laid out when
+    a layer first asks for it.
+    """
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device, flash: FlashPlan | None = None) -> None:
+        self._segments, self._device, self._flash = segments, device, flash
 
     @cached_property
     def padded(self) -> PaddedPlan:
-        return plan_padded(self._segments).to(self._device)
+        return upload(plan_padded(self._segments), self._device)
 
     @cached_property
     def flash(self) -> FlashPlan:
-        return plan_flash(self._segments).to(self._device)
+        return self._flash or upload(plan_flash(self._segments), self._device)
 
 
 def supports_segments(config: Any, max_length: int) -> bool:

@@ -10,7 +10,7 @@ to by two threads. Not run on a GPU yet; what merges and gathers is compared wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,15 +36,6 @@ class Call:
     longest_query: int
     longest_key: int
 
-    def to(self, device: torch.device) -> Call:
-        return replace(
-            self,
-            query_rows=None if self.query_rows is None else self.query_rows.to(device),
-            key_rows=None if self.key_rows is None else self.key_rows.to(device),
-            query_bounds=self.query_bounds.to(device),
-            key_bounds=self.key_bounds.to(device),
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlashPlan:
@@ -52,9 +43,6 @@ class FlashPlan:
 
     own: Call
     above: Call | None
-
-    def to(self, device: torch.device) -> FlashPlan:
-        return FlashPlan(own=self.own.to(device), above=None if self.above is None else self.above.to(device))
 
 
 def takes(query: Tensor, value: Tensor) -> bool:

@@ -10,7 +10,7 @@ weights are DTensors here.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,8 +33,11 @@ from nemo_rl_lora.models.own_forward import (
 )
 from nemo_rl_lora.models.shapes import type_name
 from nemo_rl_lora.policy import attention
+from nemo_rl_lora.policy.flash_segments import FlashPlan, plan_flash
 from nemo_rl_lora.policy.head import Head, target_logprobs
 from nemo_rl_lora.policy.microbatches import Microbatch, Segment
+from nemo_rl_lora.policy.upload import upload
+from nemo_rl_lora.types import Batch
 
 DEFAULT_CHUNK_TOKENS = 256
 _NUM_PROBE_TOKENS = 24
@@ -42,6 +45,25 @@ _NUM_PROBE_TOKENS = 24
 # log-probabilities, on average, and of hidden states relative to their size, of the worst token and of the middle one.
 _FP32_BOUNDS = (1e-3, 1e-3)
 _BF16_BOUNDS = (0.25, 0.1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Padded:
+    """Rows of a microbatch one below the other, padded on the right."""
+
+    token_ids: Tensor  # [b, longest]
+    mask: Tensor  # [b, longest] int64
+    places: Tensor  # [N] of flat tokens among the b * longest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """A microbatch where it is computed, with all that a pass reads of it."""
+
+    micro: Microbatch
+    rows: Batch | None  # its rows, for the loss
+    flash: FlashPlan | None
+    padded: Padded | None
 
 
 class ForwardPass(nn.Module):
@@ -123,21 +145,36 @@ class ForwardPass(nn.Module):
     def _refusal(self, reason: str) -> ValueError:
         return refusal(str(self.model.config.name_or_path), f"{type(self.model).__name__} {reason}")
 
-    def forward(self, micro: Microbatch, width: int, *, as_the_model: bool = False) -> Any:
+    def place(self, micro: Microbatch, batch: Batch | None = None) -> Placed:
+        """Bring a microbatch, and its rows of a batch, to the device: one copy, which nothing waits for.
+
+        So the host lays out the next microbatch while the device computes this one, as long as it reads nothing back.
+        """
+        placed = Placed(
+            micro=micro,
+            rows=None if batch is None else batch.of_rows(micro.rows),
+            flash=plan_flash(micro.segments) if self.flat and self.device.type == "cuda" else None,
+            padded=None if self.flat else _padded(micro, self._length_multiple),
+        )
+        return upload(placed, self.device)
+
+    def forward(self, micro: Microbatch | Placed, width: int, *, as_the_model: bool = False) -> Any:
         """[b, width] fp32, in the order of the microbatch's rows; 0.0 where there is no loss token. A microbatch
         without rows gives [N, H] hidden states.
 
         `as_the_model`: hidden states [N, H] and log-probabilities of a microbatch of one row, by the model's own
         forward pass.
         """
+        placed = micro if isinstance(micro, Placed) else self.place(micro)
+        micro = placed.micro
         with torch.autocast(
             self.device.type, dtype=self.autocast_dtype or torch.bfloat16, enabled=self.autocast_dtype is not None
         ):
             if as_the_model:
                 return self._by_the_model(micro, width)
-            hidden = self._hidden(micro)
+            hidden = self._hidden(placed)
             if len(micro.rows) > 0:
-                hidden = hidden.index_select(0, micro.predictor.to(self.device))
+                hidden = hidden.index_select(0, micro.predictor)
         if self.autocast_dtype is not None:
             hidden = hidden.to(self.autocast_dtype)
         head = self._head()
@@ -148,10 +185,10 @@ class ForwardPass(nn.Module):
 
     def _by_the_model(self, micro: Microbatch, width: int) -> tuple[Tensor, Tensor]:
         with last_hidden_states(self.model) as found:
-            logits = self.model(input_ids=micro.token_ids[None].to(self.device), use_cache=False).logits
+            logits = self.model(input_ids=micro.token_ids[None], use_cache=False).logits
         logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
         logprobs = torch.log_softmax(logits[0, :-1].float() / self.temperature, -1)
-        logprobs = logprobs.gather(1, micro.token_ids[1:, None].to(self.device))[:, 0]
+        logprobs = logprobs.gather(1, micro.token_ids[1:, None])[:, 0]
         rows = F.pad(logprobs, (1, width - len(logprobs) - 1))[None]
         return self._whole(found[0])[0].float().cpu(), rows.cpu()
 
@@ -171,21 +208,19 @@ class ForwardPass(nn.Module):
             first_row=min(mesh.get_local_rank() * -(-weight.shape[0] // mesh.size()), weight.shape[0]),
         )
 
-    def _hidden(self, micro: Microbatch) -> Tensor:
+    def _hidden(self, placed: Placed) -> Tensor:
         """[N, H] in the order of the flat layout."""
-        body = body_of(self.model)
-        if self.flat:
-            plan = attention.AttentionPlan(micro.segments, self.device)
+        body, micro, padded = body_of(self.model), placed.micro, placed.padded
+        if padded is None:
             output = body(
-                input_ids=micro.token_ids[None].to(self.device),
-                position_ids=micro.position_ids[None].to(self.device),
+                input_ids=micro.token_ids[None],
+                position_ids=micro.position_ids[None],
                 use_cache=False,
-                attention_plan=plan,
+                attention_plan=attention.AttentionPlan(micro.segments, self.device, placed.flash),
             )
             return self._whole(output.last_hidden_state)[0]
-        token_ids, mask = _padded(micro, self._length_multiple)
-        output = body(input_ids=token_ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False)
-        return self._whole(output.last_hidden_state)[mask.bool().to(self.device)]
+        output = body(input_ids=padded.token_ids, attention_mask=padded.mask, use_cache=False)
+        return self._whole(output.last_hidden_state).flatten(0, 1).index_select(0, padded.places)
 
     def _whole(self, hidden: Tensor) -> Tensor:
         """All tokens [b, N, H] of what is this rank's share of them."""
@@ -212,11 +247,10 @@ def refuse_unreached(adapted: Sequence[AdaptedModule], reached: Collection[str],
 
 
 def logprob_rows(hidden: Tensor, head: Head, micro: Microbatch, width: int) -> Tensor:
-    """[b, width] fp32 from the hidden states [M, H] that predict the loss tokens."""
-    device = hidden.device
-    values = target_logprobs(hidden, head, micro.target.to(device))
-    rows = torch.zeros(len(micro.rows), width, dtype=torch.float32, device=device)
-    return rows.index_put((micro.loss_row.to(device), micro.loss_column.to(device)), values)
+    """[b, width] fp32 from the hidden states [M, H] that predict the loss tokens, on whose device the microbatch is."""
+    values = target_logprobs(hidden, head, micro.target)
+    rows = torch.zeros(len(micro.rows), width, dtype=torch.float32, device=hidden.device)
+    return rows.index_put((micro.loss_row, micro.loss_column), values)
 
 
 def _probe(token_ids: Tensor, lengths: Sequence[int]) -> Microbatch:
@@ -237,8 +271,8 @@ def _probe(token_ids: Tensor, lengths: Sequence[int]) -> Microbatch:
     )
 
 
-def _padded(micro: Microbatch, multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """Right-padded rows and their mask [b, longest]; a plain microbatch has a segment a row, in flat order."""
+def _padded(micro: Microbatch, multiple: int = 1) -> Padded:
+    """A plain microbatch, which has a segment a row, in flat order."""
     assert all(segment.parent is None for segment in micro.segments), "a shared prefix needs the flat layout"
     lengths = [segment.length for segment in micro.segments]
     longest = max(lengths) + -max(lengths) % multiple
@@ -247,7 +281,7 @@ def _padded(micro: Microbatch, multiple: int = 1) -> tuple[Tensor, Tensor]:
     for row, segment in enumerate(micro.segments):
         token_ids[row, : segment.length] = _tokens_of(micro, segment)
         mask[row, : segment.length] = 1
-    return token_ids, mask
+    return Padded(token_ids=token_ids, mask=mask, places=mask.flatten().nonzero()[:, 0])
 
 
 def _tokens_of(micro: Microbatch, segment: Segment) -> Tensor:

@@ -39,9 +39,10 @@ class MasterAdam(torch.optim.AdamW):
 
         `norm` is their L2 norm over all processes. FloatingPointError before the optimizer moves.
         """
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        read = float(norm)
+        if not (math.isfinite(loss) and math.isfinite(read)):
             raise FloatingPointError(
-                f"policy.train_step: loss {loss} and gradient norm {float(norm)} of optimizer step {self.num_steps} "
+                f"policy.train_step: loss {loss} and gradient norm {read} of optimizer step {self.num_steps} "
                 "are not finite. The optimizer has not moved: lower policy.optimizer.kwargs.lr, or look at the batch."
             )
         if self._settings.max_grad_norm is not None:
@@ -53,7 +54,7 @@ class MasterAdam(torch.optim.AdamW):
         with while_weights_move():
             self.step()
         self.num_steps += 1
-        return float(norm), lr
+        return read, lr
 
     def moments_of(self, master: nn.Parameter) -> tuple[Tensor, Tensor]:
         """(exp_avg, exp_avg_sq): zeros before the first step."""

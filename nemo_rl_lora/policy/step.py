@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,14 @@ from nemo_rl_lora.types import Batch, LossFn, StepOutput
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a microbatch adds to the loss and the metrics of its step."""
+    """What a microbatch adds to the loss and the metrics of its step.
 
-    loss: float
-    metrics: Mapping[str, float]
+    Its numbers are read once a step (`read_shares`): to read them after a microbatch would be to wait for the device,
+    which otherwise has the next one before it has ended this one.
+    """
+
+    numbers: Tensor | Sequence[float]  # the loss and each metric
+    names: tuple[str, ...]  # of the metrics
     num_tokens: int
     num_padding_tokens: int
     num_loss_tokens: int
@@ -28,21 +33,20 @@ class Share:
 
 
 def microbatch_loss(batch: Batch, micro: Microbatch, logprobs: Tensor, loss_fn: LossFn) -> tuple[Tensor, Share]:
-    """The loss of a microbatch, to go backward from, and what it adds. logprobs: [b, width], of its rows."""
-    loss, metrics = loss_fn(loss_inputs(batch, logprobs, micro.rows))
-    values = {name: float(value) for name, value in metrics.items()}
-    return loss, _share(micro, loss.item(), values)
+    """The loss of a microbatch, to go backward from, and what it adds. Its rows: batch, and logprobs [b, width]."""
+    loss, metrics = loss_fn(loss_inputs(batch, logprobs))
+    return loss, _share(micro, torch.stack([loss.detach(), *metrics.values()]), tuple(metrics))
 
 
 def empty_loss(hidden: Tensor, micro: Microbatch) -> tuple[Tensor, Share]:
     """The same of a microbatch without rows, which keeps step with other ranks: 0, with a gradient of 0."""
-    return hidden.float().sum() * 0.0, _share(micro, 0.0, {})
+    return hidden.float().sum() * 0.0, _share(micro, [0.0], ())
 
 
-def _share(micro: Microbatch, loss: float, metrics: Mapping[str, float]) -> Share:
+def _share(micro: Microbatch, numbers: Tensor | Sequence[float], names: tuple[str, ...]) -> Share:
     return Share(
-        loss,
-        metrics,
+        numbers,
+        names,
         num_tokens=micro.num_tokens,
         num_padding_tokens=micro.num_padding_tokens,
         num_loss_tokens=micro.num_loss_tokens,
@@ -50,13 +54,26 @@ def _share(micro: Microbatch, loss: float, metrics: Mapping[str, float]) -> Shar
     )
 
 
+def read_shares(shares: Sequence[Share]) -> list[Share]:
+    """The same with their numbers read from the device, all at once."""
+    unread = [share.numbers for share in shares if isinstance(share.numbers, Tensor)]
+    read = iter(torch.cat(unread).tolist() if unread else [])
+    return [
+        replace(share, numbers=list(islice(read, len(share.numbers)))) if isinstance(share.numbers, Tensor) else share
+        for share in shares
+    ]
+
+
 def step_output(shares: Sequence[Share], move: Callable[[float], tuple[float, float]]) -> StepOutput:
-    """Move the optimizer, which is given the loss and gives the gradient's norm and the learning rate, and add up."""
-    loss = sum(share.loss for share in shares)
+    """Move the optimizer, which is given the loss and gives the gradient's norm and the learning rate, and add up.
+
+    The shares have been read.
+    """
+    loss = sum(float(share.numbers[0]) for share in shares)
     grad_norm, lr = move(loss)
     metrics: dict[str, float] = {}
     for share in shares:
-        add_metrics(metrics, share.metrics)
+        add_metrics(metrics, dict(zip(share.names, map(float, share.numbers[1:]), strict=True)))
     return StepOutput(
         loss=loss,
         grad_norm=grad_norm,
@@ -67,6 +84,15 @@ def step_output(shares: Sequence[Share], move: Callable[[float], tuple[float, fl
         num_loss_tokens=sum(share.num_loss_tokens for share in shares),
         num_attention_scores=sum(share.num_attention_scores for share in shares),
     )
+
+
+def rows_in_order(shape: Sequence[int], micros: Sequence[Microbatch], found: Sequence[Tensor]) -> Tensor:
+    """What was found of the rows of each microbatch, read from the device at once: [b, T] fp32 on the CPU."""
+    out = torch.zeros(*shape, dtype=torch.float32)
+    pairs = [(micro.rows, rows) for micro, rows in zip(micros, found, strict=False) if len(micro.rows) > 0]
+    if pairs:
+        out[torch.cat([places for places, _ in pairs])] = torch.cat([rows for _, rows in pairs]).cpu()
+    return out
 
 
 def peak_gpu_gib(ranks: Ranks) -> float | None:

@@ -11,9 +11,9 @@ the first one has the weights that are published, and writes files, but for thos
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,11 +40,12 @@ from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets
 from nemo_rl_lora.models.families import has_tied_head
 from nemo_rl_lora.models.load import linear_modules, load_model
 from nemo_rl_lora.policy.adapter_state import AdapterSwitch
+from nemo_rl_lora.policy.master_copies import MasterCopies
 from nemo_rl_lora.policy.microbatches import Cutting, Kind, Portion, plan_from_config
 from nemo_rl_lora.policy.offer import offer
 from nemo_rl_lora.policy.optimizer import MasterAdam
 from nemo_rl_lora.policy.protocol import PolicySetup
-from nemo_rl_lora.policy.step import Share, copies_on_cpu, holding, peak_gpu_gib, step_output
+from nemo_rl_lora.policy.step import Share, copies_on_cpu, holding, peak_gpu_gib, read_shares, step_output
 from nemo_rl_lora.tensors import torch_dtype
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
@@ -55,6 +56,7 @@ class Trained(ABC):
     adapted: tuple[AdaptedModule, ...] = ()  # in module order; none where all weights are trained
     switch: AdapterSwitch | None = None
     aliases: Mapping[str, str] = {}  # of a master with several canonical names: each further name -> the first
+    copies: MasterCopies | None = None  # what the layers read in place of the parameters
 
     @abstractmethod
     def masters(self) -> dict[str, nn.Parameter]:
@@ -82,6 +84,11 @@ class Trained(ABC):
 
     def apply(self) -> None:  # noqa: B027 (nothing to do where the layers read the masters)
         """Bring the masters, which have moved, into the parameters."""
+
+    def refresh(self) -> None:
+        """Bring the parameters, which have changed, to the layers."""
+        if self.copies is not None:
+            self.copies.refresh()
 
 
 def adapted_modules(
@@ -268,19 +275,28 @@ class TrainedPolicy(ABC):
 
     def _optimizer_step(self, shares: Sequence[Share]) -> StepOutput:
         """One step from the gradients and losses of this process's microbatches and those of the others."""
-        everybodys = [share for of_rank in self._ranks.reported(shares) for share in of_rank]
+        everybodys = [share for of_rank in self._ranks.reported(read_shares(shares)) for share in of_rank]
         self._trained.take_gradients()
         masters = self._trained.masters()
         self._ranks.sum_gradients(masters)
         output = step_output(everybodys, lambda loss: self._optimizer.move(loss, self._ranks.total_norm(masters)))
         self._trained.apply()
+        self._trained.refresh()
         return replace(output, peak_gpu_gib=peak_gpu_gib(self._ranks))
 
-    def _as_reference(self) -> AbstractContextManager[None]:
-        if self._reference is not None:
-            return holding(self._trained.parameters(), self._reference)
-        assert self._trained.switch is not None, "a full fine-tuning policy was built without a reference"
-        return self._trained.switch.off()
+    @contextlib.contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        if self._reference is None:
+            assert self._trained.switch is not None, "a full fine-tuning policy was built without a reference"
+            with self._trained.switch.off():
+                yield
+            return
+        try:
+            with holding(self._trained.parameters(), self._reference):
+                self._trained.refresh()
+                yield
+        finally:
+            self._trained.refresh()
 
     def _write_adapter(self, directory: Path, spec: LoraSpec) -> None:
         tensors = self._trained.canonical(_itself)
@@ -297,6 +313,7 @@ class TrainedPolicy(ABC):
         for master, tensor in self._trained.masters_from(tensors):
             master.copy_(tensor)
         self._trained.apply()
+        self._trained.refresh()
 
     def _moment(self, master: nn.Parameter, index: int) -> Tensor:
         return self._optimizer.moments_of(master)[index]

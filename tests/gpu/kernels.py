@@ -13,7 +13,8 @@ from functools import cache, partial
 import torch
 import triton
 
-from nemo_rl_lora.kernels import adapter, logprobs
+from nemo_rl_lora.kernels import logprobs, low_rank
+from nemo_rl_lora.policy.adapted_linear import adapted_linear
 from tests.gpu.checks import Answer, Check, Machine, relative, skipped, within
 from tests.policy.dtensor.kernel_cases import (
     Case,
@@ -124,7 +125,7 @@ def repeats() -> Answer:
     found = []
     for _ in range(2):
         leaves = [tensor.clone().requires_grad_() for tensor in (x, a, b)]
-        y = adapter.adapted_linear(leaves[0], weight, None, *leaves[1:], scale=2.0, dtype=x.dtype)
+        y = adapted_linear(leaves[0], weight, *leaves[1:], scale=2.0, dtype=x.dtype, products=low_rank)
         y.backward(d_y)
         found.append((y, *(leaf.grad for leaf in leaves)))
     same = [torch.equal(one, other) for one, other in zip(*found, strict=True)]

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nemo_rl_lora.kernels import adapter, logprobs, low_rank
+from nemo_rl_lora.kernels import logprobs, low_rank
 from nemo_rl_lora.models.own_forward import HeadForm
 from nemo_rl_lora.policy import head
+from nemo_rl_lora.policy.adapted_linear import adapted_linear
 from nemo_rl_lora.policy.head import Head
 from tests.gpu.checks import relative
 from tests.kernels import interpreter
@@ -98,7 +99,7 @@ def inputs(num_tokens: int, width: int, dim: int, out: int, dtype: torch.dtype =
 def beside_formula(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, d_y: Tensor) -> dict[str, float]:
     """Errors of the layer's output and gradients."""
     scale, leaves = 0.6, [tensor.detach().requires_grad_() for tensor in (x, a, b)]
-    y = adapter.adapted_linear(leaves[0], weight, None, *leaves[1:], scale=scale, dtype=x.dtype)
+    y = adapted_linear(leaves[0], weight, *leaves[1:], scale=scale, dtype=x.dtype, products=low_rank)
     y.backward(d_y)
     x, weight, a, b, d_y = (tensor.detach().to(x.dtype).double() for tensor in (x, weight, a, b, d_y))
     expected = {
@@ -153,7 +154,7 @@ def test_tensors_that_are_not_contiguous(arrange, side):
 def test_no_token_has_no_output_and_gradients_of_zero():
     x, weight, a, b, d_y = inputs(0, 24, 4, 40)
     leaves = [tensor.requires_grad_() for tensor in (x, a, b)]
-    y = adapter.adapted_linear(leaves[0], weight, None, *leaves[1:], scale=2.0, dtype=torch.float32)
+    y = adapted_linear(leaves[0], weight, *leaves[1:], scale=2.0, dtype=torch.float32, products=low_rank)
     y.backward(d_y)
     assert (y.shape, leaves[0].grad.shape) == ((0, 40), (0, 24))
     assert not leaves[1].grad.any()
@@ -172,10 +173,10 @@ def test_operands_are_left_as_they_are():
 def test_gradients_that_nobody_wants_are_not_computed(monkeypatch, wanted):
     """The first layer's x, for one, has none."""
     reduced, called = low_rank.reduce, []
-    monkeypatch.setattr(adapter, "reduce", lambda *args, **more: called.append(1) or reduced(*args, **more))
+    monkeypatch.setattr(low_rank, "reduce", lambda *args, **more: called.append(1) or reduced(*args, **more))
     x, weight, a, b, d_y = inputs(20, 40, 8, 50)
     leaves = [tensor.requires_grad_(want) for tensor, want in zip((x, a, b), wanted, strict=True)]
-    adapter.adapted_linear(leaves[0], weight, None, *leaves[1:], scale=2.0, dtype=torch.float32).backward(d_y)
+    adapted_linear(leaves[0], weight, *leaves[1:], scale=2.0, dtype=torch.float32, products=low_rank).backward(d_y)
     assert [leaf.grad is not None for leaf in leaves] == list(wanted)
     assert len(called) == sum(wanted[1:])
 

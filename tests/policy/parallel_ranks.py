@@ -87,6 +87,7 @@ def run_case(case: Case, inputs: Inputs, out: Path, sizes: dict[str, Any]):
         with torch.no_grad():
             for master, tensor in policy._trained.masters_from(tensors):
                 master.copy_(tensor)
+        policy._trained.refresh()
     found: dict[str, Any] = {"logprobs": policy.logprobs(batch)}
     if case.loss == "grpo":
         found["reference"] = policy.reference_logprobs(batch)

@@ -146,10 +146,10 @@ def costs_of_a_step(gpu: FakeGpu, models: Path, backend: str, algorithm: str, **
 
 # Launches of a decoder layer, copies to the GPU and waits for it, of a microbatch; and waits of a step beside them.
 STEPS = {
-    ("dtensor", "sft"): (228, 11, 12, 2),
-    ("dtensor", "grpo"): (259, 18, 36, 2),
-    ("megatron", "sft"): (190, 13, 14, 2),
-    ("megatron", "grpo"): (221, 20, 38, 2),
+    ("dtensor", "sft"): (134, 1, 0, 2),
+    ("dtensor", "grpo"): (165, 1, 0, 2),
+    ("megatron", "sft"): (133, 1, 0, 2),
+    ("megatron", "grpo"): (164, 1, 0, 2),
 }
 
 

@@ -230,7 +230,7 @@ def _vespo_weights(log_ratio: Tensor, advantages: Tensor, mask: Tensor, config: 
 
 def _choose(condition: Tensor, if_true: float, if_false: float, like: Tensor) -> Tensor:
     """One of two numbers by a condition, in the dtype of `like`."""
-    return torch.where(condition, like.new_tensor(if_true), like.new_tensor(if_false))
+    return torch.where(condition, like.new_full((), if_true), like.new_full((), if_false))
 
 
 def _masked(inputs: LossInputs, *, force_on_policy: bool) -> LossInputs:
@@ -328,7 +328,7 @@ def _generation_metrics(inputs: LossInputs, config: LossFnConfig) -> dict[str, T
 
     def share_of_rows(values: Tensor) -> Tensor:
         has_tokens = inputs.loss_mask.any(dim=1)
-        return values.squeeze(1)[has_tokens].sum() / max(inputs.denominators.num_sequences, 1)
+        return torch.where(has_tokens, values.squeeze(1), 0.0).sum() / max(inputs.denominators.num_sequences, 1)
 
     is_out = is_out.to(weights.dtype)
     if config.truncated_importance_sampling_type == "seq-mask-tis":

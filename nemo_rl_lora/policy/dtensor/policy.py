@@ -32,7 +32,7 @@ from nemo_rl_lora.patches.nemo_automodel import save_pretrained
 from nemo_rl_lora.patches.transformers import checkpoint_activations
 from nemo_rl_lora.policy.adapter_state import AdapterSwitch, draw_a, dropout_of
 from nemo_rl_lora.policy.attention import layout_problems, supports_segments
-from nemo_rl_lora.policy.dtensor.linear import install_adapters, named_adapters
+from nemo_rl_lora.policy.dtensor.linear import copy_masters, install_adapters, named_adapters
 from nemo_rl_lora.policy.dtensor.loading import load_weights, reads_by_slices, refill_weights
 from nemo_rl_lora.policy.dtensor.own_part import own_part
 from nemo_rl_lora.policy.dtensor.sharded_files import (
@@ -49,11 +49,11 @@ from nemo_rl_lora.policy.dtensor.sharding import (
     split_matrices,
     whole_on_first,
 )
-from nemo_rl_lora.policy.forward import DEFAULT_CHUNK_TOKENS, ForwardPass, refuse_unreached
-from nemo_rl_lora.policy.microbatches import Cutting, Microbatch, Portion
+from nemo_rl_lora.policy.forward import DEFAULT_CHUNK_TOKENS, ForwardPass, Placed, refuse_unreached
+from nemo_rl_lora.policy.microbatches import Cutting, Portion
 from nemo_rl_lora.policy.offer import LazyTensors
 from nemo_rl_lora.policy.protocol import PolicySetup
-from nemo_rl_lora.policy.step import Share, empty_loss, microbatch_loss
+from nemo_rl_lora.policy.step import Share, empty_loss, microbatch_loss, rows_in_order
 from nemo_rl_lora.policy.trained import Trained, TrainedPolicy, adapted_modules, load_base
 from nemo_rl_lora.tensors import torch_dtype
 from nemo_rl_lora.types import LossFn, StepOutput
@@ -85,6 +85,8 @@ class DTensorPolicy(TrainedPolicy):
             ranks = sharing.ranks(partial_names.__contains__, lambda name: sharing.answers_for(trained.held[name]))
         if setup.spec is not None:
             trained.draw(setup.spec, setup.seed)
+            if self._sharing is None:
+                trained.copies = copy_masters(self._model, adapted)
         self._parameters = trained
         super().__init__(config, setup, ranks, trained)
 
@@ -96,14 +98,11 @@ class DTensorPolicy(TrainedPolicy):
     def logprobs_of(self, portion: Portion) -> Tensor:
         """[b, T] fp32 of the portion's rows, in a process that reports; elsewhere zeros."""
         shape = portion.batch.token_ids.shape
-        out = torch.zeros(shape, dtype=torch.float32)
+        micros = portion.microbatches()
         with torch.no_grad():
-            for micro in portion.microbatches():
-                found = self._forward(micro, shape[1])
-                if len(micro.rows) > 0:
-                    out[micro.rows] = found.cpu()
+            found = [self._forward(micro, shape[1]) for micro in micros]
         self._forget_gathered()
-        return out
+        return rows_in_order(shape, micros, found)
 
     def train_on(self, portion: Portion, loss_fn: LossFn) -> StepOutput:
         """All microbatches, then one optimizer step. FloatingPointError before the optimizer moves on bad numbers."""
@@ -113,7 +112,7 @@ class DTensorPolicy(TrainedPolicy):
         for place, micro in enumerate(portion.microbatches()):
             index = place * data.number + data.index  # a number of its own for what each rank drops
             with dropout_of(self._trained.switch, self._setup.seed, self._optimizer.num_steps, index):
-                loss, share = self._loss_of(portion, micro, width, loss_fn)
+                loss, share = self._loss_of(self._forward.place(micro, batch), width, loss_fn)
                 loss.backward()
             shares.append(share)
         return self._optimizer_step(shares)
@@ -212,11 +211,12 @@ class DTensorPolicy(TrainedPolicy):
             refill_weights(self._model, path / "weights", how=way)
             self._load_moments(path / "optimizer")
 
-    def _loss_of(self, portion: Portion, micro: Microbatch, width: int, loss_fn: LossFn) -> tuple[Tensor, Share]:
-        found = self._forward(micro, width)
-        if len(micro.rows) == 0:
-            return empty_loss(found, micro)
-        return microbatch_loss(portion.batch, micro, found, loss_fn)
+    def _loss_of(self, placed: Placed, width: int, loss_fn: LossFn) -> tuple[Tensor, Share]:
+        found = self._forward(placed, width)
+        if len(placed.micro.rows) == 0:
+            return empty_loss(found, placed.micro)
+        assert placed.rows is not None
+        return microbatch_loss(placed.rows, placed.micro, found, loss_fn)
 
     def _forget_gathered(self) -> None:
         """FSDP keeps what a pass without gradients gathered last; the next pass would read it after a change."""

@@ -37,7 +37,6 @@ from nemo_rl_lora.policy.attention import AttentionPlan, segment_attention
 from nemo_rl_lora.policy.megatron.context import ContextPlan, context_attention
 from nemo_rl_lora.policy.megatron.convert import ParallelLayout
 from nemo_rl_lora.policy.megatron.families import Experts, Family
-from nemo_rl_lora.policy.microbatches import Microbatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,21 +50,15 @@ class FlatRun:
 
 
 def flat_run(
-    micro: Microbatch, family: Family, dtype: torch.dtype, device: torch.device, context: ContextPlan | None = None
+    position_ids: Tensor, attention: AttentionPlan | ContextPlan, frequencies: Tensor, dtype: torch.dtype
 ) -> FlatRun:
-    """The attention plan and the rotary table of a microbatch, whose positions restart with each sequence.
+    """The rotary table of tokens at these positions [N], which restart with each sequence, beside their attention.
 
-    `context`: the tokens of this rank, where several share the run.
+    frequencies: the family's inverse frequencies, fp32.
     """
-    positions = micro.position_ids if context is None else micro.position_ids[context.own]
-    frequencies = torch.tensor(family.inverse_frequencies, device=device)
-    angles = positions.to(device).float()[:, None] * frequencies
+    angles = position_ids.float()[:, None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)[:, None, None]
-    return FlatRun(
-        attention=AttentionPlan(micro.segments, device) if context is None else context,
-        cos=angles.cos().to(dtype),
-        sin=angles.sin().to(dtype),
-    )
+    return FlatRun(attention=attention, cos=angles.cos().to(dtype), sin=angles.sin().to(dtype))
 
 
 class StageModel(GPTModel):

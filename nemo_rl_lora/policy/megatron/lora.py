@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel.mappings import (
     scatter_to_sequence_parallel_region,
 )
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from nemo_rl_lora.distributed.ranks import Shard
 from nemo_rl_lora.lora.adapter_tensors import SIDES, AdapterTensors, Side, canonical_shapes, factor_shape
@@ -33,7 +34,10 @@ from nemo_rl_lora.lora.files import adapter_tensor_name
 from nemo_rl_lora.lora.names import hf_names, megatron_name
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule
+from nemo_rl_lora.policy.adapted_linear import Factor
 from nemo_rl_lora.policy.adapter_state import AdapterSwitch, draw_a, keep_mask
+from nemo_rl_lora.policy.low_rank import expand, project, reduce
+from nemo_rl_lora.policy.master_copies import Group, MasterCopies
 from nemo_rl_lora.policy.megatron.convert import (
     adapter_shard_shape,
     join_adapter,
@@ -85,14 +89,45 @@ class AdaptedLinear(nn.Module):
         self.factors = nn.ParameterList(part.factor(side) for part in self.parts for side in SIDES)
         self._slots = [(width, factors is not None) for width, factors in slots]
         self._setting, self._is_row = setting, is_row
+        self.copied: list[Factor] | None = None  # A of all parts and every B as of master_copies.py; None: the masters
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As the base: the output, and a bias that the caller adds."""
         out, bias = self.base(x, *args, **kwargs)
         if not self._setting.switch.on:
             return out, bias
+        if self.copied is not None and not self._drops("pre") and not self._drops("post"):
+            return self._plus_updates_at_once(out, x, self.copied), bias
         x = x.to(x.dtype if self._setting.spec.dtype is None else torch_dtype(self._setting.spec.dtype))
         return (self._plus_row_update(out, x) if self._is_row else self._plus_column_updates(out, x)), bias
+
+    def groups(self) -> list[Group]:
+        """What `copied` is made of; none where the updates cannot be one operation."""
+        base_dtype = next(self.base.parameters()).dtype
+        dtype = base_dtype if self._setting.spec.dtype is None else torch_dtype(self._setting.spec.dtype)
+        if self._setting.group.size() > 1 or len({part.scale for part in self.parts}) > 1:
+            return []
+        return [Group([part.a for part in self.parts], dtype), *(Group([part.b], dtype) for part in self.parts)]
+
+    def _plus_updates_at_once(self, out: Tensor, x: Tensor, factors: Sequence[Factor]) -> Tensor:
+        """out with all updates, on a rank that has the layer whole."""
+        places, number = self._places(out.shape[-1])
+        if self._is_row:
+            out = out.clone()  # megatron-core lets nobody write it
+        (a, *all_b), scale = factors, self.parts[0].scale
+        return _AddAtOnce.apply(out, x, scale, places, number, *a, *(tensor for b in all_b for tensor in b))
+
+    def _places(self, width: int) -> tuple[list[tuple[int, int]], int]:
+        """Where the parts' rows begin in each repetition of the layer's pattern, how many each has, and how many
+        repetitions a layer of this width has."""
+        if len(self._slots) == 1:
+            return [(0, width)], 1
+        places, offset = [], 0
+        for rows, is_adapted in self._slots:
+            if is_adapted:
+                places.append((offset, rows))
+            offset += rows
+        return places, width // offset
 
     def _plus_column_updates(self, out: Tensor, x: Tensor) -> Tensor:
         """out, this rank's columns, with its updates; x [N, 1, in], or a rank's share of its N."""
@@ -108,16 +143,12 @@ class AdaptedLinear(nn.Module):
         hidden = [shard.flatten(-2) for shard in inner.unflatten(-1, (size, -1)).split(dims, dim=-1)]
         if len(self._slots) == 1:
             return self._plus(out, hidden[0], self.parts[0])
-        places, offset = [], 0
-        for width, is_adapted in self._slots:
-            if is_adapted:
-                places.append((offset, width))
-            offset += width
+        places, number = self._places(out.shape[-1])
         updates = [
             self._dropped(self._outer(h, part), part, "post", split_dim=-1).to(out.dtype)
             for h, part in zip(hidden, self.parts, strict=True)
         ]
-        return _AddInPlace.apply(out, places, out.shape[-1] // offset, *updates)
+        return _AddInPlace.apply(out, places, number, *updates)
 
     def _plus_row_update(self, out: Tensor, x: Tensor) -> Tensor:
         """out, whole or a rank's share of its N, with its update; x [N, 1, in], or a rank's share of its columns."""
@@ -191,6 +222,55 @@ class _AddInPlace(torch.autograd.Function):
         return grad, None, None, *(pattern.narrow(-1, *place).flatten(-2) for place in ctx.places)
 
 
+class _AddAtOnce(torch.autograd.Function):
+    """The same with the updates computed here: scale * (x A^T) B^T of each part, where A has the rows of all parts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out: Tensor,
+        x: Tensor,
+        scale: float,
+        places: Sequence[tuple[int, int]],
+        number: int,
+        _tracked: Tensor,
+        a: Tensor,
+        *flat: Tensor,
+    ) -> Tensor:
+        all_b, rows = flat[1::2], x.flatten(0, -2)
+        h = project(rows, a, scale, dtype=a.dtype)
+        pattern = out.flatten(0, -2).unflatten(-1, (number, -1))
+        for part, place, b in zip(h.split([b.shape[1] for b in all_b], dim=1), places, all_b, strict=True):
+            target = pattern.narrow(-1, *place)  # [T, number, width]
+            if number == 1:
+                expand(part, b, 1.0, base=target[:, 0])
+            elif b.dtype == out.dtype:
+                factors = b.unflatten(0, (number, -1)).transpose(1, 2)
+                target.transpose(0, 1).baddbmm_(part.expand(number, *part.shape), factors)
+            else:
+                target.add_(torch.mm(part, b.t()).unflatten(-1, (number, -1)))
+        ctx.mark_dirty(out)
+        ctx.save_for_backward(rows, h, a, *all_b)
+        ctx.scale, ctx.places, ctx.number = scale, places, number
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, h, a, *all_b = ctx.saved_tensors
+        pattern = grad.flatten(0, -2).unflatten(-1, (ctx.number, -1))
+        updates = [pattern.narrow(-1, *place).flatten(-2) for place in ctx.places]
+        parts = [project(d, b.t(), ctx.scale, dtype=a.dtype) for d, b in zip(updates, all_b, strict=True)]
+        d_h = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        d_x = None
+        if ctx.needs_input_grad[1]:
+            d_x = project(d_h, a.t(), 1.0, dtype=rows.dtype).unflatten(0, grad.shape[:-1])
+        hidden = h.split([b.shape[1] for b in all_b], dim=1)
+        d_all_b = [reduce(part, d, 1.0, transposed=True) for part, d in zip(hidden, updates, strict=True)]
+        d_factors = [gradient for d_b in d_all_b for gradient in (d_b, None)]
+        return grad, d_x, None, None, None, reduce(d_h, rows, 1.0), None, *d_factors
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
     """Modules of the whole model that one pair of factors updates: several share their A."""
@@ -252,6 +332,12 @@ class Adapters(Trained):
         for layer, by_name in by_layer.items():
             if self._layout.holds(layer):
                 self._install(model, layer, by_name)
+        linears = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+        groups = [linear.groups() for linear in linears]
+        self.copies = MasterCopies([group for of_linear in groups for group in of_linear])
+        factors = iter(self.copies.factors)
+        for linear, of_linear in zip(linears, groups, strict=True):
+            linear.copied = [next(factors) for _ in of_linear] or None
 
     def masters(self) -> dict[str, nn.Parameter]:
         return {

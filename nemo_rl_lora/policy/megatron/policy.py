@@ -8,7 +8,7 @@ weights in `policy.precision`, and a reference, where it is needed, is a copy of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,9 @@ from nemo_rl_lora.config.lora import lora_block_key
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.models.load import empty_model, load_model_config, model_of_tensors, save_tensors
 from nemo_rl_lora.policy.adapter_state import dropout_of
+from nemo_rl_lora.policy.attention import AttentionPlan
 from nemo_rl_lora.policy.dtensor.sharded_files import is_sharded
+from nemo_rl_lora.policy.flash_segments import FlashPlan, plan_flash
 from nemo_rl_lora.policy.forward import logprob_rows
 from nemo_rl_lora.policy.head import Head
 from nemo_rl_lora.policy.megatron.context import ContextPlan, length_multiple, own_loss_tokens, plan_context
@@ -37,17 +39,23 @@ from nemo_rl_lora.policy.megatron.schedule import run_microbatches
 from nemo_rl_lora.policy.megatron.weights import AllWeights, StageWeights
 from nemo_rl_lora.policy.microbatches import Cutting, Microbatch, Portion
 from nemo_rl_lora.policy.protocol import PolicySetup
-from nemo_rl_lora.policy.step import Share, empty_loss, microbatch_loss
+from nemo_rl_lora.policy.step import Share, empty_loss, microbatch_loss, rows_in_order
 from nemo_rl_lora.policy.trained import Trained, TrainedPolicy, adapted_modules, load_base
+from nemo_rl_lora.policy.upload import upload
 from nemo_rl_lora.tensors import torch_dtype
-from nemo_rl_lora.types import LossFn, StepOutput
+from nemo_rl_lora.types import Batch, LossFn, StepOutput
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A microbatch, and this process's tokens of it where context-parallel ranks share them."""
+    """A microbatch where it is computed, and this process's tokens of it where context-parallel ranks share them."""
 
     micro: Microbatch
+    own: Microbatch  # with only those loss tokens that this process's tokens predict, by their place among them
+    rows: Batch  # its rows, for the loss
+    token_ids: Tensor  # [n]
+    position_ids: Tensor  # [n]
+    flash: FlashPlan | None
     context: ContextPlan | None
 
 
@@ -61,6 +69,7 @@ class MegatronPolicy(TrainedPolicy):
         join_processes(megatron)
         self._groups = groups = ranks_of(family, megatron)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._frequencies = torch.tensor(family.inverse_frequencies, device=self._device)
         core = transformer_config(family, megatron, torch_dtype(config.precision))
         self._model = build_model(family, groups.layout, core).to(self._device)
         self._weights = StageWeights(self._model, family, groups)
@@ -88,16 +97,16 @@ class MegatronPolicy(TrainedPolicy):
 
     def logprobs_of(self, portion: Portion) -> Tensor:
         """[b, T] fp32 of the portion's rows, in a process that reports; elsewhere zeros."""
-        shape, parts = portion.batch.token_ids.shape, self._parts(portion)
+        shape, micros = portion.batch.token_ids.shape, portion.microbatches()
 
         def rows_of(part: _Part, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            return hidden, self._logprob_rows(hidden, part, shape[1]).cpu()
+            return hidden, self._logprob_rows(hidden, part, shape[1])
 
-        out = torch.zeros(shape, dtype=torch.float32)
-        found = run_microbatches(self._model, parts, lambda _place, part: self._stage(part), rows_of, backward=False)
-        for part, rows in zip(parts, found, strict=False):  # none are found before the last stage
-            out[part.micro.rows] = rows
-        return out
+        parts = self._placed(micros, portion.batch)
+        found = run_microbatches(
+            self._model, parts, len(micros), lambda _place, part: self._stage(part), rows_of, backward=False
+        )
+        return rows_in_order(shape, micros, found)  # none are found before the last stage
 
     def train_on(self, portion: Portion, loss_fn: LossFn) -> StepOutput:
         """All microbatches, then one optimizer step. FloatingPointError before the optimizer moves on bad numbers."""
@@ -115,9 +124,11 @@ class MegatronPolicy(TrainedPolicy):
             micro = part.micro
             if len(micro.rows) == 0:
                 return empty_loss(hidden, micro)
-            return microbatch_loss(batch, micro, self._logprob_rows(hidden, part, width), loss_fn)
+            return microbatch_loss(part.rows, micro, self._logprob_rows(hidden, part, width), loss_fn)
 
-        found = run_microbatches(self._model, self._parts(portion), stage, loss_of, backward=True)
+        micros = portion.microbatches()
+        parts = self._placed(micros, batch)
+        found = run_microbatches(self._model, parts, len(micros), stage, loss_of, backward=True)
         return self._optimizer_step(found)
 
     def base_model(self) -> PreTrainedModel:
@@ -149,20 +160,31 @@ class MegatronPolicy(TrainedPolicy):
         with open_checkpoint(directory) as slices:
             return {name: slices[name][:].float() for name in self._trained.shapes()}
 
-    def _parts(self, portion: Portion) -> list[_Part]:
+    def _placed(self, micros: Sequence[Microbatch], batch: Batch) -> Iterator[_Part]:
+        """Bring each microbatch to the device when its turn comes: one copy, which nothing waits for.
+
+        So the host lays out the next microbatch while the device computes this one, as long as it reads nothing back.
+        """
         cp, group = self._config.megatron_cfg.context_parallel_size, self._groups.context_group
-        return [
-            _Part(micro, None if cp == 1 else plan_context(micro.segments, micro.num_tokens, group))
-            for micro in portion.microbatches()
-        ]
+        for micro in micros:
+            context = None if cp == 1 else plan_context(micro.segments, micro.num_tokens, group)
+            places = slice(None) if context is None else context.own
+            part = _Part(
+                micro=micro,
+                own=micro if context is None else own_loss_tokens(micro, context),
+                rows=batch.of_rows(micro.rows),
+                token_ids=micro.token_ids[places],
+                position_ids=micro.position_ids[places],
+                flash=plan_flash(micro.segments) if context is None and self._device.type == "cuda" else None,
+                context=context,
+            )
+            yield upload(part, self._device)
 
     def _stage(self, part: _Part) -> Tensor:
         """What this process's layers make of a microbatch, [N, 1, H] or its share of N."""
-        micro, context = part.micro, part.context
-        run = flat_run(micro, self._family, self.compute_dtype, self._device, context)
-        own = slice(None) if context is None else context.own
-        token_ids, positions = (ids[own][None].to(self._device) for ids in (micro.token_ids, micro.position_ids))
-        return self._model(token_ids, positions, None, packed_seq_params=run)
+        attention = part.context or AttentionPlan(part.micro.segments, self._device, part.flash)
+        run = flat_run(part.position_ids, attention, self._frequencies, self.compute_dtype)
+        return self._model(part.token_ids[None], part.position_ids[None], None, packed_seq_params=run)
 
     def _logprob_rows(self, hidden: Tensor, part: _Part, width: int) -> Tensor:
         """[b, width] fp32 of the last stage's [N, 1, H], in the order of the microbatch's rows; 0.0 where there is no
@@ -173,8 +195,7 @@ class MegatronPolicy(TrainedPolicy):
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=ranks.tensor_group
             )
-        context = part.context
-        own = part.micro if context is None else own_loss_tokens(part.micro, context)
+        own, context = part.own, part.context
         head = Head(
             weight=self._model.head_weight,
             temperature=self._setup.temperature,
@@ -182,5 +203,5 @@ class MegatronPolicy(TrainedPolicy):
             group=ranks.tensor_group if ranks.layout.tp > 1 else None,
             first_row=ranks.layout.tp_rank * self._model.head_weight.shape[0],
         )
-        rows = logprob_rows(hidden[:, 0].index_select(0, own.predictor.to(self._device)), head, own, width)
+        rows = logprob_rows(hidden[:, 0].index_select(0, own.predictor), head, own, width)
         return rows if context is None else reduce_from_tensor_model_parallel_region(rows, group=context.group)

@@ -7,7 +7,7 @@ https://arxiv.org/abs/2104.04473, section 2.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +24,8 @@ Found = TypeVar("Found")
 
 def run_microbatches(
     model: StageModel,
-    microbatches: Sequence[Part],
+    microbatches: Iterator[Part],
+    number: int,
     stage: Callable[[int, Part], Tensor],
     finish: Callable[[Part, Tensor], tuple[Tensor, Found]],
     *,
@@ -32,10 +33,10 @@ def run_microbatches(
 ) -> list[Found]:
     """What `finish` found of each microbatch, in their order; empty but on the last stage.
 
-    `stage` gives what this stage hands on, [N, 1, H], of a microbatch and its place; `finish`, on the last stage, the
-    loss and whatever the caller wants to have.
+    Each of this number of microbatches is taken when its turn comes. `stage` gives what this stage hands on, [N, 1, H],
+    of a microbatch and its place; `finish`, on the last stage, the loss and whatever the caller wants to have.
     """
-    if not microbatches:
+    if not number:
         return []
 
     def forward(items: Iterator[tuple[int, Part]], _model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -53,9 +54,9 @@ def run_microbatches(
     with torch.set_grad_enabled(backward):
         return get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=iter(enumerate(microbatches)),
+            data_iterator=enumerate(microbatches),
             model=model,
-            num_microbatches=len(microbatches),
+            num_microbatches=number,
             seq_length=0,  # stages tell each other the shapes (variable_seq_lengths)
             micro_batch_size=1,
             forward_only=not backward,

@@ -11,6 +11,7 @@ from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import resolve_targets
 from nemo_rl_lora.models.load import empty_model, linear_modules, load_model_config
+from nemo_rl_lora.policy.attention import AttentionPlan
 from nemo_rl_lora.policy.megatron import lora
 from nemo_rl_lora.policy.megatron.convert import open_checkpoint, shard_adapter, share
 from nemo_rl_lora.policy.megatron.families import read_family
@@ -100,7 +101,8 @@ def run_case(path: Path, case: Case, num_ranks: int) -> dict[str, Tensor]:
             )
     adapters.switch.dropout_seed = SEED
     micro = microbatch()
-    run = flat_run(micro, family, torch.float32, torch.device("cpu"))
+    attention = AttentionPlan(micro.segments, torch.device("cpu"))
+    run = flat_run(micro.position_ids, attention, torch.tensor(family.inverse_frequencies), torch.float32)
     hidden = model(micro.token_ids[None], micro.position_ids[None], None, packed_seq_params=run)
     if megatron.sequence_parallel:
         # Every rank's loss is the whole one, so each sends back only the gradient of its own tokens.

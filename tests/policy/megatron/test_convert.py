@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.lora.names import hf_names
+from nemo_rl_lora.policy.attention import AttentionPlan
 from nemo_rl_lora.policy.megatron.convert import (
     check_checkpoint,
     fuse,
@@ -303,7 +304,8 @@ def test_megatron_cores_model_takes_every_tensor_and_computes_as_transformers(sa
         lengths = (50, 31)
         token_ids = torch.randint(0, 64, (2, 50), generator=torch.Generator().manual_seed(1))
         micro = flat_microbatch([token_ids[row, :length] for row, length in enumerate(lengths)])
-        run = flat_run(micro, family, torch.float32, torch.device("cpu"))
+        attention = AttentionPlan(micro.segments, torch.device("cpu"))
+        run = flat_run(micro.position_ids, attention, torch.tensor(family.inverse_frequencies), torch.float32)
         hidden = model(micro.token_ids[None], micro.position_ids[None], None, packed_seq_params=run)[:, 0]
         logits = (hidden @ model.head_weight.T).split(lengths)
         reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()

@@ -44,6 +44,7 @@ def moments(policy: Twin) -> dict[str, tuple[Tensor, Tensor]]:
 def set_masters(policy: Twin, tensors: dict[str, Tensor]) -> None:
     for master, tensor in policy._trained.masters_from(tensors):
         master.copy_(tensor)
+    policy._trained.refresh()
 
 
 def random_adapter(policy: Twin, seed: int = 3) -> dict[str, Tensor]:
