@@ -99,6 +99,7 @@ def no_weights(sample):
 @pytest.mark.parametrize(("fault", "fact"), [(wrong_weights, "largest_difference"), (no_weights, "error")])
 def test_a_check_that_fails_gives_exit_code_1_and_the_others_are_made(check, monkeypatch, fault, fact):
     monkeypatch.setattr(generation, "BOUNDS", dict.fromkeys(list(generation.BOUNDS)[:1], 1e-4))
+    monkeypatch.setattr(generation, "GRAPH_MODES", ("merged",))
     monkeypatch.setattr(generation, "sample", fault(generation.sample))
     code, entries = check("--only", "generation,kernels")
     assert code == 1
@@ -109,6 +110,7 @@ def test_a_check_that_fails_gives_exit_code_1_and_the_others_are_made(check, mon
         ("generation", "qwen2", False),
         ("generation", "qwen3", True),
         ("generation", "qwen3", True),
+        ("generation", "CUDA graphs", True),
         ("kernels", "Triton kernels", None),
     ]
     wrong = entries[2]["facts"]
@@ -125,7 +127,7 @@ def test_after_the_budget_no_check_begins(check):
     code, entries = check("--only", "environment,generation", "--budget", "0")
     assert code == 0
     assert {entry["facts"]["skipped"] for entry in entries} == {"out of time: --budget 0"}
-    assert len(entries) == 14
+    assert len(entries) == 16
 
 
 def test_an_unknown_group_is_named(check, capsys):

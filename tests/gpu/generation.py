@@ -33,6 +33,8 @@ from tests.recorded_steps import recorded
 from tests.tiny_models import sampling_model
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+MODES: tuple[SyncMode, ...] = ("merged", "adapter")
+GRAPH_MODES = MODES
 PROMPTS = tuple(tuple((7 * i + j) % 90 for j in range(3 + 5 * i)) for i in range(4))
 TEMPERATURE = 0.9
 # fp32: the largest difference; sums of logits of the order of 10 in another order, 1e-5 on a CPU.
@@ -41,13 +43,12 @@ BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.15}
 
 
 def checks(machine: Machine) -> Iterator[Check]:
-    modes: tuple[SyncMode, ...] = ("merged", "adapter")
     for dtype in BOUNDS:
         for architecture in ARCHITECTURES:
-            for mode in modes:
+            for mode in MODES:
                 name = f"{architecture}, {mode} weights, {str(dtype).removeprefix('torch.')}"
                 yield Check(name=name, ask=partial(beside_transformers, machine, architecture, mode, dtype))
-        for mode in modes if machine.has_gpu or dtype == torch.float32 else ():
+        for mode in GRAPH_MODES if machine.has_gpu or dtype == torch.float32 else ():
             name = f"CUDA graphs, {mode} weights, {str(dtype).removeprefix('torch.')}"
             yield Check(name=name, ask=partial(with_and_without_graphs, machine, mode, dtype))
 
