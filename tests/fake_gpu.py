@@ -30,6 +30,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim import optimizer
 from torch.utils import _foreach_utils
@@ -351,7 +352,9 @@ def fake_gpu() -> Iterator[FakeGpu]:
 
     with pytest.MonkeyPatch.context() as patch, gpu:
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        patch.setattr(fake_tensor, "init_gpu_context", lambda _: None)  # before torch 2.13
         patch.setattr(torch.cuda, "is_available", lambda: gpu.is_available)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # likewise, of the machine's driver
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
         patch.setattr(torch.cuda, "current_device", lambda: GPU)
         patch.setattr(torch.cuda, "synchronize", lambda *_: gpu.wait())
