@@ -92,12 +92,12 @@ def test_on_a_gpu_every_measurement_has_a_name_of_its_own(main, load, tmp_path):
     assert {name: len(set(names)) for name, names in listed.items()} == {
         "sft_8b": 5,
         "grpo_4b": 2,
-        "decoding": 6,
+        "decoding": 8,
         "sft_small": 2,
         "kernels": 3,
         "megatron": 1,
     }
-    assert {name.split(", ")[-1] for name in listed["decoding"]} == {"64 rows", "256 rows"}
+    assert {name.split(", ")[-1] for name in listed["decoding"]} == {"64 rows", "256 rows", "without CUDA graphs"}
 
 
 @pytest.mark.parametrize("rows_of_microbatch", [1, 2, 4])

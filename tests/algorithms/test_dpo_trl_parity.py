@@ -128,6 +128,7 @@ def rig(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Rig:
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
                 ours[name.replace(".default", "")].copy_(parameter)
+    policy._trained.refresh()
     return rig
 
 

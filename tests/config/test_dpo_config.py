@@ -32,7 +32,7 @@ WRONG = {
     "dpo.sft_loss_weight=-1": "dpo.sft_loss_weight=-1: must be at least 0.0. "
     "Correct the value (the schema's default is 0.0).",
     "dpo.los_type=ipo": "dpo.los_type='ipo': unknown key. Did you mean 'loss_type'? Keys of dpo: label_smoothing, "
-    "loss_type, max_num_epochs, max_num_steps, preference_average_log_probs, preference_loss_weight, "
+    "loss_type, max_num_epochs, max_num_steps, max_num_tokens, preference_average_log_probs, preference_loss_weight, "
     "reference_policy_kl_penalty, seed, sft_average_log_probs, sft_loss_weight, val_at_end, val_at_start, "
     "val_batches, val_global_batch_size, val_micro_batch_size, val_period.",
 }

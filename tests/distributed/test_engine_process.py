@@ -98,10 +98,12 @@ def test_a_wait_ends_at_its_limit(served):
     _, generation = served
     engine = generation._engines[0].engine
     engine._timeout_seconds = 0.0
+    os.kill(engine.pid, signal.SIGSTOP)  # else it may answer before it is waited for
     try:
         with pytest.raises(EngineLost, match=r"did not answer 'probe' within 0 s"):
             engine.probe("base", ["model.norm.weight"])
     finally:
+        os.kill(engine.pid, signal.SIGCONT)
         engine._timeout_seconds = 120.0
 
 

@@ -126,7 +126,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_as_by_one_process(twins, tmp_
 def with_settings(inputs):
     loss, metrics = GRPO(inputs)
     is_set = torch.are_deterministic_algorithms_enabled() and WORKSPACE in os.environ
-    return loss, metrics | {"is_set_min": float(is_set)}
+    return loss, metrics | {"is_set_min": torch.tensor(float(is_set))}
 
 
 def test_every_process_is_deterministic_where_that_is_asked_for(twins, groups_batch):
