@@ -93,6 +93,7 @@ def _overrides(arguments: argparse.Namespace, directory: Path) -> list[str]:
     dataset = "ResponseDataset" if task == "sft" else "BinaryPreferenceDataset"
     return [
         f"policy.model_name='{arguments.model}'",
+        f"policy.precision={arguments.precision}",
         f"policy.train_global_batch_size={BATCH_ROWS[task]}",
         f"policy.max_total_sequence_length={MAX_TOKENS}",
         f"policy.dynamic_batching.train_mb_tokens={arguments.mb_tokens}",

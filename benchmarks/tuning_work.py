@@ -38,6 +38,9 @@ def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a directory or a Hugging Face name")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps; the first one warms up")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of the base's weights"
+    )
 
 
 def work_rows(task: Task, data: Path, num_steps: int, tokenizer: Any) -> list[Answered]:
