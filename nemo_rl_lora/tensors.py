@@ -126,6 +126,32 @@ def entry_of(name: str, shape: Sequence[int], dtype: torch.dtype) -> TensorEntry
     return TensorEntry(name=name, dtype=stored.stored, shape=tuple(shape), num_bytes=num_bytes)
 
 
+class LazyTensors(Mapping[str, "Tensor"]):
+    """Names to tensors, each computed at every read; nothing is kept."""
+
+    def __init__(self, computations: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._computations = dict(computations)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._computations[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._computations
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._computations)
+
+    def __len__(self) -> int:
+        return len(self._computations)
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether PyTorch has fast products of bfloat16 matrices on this processor."""
+    import torch
+
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def tensors_digest(tensors: Mapping[str, Tensor | StoredTensor], *, whole: bool = False) -> str:
     """SHA-256 over sorted names, shapes, dtypes and bytes; of which bytes, the rule above says.
 

@@ -131,7 +131,7 @@ class Algorithm(ABC, Generic[M]):
         had_moved, self.has_moved = self.has_moved, True
         try:
             return self.run.policy.train_step(batch, loss_fn)
-        except Exception as error:
+        except Exception as error:  # of whatever kind: it is raised again
             if isinstance(error, FloatingPointError) or lacked_memory_before_weights_moved(error):
                 self.has_moved = had_moved
             raise

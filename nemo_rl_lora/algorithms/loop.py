@@ -17,7 +17,7 @@ from typing import Any
 from nemo_rl_lora.algorithms.algorithm import Algorithm, Run, StepDone
 from nemo_rl_lora.checkpoints.record import SaveReason
 from nemo_rl_lora.checkpoints.step_digests import tensor_digests, token_digest
-from nemo_rl_lora.checkpoints.steps import CheckpointWriteError, ResumePoint, SaveDeadline
+from nemo_rl_lora.checkpoints.steps import CheckpointWriteError, ResumePoint, SaveDeadline, has_done_all
 from nemo_rl_lora.distributed.lost import ProcessesLost
 from nemo_rl_lora.run.control import StopRequest
 from nemo_rl_lora.run.metrics import Stopwatch
@@ -114,9 +114,7 @@ class TrainingLoop:
     @property
     def _is_over(self) -> bool:
         """Whether all steps, or tokens, are done."""
-        tokens = self._settings.max_num_tokens
-        had_tokens = tokens is not None and self._counters.get("num_tokens", 0.0) >= tokens
-        return self._step >= self._run.num_steps or had_tokens
+        return has_done_all(self._step, self._counters, self._run.num_steps, self._settings.max_num_tokens)
 
     def _record(self, done: StepDone) -> None:
         """Write the metrics of the step."""

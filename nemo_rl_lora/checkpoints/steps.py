@@ -82,8 +82,14 @@ def is_finished(point: ResumePoint | None, max_steps: int, max_tokens: int | Non
     """Whether the run did all its steps or tokens, or reached its threshold: starting it again has nothing to do."""
     if point is None:
         return False
-    had_tokens = max_tokens is not None and point.info.counters.get("num_tokens", 0.0) >= max_tokens
-    return point.step >= max_steps or had_tokens or point.info.reason == "threshold"
+    did_all = has_done_all(point.step, point.info.counters, max_steps, max_tokens)
+    return did_all or point.info.reason == "threshold"
+
+
+def has_done_all(step: int, counters: Mapping[str, float], max_steps: int, max_tokens: int | None) -> bool:
+    """Whether a run with these counters is over after `step` steps."""
+    had_tokens = max_tokens is not None and counters.get("num_tokens", 0.0) >= max_tokens
+    return step >= max_steps or had_tokens
 
 
 class SaveDeadline:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,27 +11,8 @@ from torch import Tensor
 
 from nemo_rl_lora.lora.adapter_tensors import AdapterTensors
 from nemo_rl_lora.lora.targets import AdaptedModule
-from nemo_rl_lora.tensors import entry_of, tensors_digest, write_tensors
+from nemo_rl_lora.tensors import LazyTensors, entry_of, tensors_digest, write_tensors
 from nemo_rl_lora.types import SyncMode, TensorInfo, WeightsRef
-
-
-class LazyTensors(Mapping[str, Tensor]):
-    """Names to tensors, each computed at every read; nothing is kept."""
-
-    def __init__(self, computations: Mapping[str, Callable[[], Tensor]]) -> None:
-        self._computations = dict(computations)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._computations[name]()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._computations
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._computations)
-
-    def __len__(self) -> int:
-        return len(self._computations)
 
 
 class OfferedTensors(LazyTensors):

@@ -71,9 +71,9 @@ def _has_bfloat16_products() -> bool:
     known."""
     import torch
 
-    if torch.cuda.is_available() or joins_ray():
-        return True
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    from nemo_rl_lora.tensors import cpu_multiplies_bfloat16
+
+    return torch.cuda.is_available() or joins_ray() or cpu_multiplies_bfloat16()
 
 
 def train(config: MasterConfig, command: str | None = None, started: float | None = None) -> RunResult:

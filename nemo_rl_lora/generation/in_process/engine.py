@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -32,7 +32,7 @@ from nemo_rl_lora.generation.protocol import Ticket
 from nemo_rl_lora.generation.tickets import FinishReason, Ticketed, one_more
 from nemo_rl_lora.generation.turns import Turns
 from nemo_rl_lora.lora.adapter_tensors import AdapterTensors, canonical_shapes
-from nemo_rl_lora.tensors import torch_dtype
+from nemo_rl_lora.tensors import LazyTensors, torch_dtype
 from nemo_rl_lora.types import CompletionGroup, GroupRequest, SyncReceipt, WeightsRef
 
 if TYPE_CHECKING:
@@ -66,32 +66,22 @@ class _Sequence:
     is_held_up: bool = False  # a burst left the draw of its next token to the host
 
 
-class Incoming(Mapping[str, Tensor]):
+class Incoming(LazyTensors):
     """The tensors of a sync by name, each made when it is read and kept by nobody here: who holds them in turn needs
     memory for one."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], take: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-        self._shapes, self._take = shapes, take
-        self._unread = dict.fromkeys(shapes)
+    def __init__(self, computations: Mapping[str, Callable[[], Tensor]]) -> None:
+        super().__init__(computations)
+        self._unread = dict.fromkeys(computations)
 
     def __getitem__(self, name: str) -> Tensor:
-        shape = self._shapes[name]
         self._unread.pop(name, None)
-        return self._take(name, shape)
+        return super().__getitem__(name)
 
     def read_rest(self) -> None:
         """Make what nobody has read, so that it is known to be missing."""
         for name in list(self._unread):
             self[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
 
 
 class InProcessGeneration(Ticketed):
@@ -138,7 +128,7 @@ class InProcessGeneration(Ticketed):
         start = time.perf_counter()
         expected = _checked_shapes(ref, self._expected[ref.mode])
         self._inspection.begin(ref)
-        incoming = Incoming(expected, partial(self._taken, ref))
+        incoming = Incoming({name: partial(self._taken, ref, name, shape) for name, shape in expected.items()})
         if ref.mode == "merged":
             self._version = None  # in between it serves no version
             self._decoder.set_adapters({})

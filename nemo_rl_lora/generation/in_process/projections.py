@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_rl_lora.lora.adapter_tensors import AdapterTensors
+from nemo_rl_lora.tensors import cpu_multiplies_bfloat16
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -22,7 +23,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and cpu_multiplies_bfloat16())
 
 
 def in_place(old: Tensor | None, new: Tensor, shared: Tensor | None = None) -> Tensor:

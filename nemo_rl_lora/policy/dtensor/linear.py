@@ -62,10 +62,8 @@ class AdapterLinear(LinearLoRA):
             return self._base(x)
         dtype = self.adapter_dtype or x.dtype
         drops = self.dropout_p > 0.0 and self.switch.dropout_seed is not None
-        if isinstance(x, DTensor):
-            return self._over_ranks(x, dtype, self.dropout_position if drops else None)
-        if self.kernels == "automodel":
-            return self._by_vendors_kernels(x, dtype, self.dropout_position if drops else None)
+        if isinstance(x, DTensor) or self.kernels == "automodel":
+            return self._base_and_update(x, dtype, self.dropout_position if drops else None)
         if self.together is not None and not drops and (out := self.together.output_of(self, x)) is not None:
             return out
         a, b = self.factors or (Factor.of(self.lora_A.weight, dtype), Factor.of(self.lora_B.weight, dtype))
@@ -82,23 +80,16 @@ class AdapterLinear(LinearLoRA):
             return tp_linear_forward(x, self.weight, self.bias, mm_for_2d_compile=False)
         return F.linear(x, self.weight, self.bias)
 
-    def _over_ranks(self, x: Tensor, dtype: torch.dtype, dropout_position: str | None) -> Tensor:
-        """The layer of which tensor-parallel ranks have parts."""
-        base, inner = self._base(x), x.to(dtype)
-        if dropout_position == "pre":
-            inner = self._dropped(inner)
-        assert isinstance(inner, DTensor)
-        update = _shared_update(inner, self.lora_A.weight.to(dtype), self.lora_B.weight.to(dtype), self.scale)
-        if dropout_position == "post":
-            update = self._dropped(update)
-        return base + update.to(base.dtype)
-
-    def _by_vendors_kernels(self, x: Tensor, dtype: torch.dtype, dropout_position: str | None) -> Tensor:
+    def _base_and_update(self, x: Tensor, dtype: torch.dtype, dropout_position: str | None) -> Tensor:
+        """The layer in several operations: where tensor-parallel ranks have parts of it, or on the vendor's kernels."""
         base, inner = self._base(x), x.to(dtype)
         if dropout_position == "pre":
             inner = self._dropped(inner)
         a, b = self.lora_A.weight.to(dtype), self.lora_B.weight.to(dtype)
-        update = apply_memory_efficient_lora(inner, a, b, self.scale, True)
+        if isinstance(inner, DTensor):
+            update = _shared_update(inner, a, b, self.scale)
+        else:
+            update = apply_memory_efficient_lora(inner, a, b, self.scale, True)
         if dropout_position == "post":
             update = self._dropped(update)
         return base + update.to(base.dtype)

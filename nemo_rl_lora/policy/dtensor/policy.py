@@ -51,11 +51,10 @@ from nemo_rl_lora.policy.dtensor.sharding import (
 )
 from nemo_rl_lora.policy.forward import DEFAULT_CHUNK_TOKENS, ForwardPass, Placed, refuse_unreached
 from nemo_rl_lora.policy.microbatches import Cutting, Portion
-from nemo_rl_lora.policy.offer import LazyTensors
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.policy.step import Share, empty_loss, microbatch_loss, rows_in_order
 from nemo_rl_lora.policy.trained import Trained, TrainedPolicy, adapted_modules, load_base
-from nemo_rl_lora.tensors import torch_dtype
+from nemo_rl_lora.tensors import LazyTensors, torch_dtype
 from nemo_rl_lora.types import LossFn, StepOutput
 
 
