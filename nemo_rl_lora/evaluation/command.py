@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rl_lora.config.load import load_config, resolved_yaml
 from nemo_rl_lora.run.control import EXIT_OK, StopRequest, running
-from nemo_rl_lora.run.drivers import declare, prepare_process, with_fast_precision
+from nemo_rl_lora.run.drivers import declare, prepare_process, set_up_logging, with_fast_precision
 from nemo_rl_lora.run.memory import from_phase
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def main(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides, "eval")
     if not arguments.plan:
         prepare_process(started=arguments.started)
+    set_up_logging(arguments)
     config = with_fast_precision(config, arguments)
     from nemo_rl_lora.config.errors import ConfigError
     from nemo_rl_lora.evaluation.models import LoadedBase, check_evaluation
@@ -36,7 +37,6 @@ def main(arguments: argparse.Namespace) -> int:
     from nemo_rl_lora.models.stored import BadWeightsError
     from nemo_rl_lora.run.console import setup_logging
 
-    setup_logging()
     checked = check_evaluation(config, weights=not arguments.plan)
     task = checked.task
     console = EvaluationConsole(len(task.prompts), task.num_completions)

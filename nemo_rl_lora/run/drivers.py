@@ -46,10 +46,18 @@ def main(arguments: argparse.Namespace) -> int:
     if not arguments.plan:
         variables = missing_env_vars(config.policy) if config.cluster.num_processes == 1 else {}
         prepare_process(variables, arguments.started)
+    set_up_logging(arguments)
     config = with_fast_precision(config, arguments)
     if arguments.plan:
         return show_plan(config)
     return train(config, continue_command(sys.argv), arguments.started).exit_code
+
+
+def set_up_logging(arguments: argparse.Namespace) -> None:
+    """Show messages from here on; beside a plan, which says everything itself, only warnings."""
+    from nemo_rl_lora.run.console import setup_logging
+
+    setup_logging(level=logging.WARNING if arguments.plan else logging.INFO)
 
 
 def with_fast_precision(config: Any, arguments: argparse.Namespace) -> Any:

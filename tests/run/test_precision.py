@@ -1,12 +1,16 @@
 """bfloat16 that was only inherited gives way to float32 where the processor has no instructions for it."""
 
 import argparse
+import contextlib
+import io
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 
 from nemo_rl_lora.config.load import load_config
+from nemo_rl_lora.evaluation import command as evaluation
 from nemo_rl_lora.run import drivers
 from nemo_rl_lora.run.drivers import with_fast_precision
 
@@ -38,6 +42,36 @@ def test_what_the_user_set_stays_and_is_warned_of(slow, caplog, tmp_path):
     base = Path(drivers.__file__).parents[2] / "examples" / "configs" / "sft.yaml"
     file.write_text(f"defaults: {base}\npolicy:\n  precision: bfloat16\n")
     assert chosen("sft", config=file).policy.precision == "bfloat16"
+
+
+@pytest.mark.parametrize("driver", ["sft", "eval"])
+def test_the_warning_is_shown_as_others_are(slow, capsys, monkeypatch, driver):
+    """By this run's handler: what an earlier run of the process left writes to a stream that is closed."""
+    closed = io.StringIO()
+    closed.close()
+    main = evaluation.main if driver == "eval" else drivers.main
+    arguments = argparse.Namespace(config=None, overrides=["policy.precision=bfloat16"], driver=driver, plan=True)
+    monkeypatch.setattr("nemo_rl_lora.run.drivers.show_plan", lambda config: 0)
+    monkeypatch.setattr("nemo_rl_lora.evaluation.command.print_plan", lambda *_: None)
+    with logging_through(logging.StreamHandler(closed)):
+        main(arguments)
+    said = capsys.readouterr().err
+    assert "WARNING policy.precision=bfloat16: this processor has no instructions" in said
+    assert "Logging error" not in said
+
+
+@contextlib.contextmanager
+def logging_through(handler):
+    """The root logger as an earlier run left it; and afterwards as it was."""
+    root, package = logging.getLogger(), logging.getLogger("nemo_rl_lora")
+    before, level, own_level = root.handlers[:], root.level, package.level
+    root.handlers[:] = [handler]
+    try:
+        yield
+    finally:
+        root.handlers[:] = before
+        root.setLevel(level)
+        package.setLevel(own_level)
 
 
 def test_elsewhere_it_stays(monkeypatch, caplog):
