@@ -88,8 +88,9 @@ def derived(config: Any, changes: Mapping[str, Any], name: str) -> Any:
     for key, value in changes.items():
         path = key.split(".")
         tree = with_value(without(tree, path) if lookup(tree, path) else tree, path, plain(value))
-    written = [key for key in flatten(tree) if any(key == k or key.startswith(f"{k}.") for k in changes)]
-    return _validated(type(config), Tracked(tree, config.layers.with_layer(name, written, is_users=False)))
+    written = {key for key in flatten(tree) if any(key == k or key.startswith(f"{k}.") for k in changes)}
+    layers = config.layers.without(changes).with_layer(name, sorted(written), is_users=False)
+    return _validated(type(config), Tracked(tree, layers))
 
 
 def load_policy(tree: dict[str, Any]) -> PolicyConfig:

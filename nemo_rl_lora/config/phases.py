@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 
 from nemo_rl_lora.config.adapter_start import AdapterStartConfig
 from nemo_rl_lora.config.base import Section
-from nemo_rl_lora.config.lora import spec_of_block, unified_from_spec
+from nemo_rl_lora.config.lora import LoraCfg, PeftCfg, UnifiedLora, spec_of_block, unified_from_spec
+from nemo_rl_lora.seeds import derive_seed
 
 if TYPE_CHECKING:
     from nemo_rl_lora.config.master import SftMaster
@@ -42,7 +43,7 @@ class PhaseConfig(Section):
     epochs: int | None = Field(default=None, ge=1)
     """Length in passes over its data."""
     data: dict[str, Any] | tuple[dict[str, Any], ...] | None = None
-    """Its training data, written as `data.train` is: a dataset, or a list that is mixed by rates; null: `data.train`."""
+    """Its training data, written as `data.train` is: a dataset, or a list mixed by rates; null: `data.train`."""
     lr: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Peak learning rate; null: what `policy.optimizer` says for all weights, or for an adapter."""
     warmup_pct: _Share | None = None
@@ -58,7 +59,7 @@ class PhaseConfig(Section):
     at_end: AtEnd | None = None
     """inject: the trained weights are frozen in the compute dtype, and the next phase's adapter is put on them. merge:
     the adapter is added to the base, in fp32 and rounded once. nothing: the next phase goes on with the same weights and
-    optimizer. null: what the next phase needs."""
+    moments. null: what the next phase needs."""
 
     @property
     def length(self) -> tuple[Unit, int]:
@@ -118,8 +119,8 @@ def check_phases(phases: Sequence[PhaseConfig]) -> None:
             raise ValueError(f"{key}.at_end='inject': the next phase trains all weights. Set it to nothing, or null.")
         if chosen == "nothing" and phase.train != following.train:
             raise ValueError(
-                f"{key}.at_end='nothing': the next phase trains {_what(following)}, and this one {_what(phase)}. Set it "
-                f"to {'inject' if phase.train == 'full' else 'merge'}, or null."
+                f"{key}.at_end='nothing': this phase trains {_what(phase)}, and the next one {_what(following)}. Set "
+                f"it to {'inject' if phase.train == 'full' else 'merge'}, or null."
             )
         if chosen == "nothing" and following.train == "lora" and following.lora is not None:
             raise ValueError(
@@ -142,8 +143,8 @@ def _check_schedules(phases: Sequence[PhaseConfig]) -> None:
             raise ValueError(f"{key}.schedule='continue': there is no phase before it. Set it to restart.")
         if phase.has_shape:
             raise ValueError(
-                f"{key}.schedule='continue': its shape is that of the phase where the schedule began. Remove warmup_pct "
-                f"and decay_pct here, or set schedule=restart."
+                f"{key}.schedule='continue': its shape is that of the phase where the schedule began. Remove "
+                f"warmup_pct and decay_pct here, or set schedule=restart."
             )
         first = schedule_begin(phases, index)
         units = {part.length[0] for part in phases[first : index + 1]}
@@ -209,16 +210,16 @@ def phase_changes(config: SftMaster, index: int) -> dict[str, Any]:
         "sft.phases": [],
         "sft.max_num_tokens": number if unit == "tokens" else None,
         "sft.max_num_steps": number if unit == "steps" else NO_LIMIT,
+        "sft.seed": config.sft.seed if index == 0 else derive_seed(config.sft.seed, "phase", index),
         "sft.max_num_epochs": number if unit == "epochs" else NO_LIMIT,
-        "policy.dtensor_cfg.lora_cfg.enabled": False,
-        "policy.megatron_cfg.peft.enabled": False,
+        LoraCfg.KEY: {},
+        PeftCfg.KEY: {},
+        UnifiedLora.KEY: None,
     }
     if phase.data is not None:
         changes["data.train"] = list(phase.data) if isinstance(phase.data, tuple) else phase.data
     if phase.train == "lora":
-        changes["policy.lora"] = unified_from_spec(spec_of_block(policy)) | _lora_keys(phases, index)
-    elif policy.lora is not None:
-        changes["policy.lora.enabled"] = False
+        changes[UnifiedLora.KEY] = unified_from_spec(spec_of_block(policy)) | _lora_keys(phases, index)
     if phase.lr is not None:
         changes |= {"policy.optimizer.kwargs.lr": phase.lr, "policy.optimizer.full_finetuning_lr": None}
     if index > 0 or phase.train == "full":  # what an adapter starts from, the first phase's does
