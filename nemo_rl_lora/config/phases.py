@@ -58,8 +58,8 @@ class PhaseConfig(Section):
     """Keys of the adapter that differ from those of the run's LoRA block, written as those of `policy.lora`."""
     at_end: AtEnd | None = None
     """inject: the trained weights are frozen in the compute dtype, and the next phase's adapter is put on them. merge:
-    the adapter is added to the base, in fp32 and rounded once. nothing: the next phase goes on with the same weights and
-    moments. null: what the next phase needs."""
+    the adapter is added to the base, in fp32 and rounded once. nothing: the next phase goes on with the same weights,
+    and with their moments. null: what the next phase needs."""
 
     @property
     def length(self) -> tuple[Unit, int]:
@@ -150,8 +150,8 @@ def _check_schedules(phases: Sequence[PhaseConfig]) -> None:
         units = {part.length[0] for part in phases[first : index + 1]}
         if phases[first].has_shape and (len(units) > 1 or "epochs" in units):
             raise ValueError(
-                f"{key}.schedule='continue': shares of one schedule need lengths in one unit, tokens or steps, and those "
-                f"of phases {first} to {index} are in {' and '.join(sorted(units))}. Give all of them in tokens."
+                f"{key}.schedule='continue': shares of one schedule need lengths in one unit, tokens or steps, and "
+                f"those of phases {first} to {index} are in {' and '.join(sorted(units))}. Give all of them in tokens."
             )
 
 

@@ -48,8 +48,8 @@ def _phase_problems(config: SftMaster) -> list[str]:
         )
     if not config.checkpointing.enabled and len(config.sft.phases) > 1:
         problems.append(
-            "checkpointing.enabled=False: what a phase has trained goes to the next one through a checkpoint. Set it to "
-            "true."
+            "checkpointing.enabled=False: what a phase has trained goes to the next one through a checkpoint. Set it "
+            "to true."
         )
     if not config.checkpointing.save_optimizer and len(config.sft.phases) > 1:
         problems.append(

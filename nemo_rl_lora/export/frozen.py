@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nemo_rl_lora.export.inputs import BASE_FILES, known_files
 from nemo_rl_lora.tensors import (
     DTYPES,

@@ -37,7 +37,8 @@ class MasterAdam(torch.optim.AdamW):
     def move(self, loss: float, norm: Tensor, lr: float | None = None) -> tuple[float, float]:
         """One step from the masters' gradients: the gradient's norm before clipping, and the learning rate.
 
-        `norm` is their L2 norm over all processes; `lr` None: what the schedule says. FloatingPointError before the optimizer moves.
+        `norm` is their L2 norm over all processes; `lr` None: what the schedule says. FloatingPointError
+        before the optimizer moves.
         """
         read = float(norm)
         if not (math.isfinite(loss) and math.isfinite(read)):

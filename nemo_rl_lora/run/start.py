@@ -57,9 +57,9 @@ def build_run(start: Start, log: RunLog, cleanup: ExitStack) -> Run:
         raise ConfigError(str(error)) from error
     cleanup.callback(policy.close)
     phase = start.phase
-    begin = 0 if phase is None else phase.begin.step
+    begin, part = (0, "") if phase is None else (phase.begin.step, f", {phase.begin.name}")
     console = TrainingConsole(
-        title=f"{config.algorithm.upper()} {config.policy.model_name}{'' if phase is None else f', {phase.begin.name}'}",
+        title=f"{config.algorithm.upper()} {config.policy.model_name}{part}",
         num_steps=begin + (start.num_steps if phase is None else expected_steps(start)[0]),
         metrics=algorithm.key_metrics,
         first_step=begin if start.resume is None else start.resume.step,
