@@ -196,6 +196,8 @@ def run_training(command: Command, place: Place, capsys) -> None:
         plan(algorithm, command, place)
     elif command.page == "README.md" and algorithm == "grpo":
         train_as_process(command, place)
+    elif command.page == "phases.md":
+        train_phases(command, place)
     else:
         train(algorithm, command, place)
 
@@ -238,6 +240,22 @@ def train(algorithm, command: Command, place: Place) -> None:
         arguments += [f"policy.dynamic_batching.{kind}_mb_tokens=4096" for kind in ("train", "logprob")]
     assert_trained(algorithm, run_driver(*arguments, algorithm=algorithm), place)
     assert_peft_loads(place)
+
+
+def train_phases(command: Command, place: Place) -> None:
+    """A step of each phase, on the tiny model."""
+    settings = [text for text in ONE_STEP["sft"] if "max_num_steps" not in text]
+    one_step = [f"sft.phases.{index}.tokens=1" for index in (0, 1)]
+    model = f"policy.model_name={place.tiny_model}"
+    ended = run_driver(*command.arguments, *settings, *one_step, *place.directories, model, algorithm="sft")
+    assert ended.code == 0, ended.err
+    assert "answers begins after step 1: an adapter of dim 16" in ended.out
+    logs, results = place.root / "logs" / "exp_001", place.root / "results"
+    lines = [json.loads(line) for line in (logs / "metrics.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in lines if line["split"] == "train"] == [1, 2]
+    assert (logs / "curves.png").stat().st_size > 10_000
+    assert (results / "base_of_phase_2" / "weights" / "model.safetensors").is_file()
+    assert (results / "step_2" / "policy" / "adapter").is_dir()
 
 
 def gsm8k_files(place: Place) -> list[str]:

@@ -47,6 +47,7 @@ class Phased:
         kept = [text for text in self.tiny.arguments() if "max_num_steps" not in text and "enabled=true" not in text]
         arguments = [*(text.replace(self._own_rows, str(self.rows)) for text in kept), *ADAM, *overrides]
         has_adapter = any("train: lora" in text or "lora_cfg.enabled" in text for text in overrides)
+        has_adapter = has_adapter and "policy.backend=megatron" not in overrides
         return [text for text in arguments if has_adapter or "lora_cfg" not in text]
 
     def __call__(self, *overrides: str) -> Ended:
