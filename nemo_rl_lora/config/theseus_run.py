@@ -111,32 +111,15 @@ def _stages(theirs: Theirs, part: str) -> list[tuple[float, Any]]:
 def _phases(
     draft: Draft, stages: Sequence[tuple[str, float, Any]], shares: tuple[float, float], before: int = 0
 ) -> list[dict[str, Any]]:
-    """The phases of one part: its first tokens are the warm-up, its last ones the decay, wherever stages end."""
-    total = sum(tokens for _, tokens, _ in stages)
-    warmup, decay = (share * total for share in shares)
-    phases, start = list[dict[str, Any]](), 0.0
+    """The phases of one part. Its schedule begins with the first, whose shares are of the length of all."""
+    warmup, decay = shares
+    phases = list[dict[str, Any]]()
     for number, (train, tokens, mixture) in enumerate(stages):
-        end = start + tokens
-        is_last = number == len(stages) - 1
-        phase = {
-            "name": f"{'pre' if train == 'full' else 'post'}_lora_{number + 1}",
-            "train": train,
-            "tokens": int(tokens),
-            "warmup_pct": _share(min(end, warmup) - start, tokens),
-            "decay_pct": _share(decay, tokens) if is_last else 0.0,
-            "schedule": "restart",
-            "data": _mixture(draft, mixture, f"sft.phases.{before + number}"),
-        }
-        phases.append(phase)
-        start = end
-    if stages and (warmup > stages[0][1] or decay > stages[-1][1]):
-        draft.differs("Warm-up or decay is longer than its stage; here it is as long as the stage.")
+        name = f"{'pre' if train == 'full' else 'post'}_lora_{number + 1}"
+        schedule = {"schedule": "continue"} if number else {"warmup_pct": warmup, "decay_pct": decay}
+        data = _mixture(draft, mixture, f"sft.phases.{before + number}")
+        phases.append({"name": name, "train": train, "tokens": int(tokens), **schedule, "data": data})
     return phases
-
-
-def _share(part: float, whole: float) -> float:
-    """The part as a share from 0 to 1, written as people write it."""
-    return round(min(1.0, max(0.0, part) / whole), 6)
 
 
 def _mixture(draft: Draft, mixture: Any, place: str) -> list[dict[str, Any]]:
