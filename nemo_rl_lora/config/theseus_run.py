@@ -79,7 +79,7 @@ def theseus_run(document: Mapping[str, Any]) -> RunTranslation:
             "theseus's adapters have an Adam without weight decay or clipping in some versions; here the phases share "
             "policy.optimizer."
         )
-    draft.set("data", {"train": draft.tree["sft"]["phases"][0]["data"], "validation": None})
+    draft.set("data", {"train": "${sft.phases.0.data}", "validation": None})
     draft.set("sft.val_period", 0)
     draft.set("sft.val_at_start", False)
     return draft.finish(TOOL, _HARMLESS)
