@@ -45,6 +45,7 @@ INFO_FILE = "training_info.json"
 CONFIG_FILE = "config.yaml"
 FORMAT_VERSION = 1
 PHASE_BASE_PREFIX = "base_of_phase_"  # beside the steps: the weights that earlier phases made
+PHASE_WEIGHTS = "weights"  # in it: a Hugging Face model
 PHASE_RECORD_FILE = "phase_base.json"  # in it: from which step it was made, and how
 
 SaveReason = Literal["period", "epoch", "end", "phase", "signal", "deadline", "threshold", "failure"]

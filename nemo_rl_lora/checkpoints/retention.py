@@ -58,10 +58,11 @@ def bases_of(directory: Path) -> dict[Path, int]:
     return found
 
 
-def prune_bases(directory: Path, steps: Steps, needed: str | None) -> None:
-    """Remove what no step that is kept builds on, nor the phase that trains (`needed`)."""
-    builds_on = {(read_info(path).phase_begin or {}).get("base") for _, path in steps} | {needed}
-    for path in bases_of(directory):
+def prune_bases(directory: Path, steps: Steps) -> None:
+    """Remove what no step that is kept builds on, of which the newest is one of the phase that trains."""
+    bases = bases_of(directory)
+    builds_on = {(read_info(path).phase_begin or {}).get("base") for _, path in steps} if bases else set()
+    for path in bases:
         if path.name not in builds_on:
             remove_whole(path)
             logger.info(f"removed {path}: no step that is kept builds on it")

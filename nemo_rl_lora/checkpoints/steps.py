@@ -306,6 +306,7 @@ class Checkpointer:
         logger.info(f"saved {final}")
         refuse_without_metric(info, self._config)
         prune(step_directories(self._directory), self._config)
+        prune_bases(self._directory, step_directories(self._directory))
         return final
 
     def _resume_paths(self) -> list[Path]:
@@ -351,10 +352,6 @@ class Checkpointer:
         own = self._resume.step if self._resume is not None and is_own else -1
         steps = [path for step, path in step_directories(self._directory) if step > own]
         set_aside(self._directory, [*steps, *(path for path, step in bases_of(self._directory).items() if step > own)])
-
-    def prune_bases(self, needed: str | None) -> None:
-        """Remove what earlier phases built on and nothing here needs any more; `needed`: by the phase that trains."""
-        prune_bases(self._directory, step_directories(self._directory), needed)
 
     def _take_lock(self) -> None:
         """Hold the directory as long as this process lives; the kernel lets go of it when the process is killed."""

@@ -28,13 +28,15 @@ def check_runnable(config: MasterConfig) -> list[str]:
         *_world_problems(config),
         *engine_problems(config.policy.generation),
         *(_ahead_problems(config) if isinstance(config, GrpoMaster) else []),
-        *(_phase_problems(config) if isinstance(config, SftMaster) and config.sft.phases else []),
         *unused_key_problems(config),
     ]
 
 
-def _phase_problems(config: SftMaster) -> list[str]:
-    """Keys that the user set, and that phases leave without a meaning; and what phases need of other sections."""
+def phase_problems(config: MasterConfig) -> list[str]:
+    """Keys that the user set, and that phases leave without a meaning; what phases need of other sections; LoRA keys
+    that no phase reads. Nothing for a run without phases."""
+    if not isinstance(config, SftMaster) or not config.sft.phases:
+        return []
     problems = [
         f"sft.{key}={getattr(config.sft, key)!r}: the phases say how long the run is. Remove it, or give a phase's own "
         f"{unit}."
@@ -55,7 +57,7 @@ def _phase_problems(config: SftMaster) -> list[str]:
         problems.append(
             "checkpointing.save_optimizer=False: a phase may go on with the moments of the one before. Set it to true."
         )
-    return problems
+    return [*problems, *unused_key_problems(config)]
 
 
 def _ahead_problems(config: GrpoMaster) -> list[str]:

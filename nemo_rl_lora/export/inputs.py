@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from nemo_rl_lora.checkpoints.durable_files import CHECKSUMS_FILE, read_json_file, refuse_damaged
-from nemo_rl_lora.checkpoints.record import CONFIG_FILE, INFO_FILE, read_config, step_of_adapter
+from nemo_rl_lora.checkpoints.record import CONFIG_FILE, INFO_FILE, PHASE_WEIGHTS, read_config, step_of_adapter
 from nemo_rl_lora.lora.files import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -59,6 +59,7 @@ class AdapterInput:
     base_digest: str | None  # of the base that it was trained on, where that is recorded
     model_source: str
     run_policy: Mapping[str, Any]  # `policy` of the run's configuration; empty for an adapter that is no checkpoint
+    phase_base: Path | None = None  # the directory beside its step that the step's phase builds on
 
     @property
     def directory(self) -> Path:
@@ -142,12 +143,20 @@ def find_adapter(path: Path) -> AdapterInput:
         base_digest=info.get("base_digest"),
         model_source=info.get("model_source", ""),
         run_policy=run_policy,
+        phase_base=None if step is None else _phase_base(step, info),
     )
+
+
+def _phase_base(step: Path, info: Mapping[str, Any]) -> Path | None:
+    """What earlier phases of a step's run made, where that lies beside it."""
+    name = (info.get("phase_begin") or {}).get("base")
+    weights = None if name is None else step.absolute().parent / name / PHASE_WEIGHTS
+    return weights if weights is not None and weights.is_dir() else None
 
 
 def open_base(model_name: str | None, base_directory: Path | None, adapter: AdapterInput) -> Base:
     """The base by its name or the adapter's own record of it, its weights from `base_directory` where that is given."""
-    name = model_name or adapter.base_name
+    name = model_name or (None if adapter.phase_base is None else str(adapter.phase_base)) or adapter.base_name
     if model_name is None and name and Path(name).is_absolute() and not is_directory(name):
         name = adapter.run_policy.get("model_name") or name  # the run was elsewhere; its digest says whether it is that
     if base_directory is None and not name:

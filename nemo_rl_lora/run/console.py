@@ -145,6 +145,11 @@ class TrainingConsole(LiveConsole):
         self._first_step = self._step = first_step
         self._stage = "starting"
         self._history: dict[tuple[str, str], list[tuple[int, float]]] = {}
+        self._seconds_before = 0.0  # of earlier phases
+
+    def go_on_from(self, before: TrainingConsole) -> None:
+        """What an earlier phase showed belongs to the same run: its summary is of all of them."""
+        self._history, self._seconds_before = before._history, before._seconds_before + before._elapsed
 
     def stage(self, name: str) -> None:
         """What the run is doing now, such as "generating"."""
@@ -186,7 +191,7 @@ class TrainingConsole(LiveConsole):
         with nothing left to do.
         """
         done = f"step {self._step} of {self._num_steps}"
-        self.say(f"\n{self._title} {outcome}: {done}, {format_seconds(self._elapsed)}.")
+        self.say(f"\n{self._title} {outcome}: {done}, {format_seconds(self._seconds_before + self._elapsed)}.")
         rows = [self._row(metric) for metric in self._metrics if (metric.split, metric.name) in self._history]
         if rows:
             self.console.print(figure_table(["metric"], ["first", "last", "best", "at step"], rows))

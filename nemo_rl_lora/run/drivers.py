@@ -155,14 +155,17 @@ def _train(start: Start, restarts: Restarts, command: str | None) -> RunResult:
             cleanup.callback(draw, log.directory)
         cleanup.callback(log.close)
         restarts.record(log, start)
-        loop = crossing = None
+        loop = crossing = console = None
         try:
             while True:
                 with contextlib.ExitStack() as parts:
                     with stop.starting(), from_phase("start"):
                         run = build_run(start, log, parts)
                     setup_logging(run.console.console)
-                    with run.console:
+                    if console is not None:
+                        run.console.go_on_from(console)
+                    console = run.console
+                    with console:
                         loop = TrainingLoop(run, start.algorithm, restarts.started)
                         if crossing is not None:
                             crossing.confirm(run)
@@ -177,7 +180,7 @@ def _train(start: Start, restarts: Restarts, command: str | None) -> RunResult:
             if lost is None:
                 raise
             raise lost from error
-    run.console.summary(
+    console.summary(
         result.outcome,
         log_directory=log.directory,
         checkpoint=result.checkpoint,
@@ -221,12 +224,23 @@ def show_plan(config: MasterConfig) -> int:
     """Print what the run would do, without loading a weight; 2 where something stops it."""
     from rich.console import Console
 
+    from nemo_rl_lora.config.support import phase_problems
+    from nemo_rl_lora.plan.phases import render_phases
     from nemo_rl_lora.plan.show import render_plan
-    from nemo_rl_lora.run.preflight import plan_run
+    from nemo_rl_lora.run.phases import PhaseStart, phase_plans
+    from nemo_rl_lora.run.preflight import plan_of, starts_of
 
-    plan = plan_run(config)
-    Console().print(render_plan(plan))
-    return EXIT_CONFIG if plan.problems else EXIT_OK
+    starts, console = starts_of(config), Console()
+    plans = [plan_of(start) for start in starts]
+    phases = [start for start in starts if isinstance(start, PhaseStart)]
+    problems = [*phase_problems(config), *(problem for plan in plans for problem in plan.problems)]
+    if phases and not problems:
+        console.print(render_phases(phase_plans(phases, plans)))
+    for start, plan in zip(starts, plans, strict=True):
+        console.print(*([f"\n{start.label}"] if start.label else []), render_plan(plan), sep="\n")
+    for problem in phase_problems(config):
+        console.print(f"Stops this run: {problem}", soft_wrap=True)
+    return EXIT_CONFIG if problems else EXIT_OK
 
 
 def prepare_process(variables: Mapping[str, str] | None = None, started: float | None = None) -> None:

@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ from nemo_rl_lora.checkpoints.durable_files import (
     put_in_place,
     remove_unfinished,
 )
-from nemo_rl_lora.checkpoints.record import PHASE_BASE_PREFIX, PHASE_RECORD_FILE, PhaseBegin, read_info
+from nemo_rl_lora.checkpoints.record import PHASE_BASE_PREFIX, PHASE_RECORD_FILE, PHASE_WEIGHTS, PhaseBegin, read_info
 from nemo_rl_lora.checkpoints.steps import Checkpointer, ResumePoint
+from nemo_rl_lora.config.errors import ConfigError
 from nemo_rl_lora.config.load import derived
 from nemo_rl_lora.config.master import SftMaster
 from nemo_rl_lora.config.optimizer_settings import peak_lr
@@ -48,14 +49,15 @@ from nemo_rl_lora.config.phases import (
 from nemo_rl_lora.export.convert import ExportRequest, export
 from nemo_rl_lora.export.frozen import write_frozen
 from nemo_rl_lora.models.source import ModelSource, resolve_model
-from nemo_rl_lora.run.preflight import Start
+from nemo_rl_lora.plan.phases import PhasePlan
+from nemo_rl_lora.plan.plan import Plan
+from nemo_rl_lora.run.preflight import Start, expected_steps
 from nemo_rl_lora.run.warm_start import InitialAdapter
 from nemo_rl_lora.types import Example
 
 logger = logging.getLogger(__name__)
 
 _NUM_FIXED_ROWS = 32
-_WEIGHTS = "weights"
 
 
 class PhaseShiftError(RuntimeError):
@@ -67,9 +69,13 @@ class PhaseStart(Start):
 
     def __init__(self, run_config: SftMaster, index: int, shared: PhaseStart | None = None) -> None:
         """`shared`: the first phase, where this is another; it has what all of them share."""
-        super().__init__(derived(run_config, phase_changes(run_config, index), f"sft.phases.{index}"))
         self._run_config, self.index, self._shared = run_config, index, shared or self
         self.name = name_of(run_config.sft.phases, index)
+        try:
+            config = derived(run_config, phase_changes(run_config, index), f"sft.phases.{index}")
+        except ConfigError as error:
+            raise ConfigError("\n".join(f"{self.label}{line}" for line in str(error).splitlines())) from error
+        super().__init__(config)
         self.following: tuple[PhaseStart, ...] = ()
         self._begin = PhaseBegin(index=index, name=self.name)
         self._counters: Mapping[str, float] = {}
@@ -158,7 +164,7 @@ class PhaseStart(Start):
         if base is None:
             self._goes_on_from = at / "policy"
         if self._begin.base is not None:
-            self._build_on(at.parent / self._begin.base / _WEIGHTS)
+            self._build_on(at.parent / self._begin.base / PHASE_WEIGHTS)
 
     def _build_on(self, weights: Path) -> None:
         """In place of the run's own model."""
@@ -189,6 +195,37 @@ def phase_starts(config: SftMaster) -> list[PhaseStart]:
     if point is not None:
         starts[index].continues(point)
     return starts[index:]
+
+
+def phase_plans(starts: Sequence[PhaseStart], plans: Sequence[Plan]) -> list[PhasePlan]:
+    """What is known of phases before a weight is loaded, in their order. ValueError where their rows cannot be used."""
+    found, step, tokens = [], 0, 0.0
+    schedule_step, schedule_tokens = 0, 0.0
+    for start, plan in zip(starts, plans, strict=True):
+        phases, (num_steps, _) = start.run_config.sft.phases, expected_steps(start)
+        num_tokens = num_steps * start.loader.mean_of_a_batch(lambda row: len(row.token_ids))
+        if phases[start.index].schedule == "restart":
+            schedule_step, schedule_tokens = step, tokens
+        lr_at = partial(
+            _expected_lr, start.lr_over(), (step - schedule_step, num_steps), (tokens - schedule_tokens, num_tokens)
+        )
+        at_end = at_end_of(phases, start.index)
+        found.append(
+            PhasePlan(
+                name=start.name, plan=plan, num_steps=num_steps, num_tokens=num_tokens, lr_at=lr_at, at_end=at_end
+            )
+        )
+        step, tokens = step + num_steps, tokens + num_tokens
+    return found
+
+
+def _expected_lr(
+    lr_over: Callable[[ScheduleSpan], float], steps: tuple[int, int], tokens: tuple[float, float], share: float
+) -> float:
+    """Of the step at this share of a phase; `steps` and `tokens` are where it begins in its schedule, and how many."""
+    step = int(share * steps[1])
+    begin, end = (tokens[0] + tokens[1] * (step + more) / steps[1] for more in (0, 1))
+    return lr_over(ScheduleSpan(step=steps[0] + step, begin_tokens=begin, end_tokens=end))
 
 
 class Crossing:
@@ -231,7 +268,6 @@ class Crossing:
                 f"beginning of {self._next.name}, and was {self._loss:.5f} at the end of {self._start.name}. Its last "
                 f"step is saved: {self._result.checkpoint}. Choose policy.precision=float32, or allow a larger shift."
             )
-        run.checkpointer.prune_bases(needed=self._next.phase.begin.base)
 
 
 def _fixed_rows(start: PhaseStart) -> list[Example]:
@@ -279,7 +315,7 @@ def _make_base(at_end: AtEnd, step: Path, start: PhaseStart, target: Path) -> di
         )
     policy, temporary = start.config.policy, make_unfinished(target.with_name(f"{TMP_PREFIX}{target.name}"))
     try:
-        weights = temporary / _WEIGHTS
+        weights = temporary / PHASE_WEIGHTS
         if at_end == "inject":
             weights.mkdir()
             found = write_frozen(step / "policy" / "weights", step / "policy" / "tokenizer", weights, policy.precision)
@@ -308,7 +344,7 @@ def _merged(step: Path, base: Path, target: Path, dtype: str) -> dict[str, float
 
 def _base_beside(point: ResumePoint, name: str) -> Path:
     """What a step's phase builds on, which lies beside the step."""
-    weights = point.path.parent / name / _WEIGHTS
+    weights = point.path.parent / name / PHASE_WEIGHTS
     if not (weights.parent / PHASE_RECORD_FILE).is_file():
         raise ValueError(
             f"checkpointing.load_path={str(point.path)!r}: its phase builds on {weights.parent}, which is not there. "

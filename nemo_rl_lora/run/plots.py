@@ -56,7 +56,8 @@ def draw_curves(log_directory: Path) -> Path | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    curves = curves_of(read_metrics(log_directory))
+    lines = read_metrics(log_directory)
+    curves = curves_of(lines)
     panels = [panel for panel in PANELS if any(name in curves for name in panel.names)]
     timings = _timings(curves)
     num_panels = len(panels) + bool(timings)
@@ -70,6 +71,8 @@ def draw_curves(log_directory: Path) -> Path | None:
         _draw_panel(ax, panel, curves)
     if timings:
         _draw_timings(axes[len(panels)], timings)
+    for ax in axes[:num_panels]:
+        _mark_phases(ax, lines)
     for ax in axes[num_panels:]:
         ax.remove()
     path = log_directory / CURVES_FILE
@@ -96,6 +99,16 @@ def smoothed(values: Sequence[float]) -> list[float]:
     half = max(1, len(values) // 20)
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
+
+
+def _mark_phases(ax: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
+    """A line where a phase begins, with its number."""
+    for line in lines:
+        if line["split"] == "phase":
+            place = line["step"] + 0.5  # between the last step before it and its first
+            ax.axvline(place, color="#475569", linewidth=1, linestyle="--", zorder=0)
+            at = ax.get_xaxis_transform()
+            ax.text(place, 0.99, f" phase {line['phase']:g}", transform=at, fontsize=8, color="#475569", va="top")
 
 
 def _draw_panel(ax: Axes, panel: Panel, curves: Mapping[str, Curve]) -> None:

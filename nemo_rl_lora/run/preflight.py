@@ -30,7 +30,7 @@ from nemo_rl_lora.config.load import resolved_tree
 from nemo_rl_lora.config.lora import lora_spec_from_policy
 from nemo_rl_lora.config.master import GrpoMaster, MasterConfig, SftMaster
 from nemo_rl_lora.config.optimizer_settings import AdamSettings, adam_settings, constant, megatron_adam_settings
-from nemo_rl_lora.config.support import check_runnable
+from nemo_rl_lora.config.support import check_runnable, phase_problems
 from nemo_rl_lora.data.chat import reads_clock, stop_clock
 from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.lora.spec import LoraSpec
@@ -347,16 +347,15 @@ def check_start(config: MasterConfig) -> Start:
     """Everything that can be known without weights, and the checkpoints' directory taken. ValueError says everything
     that is wrong, in every phase; then nothing is taken."""
     starts = starts_of(config)
-    problems = [_plan_start(start) for start in starts]
+    own, problems = phase_problems(config), [_plan_start(start) for start in starts]
     with ExitStack() as failed:
         failed.callback(starts[0].checkpointer.close)
-        if any(problems):
+        if own or any(problems):
             for start in starts:
                 start.plan = None
         for start, found in zip(starts, problems, strict=True):
             found += _failures(start)
-        if any(problems):
-            own = check_runnable(config) if starts[0].phase is not None else []
+        if own or any(problems):
             raise together([*own, *of_phases(starts, problems)])
         failed.pop_all()
     return starts[0]
