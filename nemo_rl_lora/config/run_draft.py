@@ -81,6 +81,10 @@ class Theirs:
         """What nobody asked for."""
         return {key: value for key, value in self._values.items() if key not in self._read}
 
+    def switched_off(self) -> list[str]:
+        """The switches `enable` and `enabled` that are false: what stands beside them has no effect there."""
+        return [k for k, value in self._values.items() if value is False and k.endswith((".enable", ".enabled"))]
+
     def _at(self, key: str) -> Any:
         node: Any = self.document
         for part in key.split("."):
@@ -121,7 +125,12 @@ class Draft:
         """The translation. `harmless`: globs of their keys, with the values at which they change no result here (None:
         at any)."""
         unread = self.theirs.unread()
-        quiet = {key for key, value in unread.items() if value in _EMPTY or _is_harmless(key, value, harmless)}
+        off = {key.rpartition(".")[0] for key in self.theirs.switched_off()}
+        quiet = {
+            key
+            for key, value in unread.items()
+            if value in _EMPTY or _is_harmless(key, value, harmless) or _is_below(key, off)
+        }
         return RunTranslation(
             tool=tool,
             tree=self.tree,
@@ -193,6 +202,10 @@ def steps_of(tokens: float, tokens_of_a_step: float) -> int:
 
 def _is_harmless(key: str, value: Any, harmless: Mapping[str, Sequence[Any] | None]) -> bool:
     return any(fnmatchcase(key, glob) and (values is None or value in values) for glob, values in harmless.items())
+
+
+def _is_below(key: str, sections: set[str]) -> bool:
+    return any(key.startswith(f"{section}.") for section in sections)
 
 
 def _nested(document: Mapping[str, Any]) -> dict[str, Any]:

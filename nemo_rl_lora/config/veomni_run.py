@@ -130,6 +130,8 @@ def _set_model(draft: Draft, algorithm: str) -> None:
             draft.set("policy.dtensor_cfg.activation_checkpointing", True)
         if theirs.take(f"{place}fsdp_config.mixed_precision.enable") is False:
             draft.set("policy.precision", "float32")
+    if theirs.take("train.enable_gradient_checkpointing") is True:
+        draft.set("policy.dtensor_cfg.activation_checkpointing", True)
     if theirs.take("train.enable_mixed_precision") is False:
         draft.set("policy.precision", "float32")
 
@@ -141,7 +143,8 @@ def _set_data(draft: Draft, data_type: str) -> None:
         dataset = {"dataset_name": "BinaryPreferenceDataset", "chosen_key": text_key or "chosen"}
         draft.differs("Rows: `prompt`, `chosen` and `rejected`; give data.train.prompt_key where it is another.")
     else:
-        dataset = {"dataset_name": "openai_format", "chat_key": text_key or "messages"}
+        has_chats = data_type == "conversation" and text_key is not None
+        dataset = {"dataset_name": "openai_format", "chat_key": text_key if has_chats else "messages"}
     for ours, key in (("train", "data.train_path"), ("validation", "data.eval_path")):
         path = theirs.take(key)
         if path is None and ours == "validation":
@@ -169,7 +172,8 @@ def _set_batches_and_length(draft: Draft, algorithm: str) -> None:
     theirs = draft.theirs
     rows, micro = theirs.take_number("train.global_batch_size"), theirs.take_number("train.micro_batch_size", default=1)
     length = theirs.take_number("data.max_seq_len", default=2048)
-    fills_tokens = theirs.take("train.dyn_bsz", default=True)
+    packs = [theirs.take(f"train.{key}") for key in ("rmpad", "rmpad_with_pos_ids")]  # before there was dyn_bsz
+    fills_tokens = theirs.take("train.dyn_bsz", default=packs != [False, False])
     train_tokens = theirs.take_number("data.train_size", default=10_000_000)
     epochs = theirs.take_number("train.num_train_epochs", default=1)
     limit = theirs.take_number("train.max_steps")
@@ -218,7 +222,8 @@ def _set_schedule(draft: Draft, steps: int | None) -> None:
 
 def _set_optimizer(draft: Draft) -> None:
     theirs = draft.theirs
-    kind = theirs.take(*_optimizer_keys("type"), "train.optimizer_type", default="adamw")
+    first = theirs.take("train.optimizer") if isinstance(theirs.document["train"].get("optimizer"), str) else "adamw"
+    kind = theirs.take(*_optimizer_keys("type"), "train.optimizer_type", default=first)
     if kind not in ("adamw", "anyprecision_adamw", "adamw_swap"):
         draft.leave_open(
             "policy.optimizer.kwargs.lr", f"a learning rate of AdamW, which trains here in place of {kind}"

@@ -63,6 +63,7 @@ _HARMLESS_EVERYWHERE: dict[str, tuple[Any, ...] | None] = {
     "*optimizer_impl": ("torch.optim",),
     "*optim.total_training_steps": None,
     "*zero_indexed_step": None,
+    "*min_lr_ratio": (0, 0.0),
 }
 _HARMLESS_IN_GRPO = _HARMLESS_EVERYWHERE | {
     "critic.*": None,
@@ -77,6 +78,12 @@ _HARMLESS_IN_GRPO = _HARMLESS_EVERYWHERE | {
     "actor_rollout_ref.ref.*": None,
     "actor_rollout_ref.actor.ppo_micro_batch_size*": None,
     "actor_rollout_ref.actor.shuffle": (False,),
+    "actor_rollout_ref.actor.data_loader_seed": None,
+    "actor_rollout_ref.actor.rollout_n": None,
+    "actor_rollout_ref.actor.freeze_vision_tower": None,
+    "actor_rollout_ref.actor.tau_*": None,
+    "actor_rollout_ref.actor.calculate_*": None,
+    "actor_rollout_ref.actor.router_replay.mode": ("disabled",),
     "actor_rollout_ref.actor.entropy_coeff": (0, 0.0),
     "actor_rollout_ref.actor.entropy_*ing": None,
     "actor_rollout_ref.actor.policy_loss.*": None,
@@ -86,8 +93,11 @@ _HARMLESS_IN_GRPO = _HARMLESS_EVERYWHERE | {
     "algorithm.kl_*": None,
     "algorithm.pf_ppo.*": None,
     "algorithm.use_pf_ppo": (False,),
+    "algorithm.rollout_correction.rollout_*_*": None,  # of weights that are null, or are listed themselves
+    "algorithm.rollout_correction.bypass_mode": (False,),
+    "algorithm.rollout_correction.loss_type": ("ppo_clip",),
     "data.reward_fn_key": None,
-    "data.image_key": None,
+    "data.image_*": None,
     "data.video_key": None,
     "data.val_batch_size": None,
     "data.validation_shuffle": None,

@@ -35,6 +35,14 @@ def test_every_key_is_carried_or_named(tool, run):
     assert changed.tree == known.tree
 
 
+def test_what_is_switched_off_there_has_no_effect(run):
+    off = run("verl_grpo", actor_rollout_ref__model__mtp={"enable": False, "num_layers": 4})
+    assert "actor_rollout_ref.model.mtp.num_layers" in off.without_effect
+    assert off.is_whole
+    on = run("verl_grpo", actor_rollout_ref__model__mtp={"enable": True, "num_layers": 4})
+    assert set(on.left_out) == {"actor_rollout_ref.model.mtp.enable", "actor_rollout_ref.model.mtp.num_layers"}
+
+
 def test_what_is_not_another_tools_run_is_left_alone():
     assert run_of({"policy": {"model_name": "x"}, "data": {}, "model": {}, "train": {}}) is None
     assert run_of({"model": {"lora_config": {"lora_modules": ["q_proj"]}}, "train": {}}) is None
@@ -50,6 +58,13 @@ def test_veomnis_newest_and_older_places_of_the_optimizer_mean_the_same(run, tmp
         merged(document, {"train": {("optimizer_type" if k == "type" else k): v for k, v in optimizer.items()}})
     )
     assert newest.tree == below_train.tree == flat.tree
+    named = {k: v for k, v in optimizer.items() if k != "type"}
+    oldest = run_of(merged(document, {"train": {**named, "optimizer": "adamw", "dyn_bsz": None, "rmpad": False}}))
+    assert oldest.to_decide  # rmpad_with_pos_ids is on where it is not written
+    rows = run_of(merged(document, {"train": {"dyn_bsz": None, "rmpad": False, "rmpad_with_pos_ids": False}}))
+    assert (oldest.left_out, rows.to_decide) == ({}, ())
+    muon = run_of(merged(document, {"train": {**named, "optimizer": "muon"}}))
+    assert [line.split(":")[0] for line in muon.to_decide] == ["policy.optimizer.kwargs.lr"]
     assert (at(newest, "policy.optimizer.kwargs.lr"), at(newest, "policy.optimizer.kwargs.weight_decay")) == (1e-3, 0)
     scheduler = newest.tree["policy"]["scheduler"]
     assert scheduler == {"name": "cosine", "warmup_steps": 1, "total_steps": 2, "min_lr_ratio": 0.1}
