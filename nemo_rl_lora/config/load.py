@@ -30,7 +30,7 @@ from nemo_rl_lora.config.gives_way import (
 )
 from nemo_rl_lora.config.layers import SET_BY, Layers, Tracked, layers_from_record, overlaid
 from nemo_rl_lora.config.master import MASTERS, Driver, EvalMaster, MasterConfig
-from nemo_rl_lora.config.other_runs import is_adapter_alone, refusal, run_of, translate_command
+from nemo_rl_lora.config.other_runs import is_adapter_alone, is_own, refusal, run_of, translate_command
 from nemo_rl_lora.config.overrides import overridden
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.config.refused_keys import keys_without_effect, take_out
@@ -212,6 +212,8 @@ def _read_tracked(path: Path, chain: tuple[Path, ...], root: type[BaseModel] | N
 
 
 def _translated(path: Path, document: Mapping[str, Any]) -> RunTranslation | None:
+    if is_own(document):
+        return None
     try:
         run = run_of(resolved_in_itself(document))
     except ValueError as error:

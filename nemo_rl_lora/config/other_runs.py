@@ -33,9 +33,14 @@ _MAX_REASONS = 3
 
 def run_of(document: Mapping[str, Any]) -> RunTranslation | None:
     """The run of another tool's whole file; None where the document is none. ValueError where it has no counterpart."""
-    if any(section in document for section in _OWN_SECTIONS):
+    if is_own(document):
         return None
     return next((translated(document) for knows, translated in _TOOLS if knows(document)), None)
+
+
+def is_own(document: Mapping[str, Any]) -> bool:
+    """Whether a document has a section that only this product's configurations, and NeMo RL's, have."""
+    return any(section in document for section in _OWN_SECTIONS)
 
 
 def algorithm_of_run(run: RunTranslation) -> str:
@@ -61,7 +66,7 @@ def translate_command(file: Path) -> str:
 
 def is_adapter_alone(document: Mapping[str, Any]) -> bool:
     """Whether a document describes an adapter of another tool, and no run."""
-    return not any(section in document for section in _OWN_SECTIONS) and is_of_another_tool(document)
+    return not is_own(document) and is_of_another_tool(document)
 
 
 def notes_of(run: RunTranslation) -> list[str]:

@@ -165,6 +165,9 @@ def _set_sft_rows(draft: Draft) -> None:
         theirs.mark("data.enable_thinking_key")
     else:
         dataset = {"dataset_name": "ResponseDataset", "input_key": prompt, "output_key": answer}
+        draft.differs("The chat template ends an answer here; there the tokenizer's end-of-sequence token does.")
+    if theirs.has("model.partial_pretrain"):
+        draft.differs("The loss is the mean over the batch's tokens here; there it is the mean of microbatches' means.")
     _set_rows(draft, "train", "data.train_files", dataset)
     _set_rows(draft, "validation", "data.val_files", dataset)
     if not chats and any(inner):
