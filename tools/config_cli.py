@@ -1,8 +1,8 @@
-"""Look at configurations: what a file means once it is expanded, how two files differ, what an adapter is here.
+"""Look at configurations: what a file means once it is expanded, how two files differ, what another tool's is here.
 
 uv run tools/config_cli.py expand FILE [overrides]
 uv run tools/config_cli.py compare LEFT RIGHT
-uv run tools/config_cli.py translate FILE
+uv run tools/config_cli.py translate FILE [--output FILE]
 """
 
 import sys

@@ -85,7 +85,7 @@ class DatasetConfig(DatasetDefaults):
     template is given; a row may have none. Null: no key does."""
 
     prompt_key: str = "prompt"
-    """BinaryPreferenceDataset: the row's key that holds the prompt, a text or messages."""
+    """BinaryPreferenceDataset, verl: the row's key that holds the prompt, a text or messages."""
 
     chosen_key: str = "chosen"
     """BinaryPreferenceDataset: the row's key that holds the better answer, a text or messages."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
@@ -30,9 +30,12 @@ from nemo_rl_lora.config.gives_way import (
 )
 from nemo_rl_lora.config.layers import SET_BY, Layers, Tracked, layers_from_record, overlaid
 from nemo_rl_lora.config.master import MASTERS, Driver, EvalMaster, MasterConfig
+from nemo_rl_lora.config.other_runs import is_adapter_alone, is_own, refusal, run_of, translate_command
 from nemo_rl_lora.config.overrides import overridden
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.config.refused_keys import keys_without_effect, take_out
+from nemo_rl_lora.config.run_draft import RunTranslation
+from nemo_rl_lora.config.schema import field_at, leaves
 from nemo_rl_lora.config.tree import flatten, lookup, plain, with_value, without
 from nemo_rl_lora.scalars import as_number
 from nemo_rl_lora.shipped_files import SHIPPED_ROOT, existing
@@ -115,7 +118,7 @@ def _validated(root: type[MasterConfig | EvalMaster], tracked: Tracked) -> Any:
 def _accepted(root: type[BaseModel], tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The resolved tree without the keys of refused_keys.tsv, and what is wrong with those."""
     try:
-        resolved = _resolved(tree)
+        resolved = _resolved(tree, root)
     except ConfigError as error:
         raise ConfigError("\n".join(not_mappings(root, tree)) or str(error)) from error
     kept, refused, unknown = take_out(root, resolved)
@@ -144,6 +147,29 @@ def read_tree(path: Path) -> dict[str, Any]:
     return _read(path).tree
 
 
+def run_of_another_tool(path: Path) -> RunTranslation | None:
+    """The translation of a whole file of VeOmni, verl or theseus; None for any other file. Raises ConfigError."""
+    return _translated(path, read_file(existing(path, str(path))))
+
+
+def resolved_in_itself(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with those of its references replaced that can be resolved in it."""
+    register_resolvers()
+    whole = OmegaConf.create(dict(document))
+
+    def resolved(node: Any, path: str) -> Any:
+        if isinstance(node, Mapping):
+            return {key: resolved(value, f"{path}.{key}" if path else str(key)) for key, value in node.items()}
+        if not isinstance(node, str) or "${" not in node:
+            return node
+        try:
+            return OmegaConf.select(whole, path)
+        except (OmegaConfBaseException, RecursionError):
+            return node
+
+    return resolved(document, "")
+
+
 def resolved_tree(config: MasterConfig | EvalMaster) -> dict[str, Any]:
     """The configuration as plain data for a file, with who set what under `set_by`."""
     return {**config.model_dump(mode="json", by_alias=True), SET_BY: config.layers.as_record()}
@@ -167,6 +193,10 @@ def _read_tracked(path: Path, chain: tuple[Path, ...], root: type[BaseModel] | N
             f"defaults={str(path.name)!r}: the files inherit each other ({names}). Remove one `defaults`."
         )
     tree = read_file(path, chain[-1] if chain else None)
+    run = _translated(path, tree)
+    if run is not None and not run.is_whole:
+        raise ConfigError(refusal(path, run))
+    tree = tree if run is None else run.tree
     parents, record = tree.pop("defaults", []), tree.pop(SET_BY, None)
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
@@ -179,6 +209,20 @@ def _read_tracked(path: Path, chain: tuple[Path, ...], root: type[BaseModel] | N
         raise ConfigError("\n".join(problems))
     layers = _own_layers(path, tree) if record is None else layers_from_record(record, str(path))
     return reduce(_overlaid, [*inherited, Tracked(tree, layers.restricted_to(flatten(tree)))], Tracked({}))
+
+
+def _translated(path: Path, document: Mapping[str, Any]) -> RunTranslation | None:
+    if is_own(document):
+        return None
+    try:
+        run = run_of(resolved_in_itself(document))
+    except ValueError as error:
+        raise ConfigError(f"--config={str(path)!r}: is another tool's, and has no counterpart here: {error}") from error
+    if run is None and is_adapter_alone(document):
+        raise ConfigError(
+            f"--config={str(path)!r}: describes an adapter, and no run. Translate it with: {translate_command(path)}"
+        )
+    return run
 
 
 def _overlaid(below: Tracked, above: Tracked) -> Tracked:
@@ -235,12 +279,12 @@ def _check_driver(path: Path, tree: Mapping[str, Any], algorithm: Driver) -> Non
         )
 
 
-def _resolved(tree: Mapping[str, Any]) -> dict[str, Any]:
+def _resolved(tree: Mapping[str, Any], root: type[BaseModel]) -> dict[str, Any]:
     """The tree with every interpolation replaced by its value. ConfigError where one fails or a value is missing."""
     register_resolvers()
-    missing = [key for key, value in flatten(tree).items() if value == "???"]
+    missing = list(_missing(tree))
     if missing:
-        raise ConfigError("\n".join(_missing_paragraph(key) for key in missing))
+        raise ConfigError("\n".join(_missing_paragraph(path, root) for path in missing))
     try:
         plain = OmegaConf.to_container(OmegaConf.create(dict(tree)), resolve=True)
     except OmegaConfBaseException as error:
@@ -264,10 +308,22 @@ def _at_home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
-def _missing_paragraph(key: str) -> str:
+def _missing(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Where a value is left open, within lists too."""
+    if isinstance(node, Mapping | list):
+        for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
+            yield from _missing(value, (*path, str(key)))
+    elif node == "???":
+        yield path
+
+
+def _missing_paragraph(path: tuple[str, ...], root: type[BaseModel]) -> str:
+    key = ".".join(path)
+    field = field_at(root, path) or next((field for leaf, field in leaves(root) if leaf[-1] == path[-1]), None)
+    what = "" if field is None or not field.description else f" It is: {' '.join(field.description.split())}"
     return (
         f"{key}='???': is mandatory, and the file leaves it open. "
-        f"Set it in a file that inherits this one, or on the command line: {key}=VALUE."
+        f"Set it in a file that inherits this one, or on the command line: {key}=VALUE.{what}"
     )
 
 

@@ -1,8 +1,8 @@
-"""Any file that describes an adapter, as the `policy.lora` block that means the same.
+"""Any tool's file as a configuration: a run of VeOmni, verl or theseus, and else the adapter that the file describes.
 
-Contract: of NeMo RL's files, whole ones with everything they inherit or a LoRA block alone, the block is validated and
-nothing beside it; PEFT's, VeOmni's, verl's and theseus's are read as they stand (lora/other_tools.py). Raises
-ConfigError where the file holds no adapter, or one that cannot be translated.
+Contract: what becomes of a run is in config/other_runs.py. Of NeMo RL's files, whole ones with everything they inherit
+or a LoRA block alone, the block is validated and nothing beside it; PEFT's and the other tools' adapters are read as
+they stand (lora/other_tools.py). Raises ConfigError where the file holds no adapter, or one that cannot be translated.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from nemo_rl_lora.config.errors import ConfigError
-from nemo_rl_lora.config.load import algorithm_of, load_policy, read_file, read_tree, register_resolvers
+from nemo_rl_lora.config.load import algorithm_of, load_policy, read_file, read_tree, resolved_in_itself
 from nemo_rl_lora.config.lora import LoraCfg, PeftCfg, UnifiedLora, lora_spec_from_policy, unified_from_spec
 from nemo_rl_lora.config.master import MASTERS
+from nemo_rl_lora.config.other_runs import as_yaml, run_of
 from nemo_rl_lora.config.tree import lookup, with_value
 from nemo_rl_lora.lora.names import names_fused_layer
 from nemo_rl_lora.lora.other_tools import Translation, is_of_another_tool, translate
@@ -29,9 +28,17 @@ _BLOCKS = (LoraCfg, PeftCfg, UnifiedLora)
 
 
 def translate_file(file: Path) -> str:
-    """The adapter of the file as YAML, under a comment that says where it stood."""
+    """The run of the file as YAML, or else its adapter, under comments that say what it was and what it left out."""
+    document, reason = _document(file), ""
+    try:
+        if (run := run_of(document)) is not None:
+            return as_yaml(file, run)
+    except ValueError as error:
+        if not is_of_another_tool(document):
+            raise ConfigError(f"{file}: {error}") from error
+        reason = f"# Its adapter alone, since there is no such run here: {error}\n"
     found = read_adapter_description(file)
-    heading = f"# {file}: {found.dialect}{', ' + found.key if found.key else ''}\n"
+    heading = f"# {file}: {found.dialect}{', ' + found.key if found.key else ''}\n{reason}"
     if found.spec.fused == "shared":
         heading += "# One A for each fused layer: Megatron backend only.\n"
     block = unified_from_spec(found.spec)
@@ -83,20 +90,7 @@ def _document(file: Path) -> dict[str, Any]:
         document = read_file(file)
     if not isinstance(document, dict) or not document:
         raise ConfigError(f"{file}: holds no mapping. Give a configuration or an adapter_config.json.")
-    register_resolvers()
-    whole = OmegaConf.create(document)
-
-    def resolved(node: Any, path: str) -> Any:
-        if isinstance(node, Mapping):
-            return {key: resolved(value, f"{path}.{key}" if path else str(key)) for key, value in node.items()}
-        if not isinstance(node, str) or "${" not in node:
-            return node
-        try:
-            return OmegaConf.select(whole, path)
-        except (OmegaConfBaseException, RecursionError):
-            return node
-
-    return resolved(document, "") if "${" in text else document
+    return resolved_in_itself(document) if "${" in text else document
 
 
 def _of_nemo_rl(file: Path, tree: Mapping[str, Any], *, is_whole: bool) -> Translation:

@@ -22,6 +22,7 @@ from nemo_rl_lora.data.own_rows import (
     own_answer,
     own_question,
     ranked_pair,
+    verl_question,
 )
 from nemo_rl_lora.data.preference_sets import help_steer_pair, tulu_pair
 from nemo_rl_lora.data.rows import Message, Pair, Question, Row
@@ -73,6 +74,7 @@ _CATALOG = (
         prompt=own_question,
         conversation=own_answer,
     ),
+    Dataset(("verl",), (*_SOURCE, "prompt_key"), prompt=verl_question),
     Dataset(("alpaca",), (*_SOURCE, "output_key"), prompt=alpaca_question, conversation=alpaca_answer),
     Dataset(
         ("OpenMathInstruct-2",),

@@ -5,7 +5,7 @@ Named datasets whose rows have one of these forms use the same functions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from nemo_rl_lora.config.errors import show
@@ -38,6 +38,24 @@ def _own_input(row: Row) -> str:
             f"that is not to be asked."
         )
     return row.text(key, "input_key")
+
+
+def verl_question(row: Row) -> Question:
+    """verl's row: {"prompt": [{"role": "user", "content": "2 + 2?"}], "reward_model": {"ground_truth": "4"}}; what is
+    expected is the row's `answer`, too."""
+    name = row.section.prompt_key
+    if isinstance(row.values.get(name), str):
+        question = row.text(name, "prompt_key")
+    else:
+        messages = row.messages(name, "prompt_key")
+        if len(messages) != 1 or messages[0]["role"] != "user" or not isinstance(messages[0]["content"], str):
+            raise row.error(
+                f"has {name}={show(messages)}, and one message of the user with a text is needed", "prompt_key"
+            )
+        question = messages[0]["content"]
+    scored = row.values.get("reward_model")
+    expected = scored.get("ground_truth") if isinstance(scored, Mapping) else None
+    return Question(question, row.values if expected is None else {**row.values, "answer": expected})
 
 
 def alpaca_question(row: Row) -> Question:

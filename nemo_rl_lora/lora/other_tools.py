@@ -19,11 +19,33 @@ from nemo_rl_lora.lora.dialects import (
     spec_from_keys,
 )
 from nemo_rl_lora.lora.peft_config import peft_names, spec_from_peft_config
+from nemo_rl_lora.lora.regex_globs import globs_of_regex
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import ALL_LINEAR, LinearModule
 
-_VEOMNI_KEYS = {"dim": "rank", "alpha": "alpha", "targets": "lora_modules"}
 # The field of LoraSpec: the tool's key, and its default there.
+_VEOMNI_TABLE: dict[str, tuple[str, Any]] = {
+    "dim": ("rank", 8),
+    "alpha": ("alpha", 8),
+    "targets": ("lora_modules", None),
+    "excludes": ("exclude_modules", None),
+    "dropout": ("lora_dropout", 0.0),
+    "use_rslora": ("use_rslora", False),
+    "rank_pattern": ("rank_pattern", {}),
+    "alpha_pattern": ("alpha_pattern", {}),
+}
+# PEFT's names, which VeOmni takes as well; the first counts where both stand there.
+_VEOMNI_ALIASES = {"rank": "r", "alpha": "lora_alpha", "lora_modules": "target_modules"}
+# What means off, and why another value has no counterpart.
+_VEOMNI_OFF: dict[str, tuple[tuple[Any, ...], str]] = {
+    "target_parameters": (([],), "adapters of experts that are one tensor are not here. List linear modules"),
+    "share_expert_lora": ((False,), "an adapter that all experts of a layer share is not here. Set it to false"),
+    "bias": (("none",), "an adapter here trains no bias. Set it to none"),
+    "modules_to_save": (([],), "nothing is trained beside the adapter. Leave it out"),
+    "init_lora_weights": ((True,), "A is drawn and B starts at zero. Set it to true"),
+    "is_trainable": ((True,), "this is policy.adapter.trainable here. Leave it out, and set that"),
+    "task_type": (("CAUSAL_LM",), "an adapter here is one of a causal LM. Leave it out"),
+}
 _VERL_FIELDS = {
     "dim": ("lora_rank", 0),
     "alpha": ("lora_alpha", 16),
@@ -72,13 +94,45 @@ class Translation:
 
 
 def spec_from_veomni(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
-    """`lora_config`: names are substrings of the full name; A is drawn as by PEFT; no dropout."""
-    _refuse_unknown(block, ("rank", "alpha", "lora_modules", "lora_adapter"), key_prefix)
-    for key in _VEOMNI_KEYS.values():
-        if key not in block:
-            raise ValueError(f"{key_prefix}.{key}=None: is required there. Set it.")
-    targets = substring_globs(block["lora_modules"], f"{key_prefix}.lora_modules")
-    return spec_from_keys(block, _VEOMNI_KEYS, key_prefix, targets=targets, **_AS_PEFT)
+    """`lora_config`, by VeOmni's names or PEFT's: names as PEFT takes them, patterns that match anywhere in a name."""
+    known = (*(key for key, _ in _VEOMNI_TABLE.values()), *_VEOMNI_ALIASES.values(), *_VEOMNI_OFF)
+    _refuse_unknown(block, (*known, "lora_adapter", "base_model_name_or_path"), key_prefix)
+    for off_key, (off, why) in _VEOMNI_OFF.items():
+        if block.get(off_key) is not None and block[off_key] not in off:
+            raise ValueError(f"{key_prefix}.{off_key}={block[off_key]!r}: {why}.")
+    for own, alias in _VEOMNI_ALIASES.items():
+        if block.get(own) is not None and block.get(alias) not in (None, block[own]):
+            raise ValueError(
+                f"{key_prefix}.{alias}={block[alias]!r}: {own}={block[own]!r} is the same setting, and the one that "
+                f"VeOmni takes. Remove one of them."
+            )
+    written = {key: value for key, value in block.items() if value is not None}
+    names: dict[str, str] = {
+        own: alias for own, alias in _VEOMNI_ALIASES.items() if own not in written and alias in written
+    }
+    fields = {field: (names.get(key, key), default) for field, (key, default) in _VEOMNI_TABLE.items()}
+    settings, keys = filled(fields, written)
+    value = {field: settings[key] for field, key in keys.items()}
+    key = {field: f"{key_prefix}.{name}" for field, name in keys.items()}
+    if not value["targets"]:
+        raise ValueError(f"{key['targets']}={value['targets']!r}: adapts no module. List modules.")
+    found: dict[str, Any] = {
+        "targets": _peft_targets(value["targets"], key["targets"]),
+        "excludes": _peft_targets(value["excludes"] or (), key["excludes"]),
+    }
+    for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(value[field], Mapping):
+            raise ValueError(f"{key[field]}={value[field]!r}: must map patterns of names to numbers. Correct it.")
+        globs = ((globs_of_regex(str(regex), key[field], whole=False), each) for regex, each in value[field].items())
+        found[field] = {glob: each for names_of_one, each in globs for glob in names_of_one}
+    return spec_from_keys(settings, keys, key_prefix, **found, **_AS_PEFT)
+
+
+def _peft_targets(value: Any, key: str) -> str | tuple[str, ...]:
+    """Names as PEFT takes them: a list of ends, "all-linear", or a regular expression of the whole name."""
+    if isinstance(value, str) and value.lower() != ALL_LINEAR:
+        return globs_of_regex(value, key, whole=True)
+    return peft_names(value, key)
 
 
 def spec_from_verl(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
@@ -87,8 +141,8 @@ def spec_from_verl(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
     block, keys = filled(_VERL_FIELDS, block)
     _refuse_unknown(own, (*block, "lora_adapter_path"), key_prefix)
     _refuse_off(block, "lora_rank", key_prefix)
-    targets = peft_names(block["target_modules"], f"{key_prefix}.target_modules")
-    excludes = peft_names(block["exclude_modules"] or (), f"{key_prefix}.exclude_modules")
+    targets = _peft_targets(block["target_modules"], f"{key_prefix}.target_modules")
+    excludes = _peft_targets(block["exclude_modules"] or (), f"{key_prefix}.exclude_modules")
     return spec_from_keys(block, keys, key_prefix, targets=targets, excludes=excludes, **_AS_PEFT)
 
 
@@ -143,7 +197,7 @@ def _theseus_targets(names: Any, key: str) -> str | tuple[str, ...]:
 
 
 def substring_globs(names: Any, key: str, suffix: str = "") -> tuple[str, ...]:
-    """Names that match anywhere in the full name, as globs: `q_proj` becomes `*q_proj*`. `suffix` is left out."""
+    """Names that match anywhere in the full name, as globs: `attn/q` becomes `*attn.q*`. `suffix` is left out."""
     if not isinstance(names, list | tuple) or not names:
         raise ValueError(f"{key}={names!r}: adapts no module. List parts of module names.")
     return tuple(f"*{str(name).removesuffix(suffix).replace('/', '.')}*" for name in names)
@@ -154,6 +208,8 @@ _Parser = Callable[[Mapping[str, Any], str], LoraSpec]
 _PLACES: tuple[tuple[str, tuple[str, ...], tuple[str, ...], _Parser], ...] = (
     ("PEFT adapter_config.json", ("",), ("peft_type",), spec_from_peft_config),
     ("VeOmni lora_config", ("model.lora_config", "lora_config", ""), ("lora_modules",), spec_from_veomni),
+    ("VeOmni lora_config", ("model.lora_config", "lora_config"), ("target_modules",), spec_from_veomni),
+    ("VeOmni lora_config", ("model.lora_config", "lora_config"), ("target_parameters",), spec_from_veomni),
     (
         "verl (Megatron)",
         ("actor_rollout_ref.model.lora", "critic.model.lora", "model.lora", "lora"),

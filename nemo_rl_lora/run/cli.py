@@ -152,7 +152,7 @@ COMMANDS = {
     ),
     "config": Command(
         summary="Expand, compare or translate configuration files.",
-        calls=("expand FILE [overrides]", "compare LEFT RIGHT", "translate FILE"),
+        calls=("expand FILE [overrides]", "compare LEFT RIGHT", "translate FILE [--output FILE]"),
         module="nemo_rl_lora.run.config_command",
     ),
     "verify-resume": Command(

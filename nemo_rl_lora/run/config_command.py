@@ -24,8 +24,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add.add_argument("left", type=Path)
     add.add_argument("right", type=Path)
     add.set_defaults(command=compare)
-    add = commands.add_parser("translate", help="print the adapter that a file describes as a policy.lora block")
+    add = commands.add_parser("translate", help="print another tool's run, or an adapter, as a configuration")
     add.add_argument("file", type=Path, help="YAML of NeMo RL, VeOmni, verl or theseus, or an adapter_config.json")
+    add.add_argument("--output", type=Path, help="write it to this new file instead, and say what is left to do")
     add.set_defaults(command=translate)
 
 
@@ -62,5 +63,18 @@ def compare(arguments: argparse.Namespace) -> str:
 
 
 def translate(arguments: argparse.Namespace) -> str:
-    """The adapter of a NeMo RL, PEFT, VeOmni, verl or theseus file as a policy.lora block."""
-    return translate_file(arguments.file)
+    """A run of VeOmni, verl or theseus as a configuration, or the adapter of any tool's file as a policy.lora block."""
+    text, output = translate_file(arguments.file), arguments.output
+    if output is None:
+        return text
+    try:
+        with output.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise ConfigError(f"--output={str(output)!r}: exists. Name another file, or remove it.") from error
+    except OSError as error:
+        raise ConfigError(
+            f"--output={str(output)!r}: cannot be written: {error.strerror}. Name another file."
+        ) from error
+    sys.stderr.writelines(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    return f"{output} is written.\n"

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rl_lora.config.cluster import joins_ray
 from nemo_rl_lora.config.cluster_rules import missing_env_vars
-from nemo_rl_lora.config.load import load_config, resolved_yaml
+from nemo_rl_lora.config.load import load_config, resolved_yaml, run_of_another_tool
 from nemo_rl_lora.config.master import MasterConfig
+from nemo_rl_lora.config.other_runs import notes_of
 from nemo_rl_lora.run.control import EXIT_CONFIG, EXIT_OK, STARTED, RunFailedError, RunLostError
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def main(arguments: argparse.Namespace) -> int:
         variables = missing_env_vars(config.policy) if config.cluster.num_processes == 1 else {}
         prepare_process(variables, arguments.started)
     set_up_logging(arguments)
+    say_what_was_translated(arguments.config)
     config = with_fast_precision(config, arguments)
     if arguments.plan:
         return show_plan(config)
@@ -59,6 +61,13 @@ def set_up_logging(arguments: argparse.Namespace) -> None:
     from nemo_rl_lora.run.console import setup_logging
 
     setup_logging(level=logging.WARNING if arguments.plan else logging.INFO)
+
+
+def say_what_was_translated(file: Path | None) -> None:
+    """What is otherwise in this run than where its file, another tool's, comes from."""
+    run = None if file is None else run_of_another_tool(file)
+    if run is not None:
+        logger.warning(f"{file}: runs as a {run.tool} configuration that is translated. {' '.join(notes_of(run))}")
 
 
 def with_fast_precision(config: Any, arguments: argparse.Namespace) -> Any:

@@ -64,7 +64,8 @@ OVERRIDES = {
     "policy.model_name=${policy.tokenizer.name}": "policy.model_name='${policy.tokenizer.name}': this reference has no "
     "value (Recursive interpolation detected). Correct it.",
     "policy.model_name=???": "policy.model_name='???': is mandatory, and the file leaves it open. Set it in a file "
-    "that inherits this one, or on the command line: policy.model_name=VALUE.",
+    "that inherits this one, or on the command line: policy.model_name=VALUE. It is: A local directory or a Hugging "
+    "Face name.",
     "grpo.seed=1,2": "grpo.seed=1,2: one run takes one value. For a list write grpo.seed=[1,2].",
     "grpo.seed": "grpo.seed: this override cannot be read (missing EQUAL at '<EOF>'). "
     "Write key=value, +key=value, ++key=value or ~key.",

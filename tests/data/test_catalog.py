@@ -75,6 +75,25 @@ def test_dapos_rows_have_their_problem_in_the_first_message(name, tmp_path):
             rows_of(dataset_name=name, data_path=path)
 
 
+def test_verls_rows_keep_their_keys_and_have_one_message(tmp_path):
+    stored = {
+        "data_source": "openai/gsm8k",
+        "prompt": [{"role": "user", "content": "1 + 1?"}],
+        "reward_model": {"style": "rule", "ground_truth": "2"},
+        "extra_info": {"index": 3},
+    }
+    (row,) = rows_of(dataset_name="verl", data_path=write_lines(tmp_path / "a.jsonl", stored))
+    assert (row.question, dict(row.row)) == ("1 + 1?", stored | {"answer": "2"})
+    text = {"question": "1 + 1?"}
+    (row,) = rows_of(
+        dataset_name="verl", prompt_key="question", data_path=write_lines(tmp_path / "b.jsonl", stored | text)
+    )
+    assert row.question == "1 + 1?"
+    system = {"prompt": [{"role": "system", "content": "Be brief."}, *stored["prompt"]]}
+    with pytest.raises(ValueError, match=r"^data.train.prompt_key: line 1 of .*one message of the user with a text is"):
+        rows_of(dataset_name="verl", data_path=write_lines(tmp_path / "c.jsonl", stored | system))
+
+
 def test_parquet_reads_like_jsonl(tmp_path):
     import pyarrow
     import pyarrow.parquet

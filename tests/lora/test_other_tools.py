@@ -1,9 +1,11 @@
 """Every other tool's description of an adapter comes to the LoraSpec that it means, or is refused by name."""
 
+import math
 import re
 
 import peft
 import pytest
+import torch
 
 from nemo_rl_lora.config.translate import read_adapter_description
 from nemo_rl_lora.lora.other_tools import translate
@@ -38,16 +40,92 @@ def test_a_config_made_by_peft_translates_to_what_peft_builds(tmp_path):
     assert (spec.dropout, spec.dropout_position, spec.A_init) == (0.1, "pre", "uniform")
 
 
-def test_veomni_names_are_substrings_and_its_init_is_pefts():
+def test_veomni_names_and_init_are_pefts():
     document = {"model": {"lora_config": {"rank": 64, "alpha": 32, "lora_modules": ["attn.q", "to_out.0"]}}}
     found = translate(document)
     assert (found.dialect, found.key) == ("VeOmni lora_config", "model.lora_config")
     assert found.spec == LoraSpec(
-        dim=64, alpha=32, dropout_position="pre", targets=("*attn.q*", "*to_out.0*"), A_init="uniform"
+        dim=64, alpha=32, dropout_position="pre", targets=("attn.q", "to_out.0"), A_init="uniform"
     )
     warm = translate({"lora_config": {**document["model"]["lora_config"], "lora_adapter": "./step_500"}})
     assert (warm.spec, warm.init_from, found.init_from) == (found.spec, "./step_500", None)
     assert "lora_config.ranks=3: is no key" in _message({"lora_config": {"lora_modules": ["a"], "ranks": 3}})
+
+
+def _as_veomni_injects(block):
+    """Rank and scale of each module, by the rule of VeOmni's own injection: ends of names, or a regular expression of
+    the whole name; patterns that are found anywhere in a name, the first of them."""
+
+    def matches(name, named):
+        if isinstance(named, str):
+            return re.fullmatch(named, name) is not None
+        return name in named or any(name.endswith(f".{end}") for end in named)
+
+    def first(patterns, name, default):
+        return next((value for pattern, value in patterns.items() if re.search(pattern, name)), default)
+
+    found = {}
+    for name, module in small_llama().named_modules():
+        if not isinstance(module, torch.nn.Linear) or not matches(name, block["lora_modules"]):
+            continue
+        if block.get("exclude_modules") and matches(name, block["exclude_modules"]):
+            continue
+        rank, alpha = (first(block.get(f"{key}_pattern", {}), name, block.get(key, 8)) for key in ("rank", "alpha"))
+        found[name] = (rank, alpha / (math.sqrt(rank) if block.get("use_rslora") else rank))
+    return found
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"lora_modules": ["q_proj", "layers.1.mlp.up_proj"]},
+        {"rank": 16, "alpha": 4, "use_rslora": True, "lora_modules": ["q_proj", "o_proj"]},
+        {
+            "rank": 16,
+            "alpha": 32,
+            "lora_modules": ["q_proj", "k_proj", "down_proj"],
+            "exclude_modules": ["layers.0.self_attn.q_proj"],
+            "rank_pattern": {r"layers\.1\.": 4, "down_proj": 2, "k_proj$": 8},
+            "alpha_pattern": {r"model\.layers\.[02]\..*(q|k)_proj": 5, "^model.layers.1": 7},
+        },
+        {"rank": 2, "lora_modules": r".*\.layers\.(0|2)\..*(q_proj|v_proj)", "exclude_modules": r".*layers\.2.*v_proj"},
+    ],
+)
+def test_what_veomnis_keys_adapt_is_what_veomni_injects(block):
+    spec = translate({"model": {"lora_config": block}}).spec
+    expected = _as_veomni_injects(block)
+    assert expected
+    assert {m.name: (m.dim, m.scale) for m in resolved(small_llama(), spec)} == expected
+
+
+def test_veomni_takes_pefts_names_and_has_defaults():
+    spec = translate({"model": {"lora_config": {"r": 4, "target_modules": ["q_proj"], "lora_dropout": 0.25}}}).spec
+    assert (spec.dim, spec.alpha, spec.dropout, spec.dropout_position) == (4, 8, 0.25, "pre")
+    both = {"rank": 8, "r": 4, "lora_modules": ["q_proj"]}
+    assert "model.lora_config.r=4: rank=8 is the same setting" in _message({"model": {"lora_config": both}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("target_parameters", ["model.layers.*.mlp.experts.down_proj"], "adapters of experts that are one tensor"),
+        ("share_expert_lora", True, "an adapter that all experts of a layer share"),
+        ("bias", "lora_only", "trains no bias"),
+        ("modules_to_save", ["embed_tokens"], "nothing is trained beside the adapter"),
+        ("init_lora_weights", False, "A is drawn and B starts at zero"),
+        ("is_trainable", False, "policy.adapter.trainable"),
+        ("rank_pattern", {r"layers\.\d+": 4}, "a regular expression that no list of names and globs stands for"),
+        ("rank_pattern", [4], "must map patterns of names to numbers"),
+        ("rank_pattern", {"q_proj": 0}, "at least 1"),
+        ("lora_dropout", 1.0, "must lie in"),
+        ("lora_modules", "q_proj", "is compared with all of a module's name"),
+        ("exclude_modules", "(?!q).*", "a regular expression that no list of names and globs stands for"),
+    ],
+)
+def test_what_veomni_has_and_this_product_has_not_is_refused_by_name(key, value, why):
+    said = _message({"model": {"lora_config": {"rank": 8, "alpha": 8, "lora_modules": ["q_proj"], key: value}}})
+    assert said.startswith(f"model.lora_config.{key}")
+    assert why in said
 
 
 def test_verl_describes_a_peft_adapter_of_all_linear_layers():
@@ -55,6 +133,11 @@ def test_verl_describes_a_peft_adapter_of_all_linear_layers():
     assert found.spec == LoraSpec(dim=32, alpha=16, dropout_position="pre", excludes=("k_proj",), A_init="uniform")
     assert "lora_rank=0: means no adapter there" in _message({"model": {"lora_rank": 0}})
     assert translate({"model": {"lora_rank": 1, "lora_adapter_path": "x"}}).init_from == "x"
+    towers = {"lora_rank": 8, "exclude_modules": ".*visual.*", "target_modules": r"(?:.*\.)?[qk]_proj"}
+    assert "target_modules" in _message({"model": towers})
+    assert translate({"model": {**towers, "target_modules": r".*\.[qk]_proj"}}).spec == LoraSpec(
+        dim=8, alpha=16, dropout_position="pre", targets=("*.[qk]_proj",), excludes=("*visual*",), A_init="uniform"
+    )
 
 
 def test_verl_on_megatron_shares_a_or_not_by_its_type():
@@ -126,7 +209,7 @@ def test_a_document_without_an_adapter_says_what_can_be_read():
     ("document", "named"),
     [
         ({"peft_type": "LORA", "target_modules": ["q"], "lora_ga_config": {"x": 1}}, "peft.lora_ga_config={'x': 1}"),
-        ({"model": {"lora_config": {"lora_modules": ["q"], "rank": 8, "use_rslora": True}}}, "use_rslora=True"),
+        ({"model": {"lora_config": {"lora_modules": ["q"], "rank": 8, "use_dora": True}}}, "use_dora=True"),
         ({"model": {"lora_rank": 8, "lora_dropout": 0.1}}, "model.lora_dropout=0.1"),
         ({"model": {"lora": {"rank": 8, "rank_pattern": {"q": 1}}}}, "model.lora.rank_pattern={'q': 1}"),
         ({"optimization": {"lora": {"rank": 8, "dropout": 0.1}}}, "optimization.lora.dropout=0.1"),

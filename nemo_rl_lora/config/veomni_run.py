@@ -1,0 +1,256 @@
+"""A VeOmni file (`model`, `data`, `train`) as a run of SFT or, with `data_type: dpo`, of DPO.
+
+Read after VeOmni's arguments, in which the optimizer stood below `train` before it stood below `model`, and its fields
+below `train` alone before that. A step of VeOmni with `dyn_bsz`, its default, is filled by tokens and not by rows,
+which has no counterpart: such a file is translated, and its batch is left to the user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_rl_lora.config.run_draft import (
+    Draft,
+    RunTranslation,
+    Theirs,
+    adapter_of,
+    set_adapter,
+    set_length,
+    set_schedule,
+    set_validation,
+    steps_of,
+)
+
+TOOL = "VeOmni"
+# VeOmni's own templates, which learn the header of the assistant's turn as well.
+_TEMPLATES = {
+    "chatml": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + "
+    "'<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "default": "{% for message in messages %}{{ message['role'].title() + ': ' + message['content'] | trim + "
+    "eos_token + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}",
+}
+_HARMLESS: dict[str, tuple[Any, ...] | None] = {
+    "model.ops_implementation.*": None,
+    "model.basic_modules": None,
+    "model.broadcast_model_weights_from_rank0": None,
+    "model.ep_sharded_stream_load": None,
+    "model.safetensor_idx_path": None,
+    "*.accelerator.*": None,
+    "train.accelerator": None,
+    "*.gradient_checkpointing.*": None,
+    "train.init_device": None,
+    "train.broadcast_model_weights_from_rank0": None,
+    "train.ulysses_parallel_size": None,
+    "train.*_parallel_size": None,
+    "train.data_parallel_mode": None,
+    "train.enable_*": None,
+    "train.rmpad*": None,
+    "train.dyn_bsz_*": None,
+    "train.pad_to_length": None,
+    "train.bsz_warmup_ratio": (0, 0.0),
+    "train.bsz_warmup_init_mbtoken": None,
+    "train.empty_cache_steps": None,
+    "train.gc_steps": None,
+    "train.sync_each_train_step": None,
+    "train.moe_load_balance_monitor_interval": None,
+    "train.profile.*": None,
+    "train.channel_loss.*": None,
+    "train.wandb.*": None,
+    "train.use_wandb": None,
+    "train.wandb_*": None,
+    "train.checkpoint.*": None,
+    "train.ckpt_manager": None,
+    "train.save_hf_weights": None,
+    "train.output_dir": None,
+    "train.eval_epochs": None,
+    "data.dataloader.*": None,
+    "data.num_workers": None,
+    "data.prefetch_factor": None,
+    "data.drop_last": (True,),
+    "data.pin_memory": None,
+    "data.dyn_bsz_buffer_size": None,
+    "data.silent_exception": None,
+    "data.datasets_type": None,
+    "data.dataset_repeat": None,
+    "data.source_name": None,
+    "data.train_sample": None,
+    "*.optimizer.muon_*": None,
+    "*.optimizer.swap_*": None,
+    "*.optimizer.grad_clip_scope": None,
+    "*.optimizer.lr_start": (0, 0.0),
+    "*.optimizer.lr_decay_ratio": (1, 1.0),
+    "train.lr_start": (0, 0.0),
+    "train.lr_decay_ratio": (1, 1.0),
+    "dpo_config.reference_free": (False,),
+    "dpo_config.refer_model_precision": None,
+}
+
+
+def is_veomni(document: Mapping[str, Any]) -> bool:
+    """Whether a document is a whole file of VeOmni."""
+    return all(isinstance(document.get(section), Mapping) for section in ("model", "data", "train"))
+
+
+def veomni_run(document: Mapping[str, Any]) -> RunTranslation:
+    """The run of the file. ValueError for what is no text, or an adapter without a counterpart."""
+    theirs = Theirs(document)
+    draft = Draft(theirs)
+    data_type = theirs.take("data.data_type", default="conversation")
+    if data_type not in ("conversation", "dpo", "plaintext"):
+        raise ValueError(f"data.data_type={data_type!r}: only text is trained here. There is no such run.")
+    algorithm = "dpo" if data_type == "dpo" else "sft"
+    _set_model(draft, algorithm)
+    _set_data(draft, data_type)
+    _set_batches_and_length(draft, algorithm)
+    _set_optimizer(draft)
+    set_validation(draft, algorithm, has_rows=theirs.has("data.eval_path"), period=_eval_steps(theirs))
+    _set_surroundings(draft)
+    draft.carry(f"{algorithm}.seed", "train.seed")
+    if algorithm == "dpo":
+        draft.carry("dpo.reference_policy_kl_penalty", "dpo_config.beta", default=0.1)
+        draft.carry("dpo.label_smoothing", "dpo_config.label_smoothing")
+        draft.carry("dpo.loss_type", "dpo_config.loss_type")
+    return draft.finish(TOOL, _HARMLESS)
+
+
+def _set_model(draft: Draft, algorithm: str) -> None:
+    theirs = draft.theirs
+    if draft.carry("policy.model_name", "model.model_path") is None:
+        draft.leave_open("policy.model_name", "a local directory or a Hugging Face name; there the model starts anew")
+    draft.carry("policy.tokenizer.name", "model.tokenizer_path")
+    if theirs.take("model.config_path") not in (None, theirs.take("model.model_path")):
+        draft.differs("model.config_path: the model's own config.json is taken here.")
+    is_on = theirs.has("model.lora_config")
+    set_adapter(draft, adapter_of(theirs, "model.lora_config", is_on=is_on))
+    if algorithm == "dpo" and "adapter" in draft.tree["policy"]:
+        draft.set("policy.adapter.reference", "base")
+    for place in ("model.accelerator.", "train.accelerator.", "train."):
+        if theirs.take(f"{place}gradient_checkpointing.enable") is True:
+            draft.set("policy.dtensor_cfg.activation_checkpointing", True)
+        if theirs.take(f"{place}fsdp_config.mixed_precision.enable") is False:
+            draft.set("policy.precision", "float32")
+    if theirs.take("train.enable_gradient_checkpointing") is True:
+        draft.set("policy.dtensor_cfg.activation_checkpointing", True)
+    if theirs.take("train.enable_mixed_precision") is False:
+        draft.set("policy.precision", "float32")
+
+
+def _set_data(draft: Draft, data_type: str) -> None:
+    theirs = draft.theirs
+    text_key = theirs.take("data.text_keys")
+    if data_type == "dpo":
+        dataset = {"dataset_name": "BinaryPreferenceDataset", "chosen_key": text_key or "chosen"}
+        draft.differs("Rows: `prompt`, `chosen` and `rejected`; give data.train.prompt_key where it is another.")
+    else:
+        has_chats = data_type == "conversation" and text_key is not None
+        dataset = {"dataset_name": "openai_format", "chat_key": text_key if has_chats else "messages"}
+    for ours, key in (("train", "data.train_path"), ("validation", "data.eval_path")):
+        path = theirs.take(key)
+        if path is None and ours == "validation":
+            continue
+        draft.set(f"data.{ours}", dataset)
+        if data_type == "plaintext":
+            draft.leave_open(
+                f"data.{ours}.data_path", f"a file of chats; {path!r} is plain text, and SFT learns answers"
+            )
+        elif not isinstance(path, str) or path.endswith((".yaml", ".yml")) or "," in path:
+            draft.leave_open(f"data.{ours}.data_path", f"a file, a directory or a hub dataset in place of {path!r}")
+        else:
+            draft.set(f"data.{ours}.data_path", path)
+    template = theirs.take("model.chat_template", "data.chat_template")
+    if template in _TEMPLATES and data_type != "dpo":
+        draft.set("policy.tokenizer.chat_template", _TEMPLATES[template])
+        draft.set("data.add_generation_prompt", False)
+    elif template is not None:
+        draft.differs(f"Chat template: the tokenizer's own, in place of VeOmni's {template!r}.")
+    draft.carry("policy.max_total_sequence_length", "data.max_seq_len", default=2048)
+    draft.differs("A longer row keeps its beginning here, and its end there.")
+
+
+def _set_batches_and_length(draft: Draft, algorithm: str) -> None:
+    theirs = draft.theirs
+    rows, micro = theirs.take_number("train.global_batch_size"), theirs.take_number("train.micro_batch_size", default=1)
+    length = theirs.take_number("data.max_seq_len", default=2048)
+    packs = [theirs.take(f"train.{key}") for key in ("rmpad", "rmpad_with_pos_ids")]  # before there was dyn_bsz
+    fills_tokens = theirs.take("train.dyn_bsz", default=packs != [False, False])
+    train_tokens = theirs.take_number("data.train_size", default=10_000_000)
+    epochs = theirs.take_number("train.num_train_epochs", default=1)
+    limit = theirs.take_number("train.max_steps")
+    if rows is None:
+        draft.leave_open("policy.train_global_batch_size", "rows of a step; there micro_batch_size x processes")
+    elif fills_tokens:
+        draft.leave_open(
+            "policy.train_global_batch_size",
+            f"rows of a step. There a step is filled up to {rows * length:,} tokens (train.dyn_bsz): {rows} rows if "
+            f"each has {length}, more of shorter ones",
+            value=rows,
+        )
+    else:
+        draft.set("policy.train_global_batch_size", rows)
+    if fills_tokens:
+        draft.set("policy.sequence_packing", {"enabled": True, "train_mb_tokens": micro * length})
+    else:
+        draft.set("policy.train_micro_batch_size", micro)
+    of_tokens = None if rows is None or not fills_tokens else steps_of(train_tokens, rows * length)
+    a_pass = min((each for each in (of_tokens, limit) if each is not None), default=None)
+    steps = None if a_pass is None else a_pass * epochs
+    set_length(draft, algorithm, steps=steps, epochs=None if of_tokens is not None else epochs)
+    if limit is not None and epochs > 1:
+        draft.differs("train.max_steps ends each epoch there; here the run goes on through the rows.")
+    _set_schedule(draft, steps)
+
+
+def _set_schedule(draft: Draft, steps: int | None) -> None:
+    theirs = draft.theirs
+    name = theirs.take(*_optimizer_keys("lr_decay_style"), default="constant")
+    peak = theirs.take_number(*_optimizer_keys("lr"), default=5e-5)
+    lowest = theirs.take_number(*_optimizer_keys("lr_min"), default=1e-7)
+    warmup = theirs.take_number(*_optimizer_keys("lr_warmup_ratio"), default=0)
+    if name not in ("constant", "linear", "cosine"):
+        draft.leave_open("policy.scheduler", f"a schedule of docs/configuration.md in place of {name!r}")
+        return
+    set_schedule(
+        draft,
+        name,
+        warmup=warmup,
+        total=steps,
+        min_lr_ratio=0.0 if name == "constant" else lowest / peak,
+        why_open="There it is the rows of data.train_path / train.global_batch_size, for each epoch",
+    )
+
+
+def _set_optimizer(draft: Draft) -> None:
+    theirs = draft.theirs
+    first = theirs.take("train.optimizer") if isinstance(theirs.document["train"].get("optimizer"), str) else "adamw"
+    kind = theirs.take(*_optimizer_keys("type"), "train.optimizer_type", default=first)
+    if kind not in ("adamw", "anyprecision_adamw", "adamw_swap"):
+        draft.leave_open(
+            "policy.optimizer.kwargs.lr", f"a learning rate of AdamW, which trains here in place of {kind}"
+        )
+    else:
+        draft.carry("policy.optimizer.kwargs.lr", *_optimizer_keys("lr"), default=5e-5)
+    draft.carry("policy.optimizer.kwargs.weight_decay", *_optimizer_keys("weight_decay"), default=0)
+    draft.carry("policy.optimizer.kwargs.betas", *_optimizer_keys("betas"), default=[0.9, 0.95])
+    draft.carry("policy.max_grad_norm", *_optimizer_keys("max_grad_norm"), default=1.0)
+
+
+def _set_surroundings(draft: Draft) -> None:
+    """Where checkpoints and metrics go."""
+    draft.carry("checkpointing.checkpoint_dir", "train.checkpoint.output_dir", "train.output_dir")
+    draft.carry("checkpointing.save_period", "train.checkpoint.save_steps", "train.save_steps", default=0)
+    if epochs := draft.theirs.take("train.checkpoint.save_epochs", "train.save_epochs", default=1):
+        draft.set("checkpointing.save_epochs", epochs)
+    if draft.theirs.take("train.wandb.enable", "train.use_wandb") is True:
+        draft.set("logger.wandb_enabled", True)
+        draft.carry("logger.wandb.project", "train.wandb.project", "train.wandb_project", default="VeOmni")
+        draft.carry("logger.wandb.name", "train.wandb.name", "train.wandb_name")
+
+
+def _eval_steps(theirs: Theirs) -> int:
+    return theirs.take_number("train.eval_steps", default=0)
+
+
+def _optimizer_keys(name: str) -> tuple[str, ...]:
+    """Where VeOmni's versions have had a field of the optimizer, the newest first."""
+    return f"model.optimizer.{name}", f"train.optimizer.{name}", f"train.{name}"
