@@ -5,9 +5,9 @@ written once for all of them, and each proves for itself that it serves it. A gr
 with the fewest tokens before it, and does not depend on which one that is. `lora_sync=merged` sends weights with the
 adapter merged in, whole fused layers at a time; `adapter` sends A and B, which vLLM's LoRA kernels add. Names and
 shapes of a push are checked before an engine is touched, so a refused one leaves the old version served. Merged weights
-are made one at a time, and are loaded, or written into a file, a layer at a time: nobody here holds them all. After a
-push the engine's digests and probes are compared with what was sent (proof.py), again after each rollout, and the base
-once after each start. Prompts of a group share whole blocks of the prefix cache, which is emptied by every sync.
+are made one at a time, as they are loaded or written into a file: nobody here holds them all. After a push the engine's
+digests and probes are compared with what was sent (proof.py), again after each rollout, and the base once after each
+start. Prompts of a group share whole blocks of the prefix cache, which is emptied by every sync.
 Not here: one engine's proofs and its restarts (proven.py), how vLLM is called (engine.py), what runs in its worker
 (worker.py), an engine in its own process (distributed/engine_process.py).
 """
