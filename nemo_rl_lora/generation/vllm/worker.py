@@ -195,8 +195,10 @@ class WorkerExtension:
         for name in sent:
             layers.setdefault(self._layer(name), []).append(name)
         siblings: dict[str, list[StoredTensor]] = {layer: [] for layer in layers}
-        for name in stored.keys() - set(sent):
-            siblings.get(self._layer(name), []).append(stored[name])
+        own = set(sent)
+        for name, one in stored.items():
+            if name not in own and (layer := self._layer(name)) in layers:
+                siblings[layer].append(one)
         with TensorReader() as reader:
             for layer, names in layers.items():
                 for name in names:
