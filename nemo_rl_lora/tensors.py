@@ -300,7 +300,7 @@ def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int) -> Stor
 
 
 class TensorReader(AbstractContextManager["TensorReader"]):
-    """Reads stored tensors by rows or by bytes. What is returned is valid until the next read by the same reader."""
+    """Reads stored tensors by rows or by bytes, valid until the next read by the same reader, or whole, to be kept."""
 
     def __init__(self) -> None:
         self._files: dict[Path, IO[bytes]] = {}
@@ -313,18 +313,30 @@ class TensorReader(AbstractContextManager["TensorReader"]):
 
     def read_bytes(self, tensor: StoredTensor, start: int, stop: int) -> memoryview:
         """Bytes [start, stop) of a tensor."""
-        if tensor.path not in self._files:
-            self._files[tensor.path] = tensor.path.open("rb", buffering=0)
         if len(self._buffer) < stop - start:
             self._buffer = bytearray(stop - start)
         view = memoryview(self._buffer)[: stop - start]
+        self._fill(view, tensor, start)
+        return view
+
+    def read_tensor(self, tensor: StoredTensor) -> Tensor:
+        """All of a tensor, in memory of its own."""
+        import torch
+
+        whole = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype))
+        self._fill(_flat_bytes(whole).numpy().data, tensor, 0)
+        return whole
+
+    def _fill(self, view: memoryview, tensor: StoredTensor, start: int) -> None:
+        """The bytes of a tensor from `start` on, as many as the view has."""
+        if tensor.path not in self._files:
+            self._files[tensor.path] = tensor.path.open("rb", buffering=0)
         num_read = 0
         while num_read < len(view):
             got = os.preadv(self._files[tensor.path].fileno(), [view[num_read:]], tensor.offset + start + num_read)
             if got == 0:
                 raise OSError(f"{tensor.path} ended within {tensor.name}: it changed while it was read")
             num_read += got
-        return view
 
     def read_block(self, tensor: StoredTensor, start: int, stop: int) -> memoryview:
         """The bytes of rows [start, stop) of a tensor."""

@@ -14,6 +14,7 @@ from nemo_rl_lora.tensors import (
     DTYPES,
     NUM_PAGES,
     PAGE_BYTES,
+    TensorReader,
     digested_spans,
     entry_of,
     file_digest,
@@ -192,6 +193,22 @@ def test_shards_and_their_index_are_read_back_by_safetensors_and_by_us(tmp_path)
     assert tensors_digest(stored_tensors(tmp_path)) == tensors_digest(tensors)
     total = json.loads((tmp_path / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
     assert total == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_a_tensor_that_was_read_whole_stays_as_it_is(tmp_path):
+    stored = {
+        "scalar": torch.tensor(3.5, dtype=torch.bfloat16),
+        "none": torch.empty(0, 4),
+        "matrix": torch.arange(6.0).view(2, 3),
+        "whole numbers": torch.arange(5),
+    }
+    save_file(stored, tmp_path / "model.safetensors")
+    with TensorReader() as reader:
+        read = {name: reader.read_tensor(one) for name, one in stored_tensors(tmp_path).items()}
+    assert read.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
 
 
 def test_one_file_wins_over_an_index_as_in_transformers(tmp_path):

@@ -1,19 +1,19 @@
 """What makes a sync a proof: every tensor's bytes, and what the engine's own kernels compute from them.
 
-Contract: a `Push` is a ref read once and checked before an engine is touched. An engine reports the digest of each
-tensor from the bytes that it received or holds, and a few columns of each weight as its kernels see them (a product
-with one-hot rows is exact, so packing, fusing and scaling are all seen through). `Witness` compares these columns with
-those of the version that was sent, of the version before it and of the base, and names what differs. Both engines are
-asked.
+Contract: a `Push` is read one tensor at a time, and notes of each what an engine has to show of it. An engine reports
+the digest of each tensor from the bytes that it received or holds, and a few columns of each weight as its kernels see
+them (a product with one-hot rows is exact, so packing, fusing and scaling are all seen through). `Witness` compares
+these columns with those of the version that was sent, of the version before it and of the base, and names what differs.
+Both engines are asked.
 What this does not see: arithmetic outside the probed weights; `gen_kl_error` measures that.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +21,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from nemo_rl_lora.tensors import stored_tensors, tensors_digest
-from nemo_rl_lora.types import SyncMode, WeightsRef
+from nemo_rl_lora.tensors import LazyTensors, stored_tensors, tensors_digest
+from nemo_rl_lora.types import SyncMode, TensorInfo, WeightsRef
 
 PROBE_COLUMNS = 8
 NAMED_AT_MOST = 5
@@ -38,18 +38,47 @@ class SyncMismatch(RuntimeError):  # noqa: N818
     """The engine does not serve what it was sent. No rollout may be used."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Push:
-    """Everything that a ref offers, read once. `digests` are those of the policy's side."""
+class Incoming(LazyTensors):
+    """The tensors of a sync by name, each made when it is read and kept by nobody here: who holds them in turn needs
+    memory for one."""
 
-    version: int
-    mode: SyncMode
-    tensors: Mapping[str, Tensor]
-    digests: Mapping[str, str]
+    def __init__(self, computations: Mapping[str, Callable[[], Tensor]]) -> None:
+        super().__init__(computations)
+        self._unread = dict.fromkeys(computations)
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+    def __getitem__(self, name: str) -> Tensor:
+        self._unread.pop(name, None)
+        return super().__getitem__(name)
+
+    def read_rest(self) -> None:
+        """Make what nobody has read, so that it is known to be missing."""
+        for name in list(self._unread):
+            self[name]
+
+
+class Push(Incoming):
+    """What a ref offers. Of each tensor that was read, `digests` has the digest of the policy's side, and `columns`
+    what an engine has to show, as `shown` makes it. ValueError where a tensor is not what the manifest says."""
+
+    def __init__(self, ref: WeightsRef, shown: Callable[[str, Tensor], Mapping[str, Tensor]]) -> None:
+        if ref.tensors is None:
+            raise ValueError(f"weights of version {ref.version}: no tensors of this process to read.")
+        super().__init__({info.name: partial(self._read, ref.tensors, info) for info in ref.manifest})
+        self.ref, self._shown = ref, shown
+        self.digests: dict[str, str] = {}
+        self.columns: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def _read(self, tensors: Mapping[str, Tensor], info: TensorInfo) -> Tensor:
+        tensor = tensors[info.name].detach()
+        if (tuple(tensor.shape), tensor.dtype) != (tuple(info.shape), info.dtype):
+            raise ValueError(
+                f"weights of version {self.ref.version}: {info.name!r} has shape {tuple(tensor.shape)} and "
+                f"{tensor.dtype}, not {tuple(info.shape)} and {info.dtype} as announced."
+            )
+        self.digests[info.name] = self.ref.handed[info.name]
+        self.columns |= self._shown(info.name, tensor)
+        return tensor
 
 
 def require_received(version: int, sent: Mapping[str, str], received: Sequence[Mapping[str, str]]) -> None:
@@ -65,23 +94,6 @@ def require_bytes(version: int, sent: Mapping[str, str], found: Mapping[str, str
             f"weights of version {version}: {whose} received other bytes in {len(wrong)} of {len(sent)} tensors: "
             f"{_some(wrong)}. No rollout was used."
         )
-
-
-@torch.no_grad()
-def read_push(ref: WeightsRef) -> Push:
-    """Read every tensor of a ref. ValueError where one is not what the manifest says."""
-    if ref.tensors is None:
-        raise ValueError(f"weights of version {ref.version}: no tensors of this process to read, and no engine asked.")
-    tensors: dict[str, Tensor] = {}
-    for info in ref.manifest:
-        tensor = ref.tensors[info.name].detach()
-        if (tuple(tensor.shape), tensor.dtype) != (tuple(info.shape), info.dtype):
-            raise ValueError(
-                f"weights of version {ref.version}: {info.name!r} has shape {tuple(tensor.shape)} and {tensor.dtype}, "
-                f"not {tuple(info.shape)} and {info.dtype} as announced. The engine keeps its version."
-            )
-        tensors[info.name] = tensor
-    return Push(version=ref.version, mode=ref.mode, tensors=tensors, digests=dict(ref.handed))
 
 
 def digests_of(tensors: Mapping[str, Tensor], mode: SyncMode) -> dict[str, str]:

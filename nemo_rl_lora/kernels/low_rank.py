@@ -143,7 +143,7 @@ def expand(
 ) -> Tensor:
     """base + scale * h W^T [T, N], written over base; without one, a new tensor of this dtype.
 
-    h [T, R] is contiguous and of w's dtype; w [N, R] has any strides; base has columns side by side.
+    h [T, R] is of w's dtype and, as base, has columns side by side; w [N, R] has any strides.
     """
     (num_tokens, rank), width = h.shape, len(w)
     out = torch.empty(num_tokens, width, dtype=dtype, device=h.device) if base is None else base
@@ -158,6 +158,7 @@ def expand(
         width,
         rank,
         scale,
+        h.stride(0),
         w.stride(0),
         w.stride(1),
         out.stride(0),
@@ -170,7 +171,7 @@ def expand(
 def reduce(h: Tensor, x: Tensor, scale: float, *, transposed: bool = False) -> Tensor:
     """scale * h^T x [R, N] in fp32; `transposed`: [N, R].
 
-    h [T, R] is contiguous and has the dtype of the product; x [T, N] has columns side by side.
+    h [T, R] and x [T, N] have columns side by side, and h the dtype of the product.
     """
     (num_tokens, rank), width = h.shape, x.shape[1]
     c = configuration("reduce", rank, wide=_is_wide(h, x))
@@ -188,6 +189,7 @@ def reduce(h: Tensor, x: Tensor, scale: float, *, transposed: bool = False) -> T
         width,
         rank,
         scale,
+        h.stride(0),
         x.stride(0),
         *((1, rank) if transposed else (width, 1)),
         tokens_of_split,
@@ -278,6 +280,7 @@ def expand_kernel(
     width,
     rank,
     scale,
+    h_stride,
     w_width_stride,
     w_rank_stride,
     out_stride,
@@ -300,7 +303,7 @@ def expand_kernel(
     for first in tl.range(0, rank, BLOCK_RANK):
         ranks = first + tl.arange(0, BLOCK_RANK)
         is_rank = ranks < rank
-        left = tl.load(h + rows * rank + ranks[None, :], mask=is_token[:, None] & is_rank[None, :], other=0.0)
+        left = tl.load(h + rows * h_stride + ranks[None, :], mask=is_token[:, None] & is_rank[None, :], other=0.0)
         right = tl.load(
             w + columns[None, :] * w_width_stride + ranks[:, None] * w_rank_stride,
             mask=is_rank[:, None] & is_column[None, :],
@@ -322,6 +325,7 @@ def reduce_kernel(
     width,
     rank,
     scale,
+    h_stride,
     x_stride,
     out_rank_stride,
     out_width_stride,
@@ -341,7 +345,9 @@ def reduce_kernel(
         tokens = first + tl.arange(0, BLOCK_TOKENS)
         is_token = tokens < num_tokens
         rows = tokens.to(tl.int64)
-        left = tl.load(h + rows[None, :] * rank + ranks[:, None], mask=is_rank[:, None] & is_token[None, :], other=0.0)
+        left = tl.load(
+            h + rows[None, :] * h_stride + ranks[:, None], mask=is_rank[:, None] & is_token[None, :], other=0.0
+        )
         right = tl.load(
             x + rows[:, None] * x_stride + columns[None, :], mask=is_token[:, None] & is_column[None, :], other=0.0
         )

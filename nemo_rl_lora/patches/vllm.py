@@ -1,8 +1,9 @@
 """What vLLM 0.32 needs changed: LoRA on a CPU at a usable speed, an end that leaves the trainer's process groups
-alone, and a CPU engine that compiles nothing where it is told so.
+alone, a CPU engine that compiles nothing where it is told so, and weights that can be loaded after a load broke off.
 
-tests/patches/test_vllm.py shows that the first two are still needed. Each is called from where vLLM runs: the first in
-its worker, the others beside the engine (generation/vllm/).
+tests/patches/test_vllm.py shows that the first two are still needed, and tests/generation/vllm/test_sync_memory.py that
+the last is. Each is called from where vLLM runs: the first and the last in its worker, the others beside the engine
+(generation/vllm/).
 """
 
 from __future__ import annotations
@@ -63,3 +64,17 @@ def forget_cached_blocks(block_pool: Any) -> None:
     for block in block_pool.blocks:
         if block.block_hash is not None:
             block_pool._maybe_evict_cached_block(block)
+
+
+def forget_reload(model: Any, model_config: Any) -> None:
+    """Give a model its tensors back, of which some are new, after `reload_weights` broke off.
+
+    vLLM leaves its layers on the meta device, with what they had received, and the next reload would count that too.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, get_layerwise_info
+
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        info.load_numel = 0
+        info.loaded_weights.clear()
+    finalize_layerwise_reload(model, model_config)

@@ -138,14 +138,14 @@ def test_a_push_is_read_and_written_once_for_all_engines(two, monkeypatch):
     ref = policy.publish(2, mode)
     tensors = Counting({info.name: ref.tensors[info.name] for info in ref.manifest})
     written = []
-    for name in ("save_file", "write_adapter"):
+    for name in ("write_tensors", "write_adapter"):
         write = getattr(vllm_generation, name)
         monkeypatch.setattr(
             vllm_generation, name, lambda *args, write=write, name=name: (written.append(name), write(*args))
         )
     assert generation.sync_weights(replace(ref, tensors=tensors)).verdict == "confirmed"
     assert set(tensors.reads.values()) == {1}
-    assert written == ["save_file" if mode == "merged" else "write_adapter"]
+    assert written == ["write_tensors" if mode == "merged" else "write_adapter"]
     assert [file.name for file in generation._directory.glob("*.safetensors")] == []  # whole weights do not stay
 
 

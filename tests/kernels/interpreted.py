@@ -10,14 +10,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_rl_lora.kernels import logprobs, low_rank
+from nemo_rl_lora.lora.spec import LoraSpec
+from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.models.own_forward import HeadForm
 from nemo_rl_lora.policy import head
 from nemo_rl_lora.policy.adapted_linear import adapted_linear
+from nemo_rl_lora.policy.dtensor.linear import copy_masters, install_adapters
 from nemo_rl_lora.policy.head import Head
 from tests.gpu.checks import relative
 from tests.kernels import interpreter
@@ -188,6 +192,57 @@ def test_few_rows_and_many_columns_are_a_sum_in_parts(monkeypatch):
     x, weight, a, b, d_y = inputs(140, 300, 8, 40)
     assert max(beside_formula(x, weight, a, b, d_y).values()) <= BOUNDS["float32"]
     assert parts_of == [3, 2, 3, 3]  # x A^T over 300 columns; dy B over 40; both gradients over 140 tokens
+
+
+WIDTHS, DIMS = {"q_proj": 70, "k_proj": 33, "v_proj": 130}, (8, 3, 90)  # of layers that read one x
+
+
+def siblings(compute: DtypeName, inner: DtypeName | None, generator: torch.Generator) -> nn.Module:
+    """Layers on our kernels, computed together, whose B are not zero."""
+    model = nn.Module()
+    for name, width in WIDTHS.items():
+        model.add_module(name, nn.Linear(150, width, bias=name == "q_proj", dtype=getattr(torch, compute)))
+    modules = [
+        AdaptedModule(name=name, in_features=150, out_features=width, dim=dim, alpha=1.7 * dim, scale=1.7)
+        for (name, width), dim in zip(WIDTHS.items(), DIMS, strict=True)
+    ]
+    install_adapters(model, modules, LoraSpec(dim=8, alpha=8, dtype=inner), kernels="own")
+    for name in WIDTHS:
+        linear = model.get_submodule(name)
+        for factor in (linear.lora_A.weight, linear.lora_B.weight):
+            factor.data = torch.randn(factor.shape, generator=generator) / factor.shape[1] ** 0.5
+    copy_masters(model, modules)
+    return model
+
+
+@pytest.mark.parametrize(("compute", "inner"), [*PLAIN_DTYPES, *MIXED_DTYPES], ids=str)
+def test_layers_of_one_input_share_its_product_with_a_and_equal_the_formula(counted, compute, inner):
+    """Of ranks and sizes that fill no block, and which together have a larger one than each; in two passes."""
+    generator = torch.Generator().manual_seed(3)
+    torch.manual_seed(0)  # of the base
+    model = siblings(compute, inner, generator)
+    linears, dtype = [model.get_submodule(name) for name in WIDTHS], getattr(torch, compute)
+    x = torch.randn(2, 41, 150, generator=generator).to(dtype).requires_grad_()
+    masters = [factor.weight for linear in linears for factor in (linear.lora_A, linear.lora_B)]
+    exact = [
+        x.detach().double().requires_grad_(),
+        *(m.detach().to(getattr(torch, inner or compute)).double().requires_grad_() for m in masters),
+    ]
+    for _ in range(2):
+        ys = [linear(x) for linear in linears]
+        expected = [
+            F.linear(exact[0], linear.weight.double(), None if linear.bias is None else linear.bias.double())
+            + 1.7 * (exact[0] @ a.T) @ b.T
+            for linear, a, b in zip(linears, exact[1::2], exact[2::2], strict=True)
+        ]
+        d_ys = [torch.randn(y.shape, generator=generator).to(dtype) for y in ys]
+        torch.autograd.backward(ys, d_ys)
+        torch.autograd.backward(expected, [d_y.double() for d_y in d_ys])
+        errors = [relative(y.detach(), want.detach()) for y, want in zip(ys, expected, strict=True)]
+        errors += [relative(leaf.grad, want.grad) for leaf, want in zip((x, *masters), exact, strict=True)]
+        assert max(errors) <= max(BOUNDS[compute], BOUNDS[inner or compute]), errors
+    # in each pass: x A^T once, and dy B for each; B of each, and all A at once; the gradients likewise
+    assert [kernel.num_launches for kernel in counted.values()] == [2 * (1 + 3), 2 * (3 + 1), 2 * (1 + 3)]
 
 
 @pytest.mark.parametrize(("compute", "inner"), [PLAIN_DTYPES[0], *MIXED_DTYPES])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -28,11 +28,12 @@ from nemo_rl_lora.generation.in_process.decoder import CausalDecoder, Decoder, u
 from nemo_rl_lora.generation.in_process.fallback import PlainDecoder
 from nemo_rl_lora.generation.in_process.inspection import Inspection
 from nemo_rl_lora.generation.in_process.sampling import sample, uniforms
+from nemo_rl_lora.generation.proof import Incoming
 from nemo_rl_lora.generation.protocol import Ticket
 from nemo_rl_lora.generation.tickets import FinishReason, Ticketed, one_more
 from nemo_rl_lora.generation.turns import Turns
 from nemo_rl_lora.lora.adapter_tensors import AdapterTensors, canonical_shapes
-from nemo_rl_lora.tensors import LazyTensors, torch_dtype
+from nemo_rl_lora.tensors import torch_dtype
 from nemo_rl_lora.types import CompletionGroup, GroupRequest, SyncReceipt, WeightsRef
 
 if TYPE_CHECKING:
@@ -64,24 +65,6 @@ class _Sequence:
     versions: list[tuple[int, int]] = field(default_factory=list)  # as in Completion
     finish_reason: FinishReason | None = None
     is_held_up: bool = False  # a burst left the draw of its next token to the host
-
-
-class Incoming(LazyTensors):
-    """The tensors of a sync by name, each made when it is read and kept by nobody here: who holds them in turn needs
-    memory for one."""
-
-    def __init__(self, computations: Mapping[str, Callable[[], Tensor]]) -> None:
-        super().__init__(computations)
-        self._unread = dict.fromkeys(computations)
-
-    def __getitem__(self, name: str) -> Tensor:
-        self._unread.pop(name, None)
-        return super().__getitem__(name)
-
-    def read_rest(self) -> None:
-        """Make what nobody has read, so that it is known to be missing."""
-        for name in list(self._unread):
-            self[name]
 
 
 class InProcessGeneration(Ticketed):

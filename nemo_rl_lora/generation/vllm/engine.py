@@ -27,7 +27,7 @@ from nemo_rl_lora.patches.vllm import compile_nothing, forget_cached_blocks, shu
 from nemo_rl_lora.types import SamplingParams, TensorInfo
 
 CPU_BLOCK_TOKENS = 32  # the least that vLLM's CPU kernels take: prompts of a group share whole blocks
-_NO_VERSION = -1  # before the first one came: what is sampled then is the base's
+_NO_VERSION = -1  # before the first one came, and after one that broke off: no token of it is used
 WORKER = "nemo_rl_lora.generation.vllm.worker.WorkerExtension"
 
 
@@ -204,9 +204,15 @@ class VllmEngine:
         return self._call("weight_problems", manifest)[0]
 
     def receive_weights(self, source: Mapping[str, Tensor] | str, version: int) -> list[dict[str, str]]:
-        """Serve merged weights from now on. Returns their digests, of each rank."""
+        """Serve merged weights from now on. Returns their digests, of each rank. ValueError where nothing was touched;
+        after any other exception no version is served."""
         with self._update():
-            received = self._llm.collective_rpc("receive_weights", args=(source,))
+            before, self._version = self._version, _NO_VERSION
+            try:
+                received = self._llm.collective_rpc("receive_weights", args=(source,))
+            except ValueError:
+                self._version = before
+                raise
             self._begin(version)
         return received
 

@@ -3,10 +3,11 @@
 Contract: the Generation protocol, served by one engine or several. Each has all weights; a push is read, merged and
 written once for all of them, and each proves for itself that it serves it. A group is sampled by one engine, the one
 with the fewest tokens before it, and does not depend on which one that is. `lora_sync=merged` sends weights with the
-adapter merged in, whole fused layers at a time; `adapter` sends A and B, which vLLM's LoRA kernels add. A push is read,
-named and shaped right before an engine is touched, so a refused one leaves the old version served. After a push the
-engine's digests and probes are compared with what was sent (proof.py), again after each rollout, and the base once
-after each start. Prompts of a group share whole blocks of the prefix cache, which is emptied by every sync.
+adapter merged in, whole fused layers at a time; `adapter` sends A and B, which vLLM's LoRA kernels add. Names and
+shapes of a push are checked before an engine is touched, so a refused one leaves the old version served. Merged weights
+are made one at a time, as they are loaded or written into a file: nobody here holds them all. After a push the engine's
+digests and probes are compared with what was sent (proof.py), again after each rollout, and the base once after each
+start. Prompts of a group share whole blocks of the prefix cache, which is emptied by every sync.
 Not here: one engine's proofs and its restarts (proven.py), how vLLM is called (engine.py), what runs in its worker
 (worker.py), an engine in its own process (distributed/engine_process.py).
 """
@@ -22,12 +23,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
@@ -37,18 +36,17 @@ from nemo_rl_lora.generation.proof import (
     SyncMismatch,
     base_columns,
     columns_of,
-    read_push,
 )
 from nemo_rl_lora.generation.protocol import GenerationFailed, Ticket
 from nemo_rl_lora.generation.tickets import NONFINITE_LOGITS, Ticketed
 from nemo_rl_lora.generation.vllm.engine import CPU_BLOCK_TOKENS, EngineSettings, Job, Sampled, VllmEngine
 from nemo_rl_lora.generation.vllm.proven import Engine, Expected, ProvenEngine, Sent, Source
-from nemo_rl_lora.lora.adapter_tensors import canonical_shapes
+from nemo_rl_lora.lora.adapter_tensors import canonical_shapes, side_of
 from nemo_rl_lora.lora.files import module_of, write_adapter
 from nemo_rl_lora.lora.names import OUTPUT_HEAD_NAMES, last_component
 from nemo_rl_lora.lora.peft_config import spec_to_peft_config
 from nemo_rl_lora.models.families import has_tied_head
-from nemo_rl_lora.tensors import StoredTensor, stored_tensors, torch_dtype
+from nemo_rl_lora.tensors import StoredTensor, entry_of, stored_tensors, torch_dtype, write_tensors
 from nemo_rl_lora.types import Completion, CompletionGroup, GroupRequest, SyncMode, SyncReceipt, WeightsRef
 
 if TYPE_CHECKING:
@@ -250,6 +248,7 @@ class VllmGeneration(Ticketed):
         )
         self._model, self._settings = model, settings
         self._dtype, self._tied = torch_dtype(settings.dtype), has_tied_head(hf)
+        self._scales = {module.name: module.scale for module in model.adapted}
         self._served: tuple[Sent, WeightsRef] | None = None
         self._files = ExitStack()
         stored = stored_tensors(model.path)
@@ -282,22 +281,17 @@ class VllmGeneration(Ticketed):
         """Confirmed only by all engines, each for itself."""
         start = time.perf_counter()
         self._refuse(ref)
-        push = read_push(ref)
-        sent = Sent(
-            version=push.version,
-            mode=push.mode,
-            digests=push.digests,
-            columns=self._columns(push),
-        )
-        with self._source(push, ref.path) as source:
+        push = Push(ref, self._shown)
+        sent = Sent(version=ref.version, mode=ref.mode, digests=push.digests, columns=push.columns)
+        with self._source(push) as source:
             receipts = in_parallel(lambda engine: engine.sync(sent, source), self._engines)
-        self._served, self._version = (sent, ref), push.version
+        self._served, self._version = (sent, ref), ref.version
         return SyncReceipt(
-            version=push.version,
-            mode=push.mode,
+            version=ref.version,
+            mode=ref.mode,
             digest=receipts[0].digest,
-            num_tensors=len(push.tensors),
-            num_bytes=push.num_bytes,
+            num_tensors=len(push),
+            num_bytes=sum(info.num_bytes for info in ref.manifest),
             seconds=time.perf_counter() - start,
             verdict="confirmed" if all(receipt.verdict == "confirmed" for receipt in receipts) else "undecided",
             proof_seconds=max(receipt.proof_seconds for receipt in receipts),
@@ -338,20 +332,23 @@ class VllmGeneration(Ticketed):
             )
 
     @contextmanager
-    def _source(self, push: Push, path: Path | None) -> Iterator[Source]:
-        """What every engine is given: once read, once merged, and once written where others read it."""
-        if push.mode == "adapter":
+    def _source(self, push: Push) -> Iterator[Source]:
+        """What every engine is given: once read, once merged, and once written where others read it. In this process an
+        engine reads the push itself."""
+        path, manifest = push.ref.path, push.ref.manifest
+        if push.ref.mode == "adapter":
             assert self._model.spec is not None, "checked by _refuse"
             peft_config = spec_to_peft_config(self._model.spec, self._model.name, self._model.adapted)
-            write_adapter(self._directory / "adapter", push.tensors, peft_config)
+            write_adapter(self._directory / "adapter", dict(push), peft_config)
             yield str(self._directory / "adapter")
             return
         if path is None and not self._engines[0].engine.takes_files:
-            yield push.tensors
+            yield push
             return
         file = path or self._directory / "weights.safetensors"
         if path is None:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in push.tensors.items()}, file)
+            write_tensors(file, [entry_of(info.name, info.shape, info.dtype) for info in manifest], push.__getitem__)
+        push.read_rest()  # of a file that the policy has written
         try:
             yield str(file)
         finally:
@@ -370,26 +367,22 @@ class VllmGeneration(Ticketed):
             yield sent, str(self._directory / "adapter")
             return
         with self._serving_lock:
-            push = read_push(ref)
-            if push.digests != sent.digests:
-                raise GenerationFailed(
-                    f"{KEY}.lora_sync='merged': an engine was lost, and version {sent.version} cannot be merged again, "
-                    f"since the policy has moved on. Set {KEY}.lora_sync=adapter, of which a copy is kept."
-                )
-            with self._source(push, ref.path) as source:
+            push = Push(ref, self._shown)
+            with self._source(push) as source:
+                push.read_rest()
+                if push.digests != sent.digests:
+                    raise GenerationFailed(
+                        f"{KEY}.lora_sync='merged': an engine was lost, and version {sent.version} cannot be merged "
+                        f"again, since the policy has moved on. Set {KEY}.lora_sync=adapter, of which a copy is kept."
+                    )
                 yield sent, source
 
-    def _columns(self, push: Push) -> dict[str, Tensor]:
-        """What the probes have to show of a push."""
-        shown = partial(columns_of, dtype=self._dtype, num_ranks=self._settings.num_ranks)
-        columns = {name: shown(name, tensor) for name, tensor in push.tensors.items()}
-        if push.mode == "merged":
-            return columns | ({_HEAD: columns[_EMBEDDING]} if self._tied and _EMBEDDING in columns else {})
-        scale = {module.name: module.scale for module in self._model.adapted}
-        return {
-            name: one if name.endswith("lora_A.weight") else one * scale[module_of(name)]
-            for name, one in columns.items()
-        }
+    def _shown(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What the probes have to show of a tensor of a push."""
+        columns = columns_of(name, tensor, self._dtype, self._settings.num_ranks)
+        if side_of(name) == "B":
+            columns = columns * self._scales[module_of(name)]
+        return {name: columns} | ({_HEAD: columns} if self._tied and name == _EMBEDDING else {})
 
     # A rollout
 

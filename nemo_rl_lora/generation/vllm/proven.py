@@ -2,9 +2,10 @@
 
 Contract: `version` is the version that this engine has confirmed, None as long as it has confirmed none, and
 `confirmed` are all that it ever has. One thread samples; another one may give it weights meanwhile. Every sync and
-every rollout ends with a comparison of what the engine shows (proof.py). An engine that is lost is started again up to
-`max_failures` times in a row, its base is checked, and it is given what is served before it is asked once more. Engines
-know nothing of each other: generation.py has them all.
+every rollout ends with a comparison of what the engine shows (proof.py). Merged weights are loaded a layer at a time:
+a sync that breaks off leaves an engine that serves no version until the next one. An engine that is lost is started
+again up to `max_failures` times in a row, its base is checked, and it is given what is served before it is asked once
+more. Engines know nothing of each other: generation.py has them all.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from torch import Tensor
-
 from nemo_rl_lora.generation.proof import (
     Columns,
+    Incoming,
     RankShown,
     SyncMismatch,
     Verdict,
@@ -35,7 +35,7 @@ from nemo_rl_lora.types import EngineReceipt, SyncMode, TensorInfo
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-Source = Mapping[str, Tensor] | str  # tensors of this process, a file of them, or an adapter's directory
+Source = Incoming | str  # tensors of this process, a file of them, or an adapter's directory
 
 _FAILURES = "policy.generation.max_generation_failures"
 
@@ -66,11 +66,12 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sent:
-    """A version as every engine has to show it. Its tensors are not held here."""
+    """A version as every engine has to show it: of each tensor its digest and its columns, which are there once the
+    source was read. The tensors are not held here."""
 
     version: int
     mode: SyncMode
-    digests: Mapping[str, str]  # of each tensor
+    digests: Mapping[str, str]
     columns: Columns
 
 
@@ -161,6 +162,8 @@ class ProvenEngine:
                 f"used."
             ) from error
         arrived = time.perf_counter()
+        if isinstance(source, Incoming):
+            source.read_rest()  # what the engine has not asked for
         try:
             require_received(sent.version, sent.digests, received)
             self._witness.expect(sent.version, sent.columns)
@@ -191,6 +194,11 @@ class ProvenEngine:
         return self.engine.receive_adapter(source, sent.version)
 
     def _generate(self, jobs: Sequence[Job]) -> list[Sampled]:
+        with self._judging:  # a sync that runs ends first
+            if self.version is None:
+                raise self._mismatch(
+                    "no version is served, since the newest sync was not confirmed. Sync weights again."
+                )
         sampled = self.engine.generate(jobs)
         with self._judging:
             try:

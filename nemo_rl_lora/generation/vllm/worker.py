@@ -3,18 +3,18 @@
 Contract: vLLM mixes `WorkerExtension` into its worker class (`worker_extension_cls`), so `self` is that worker and
 every public method can be called by name, in each rank that shares the model. Names are Hugging Face's (merged) or
 PEFT's (adapter); this file alone knows where vLLM keeps what they name (held_part.py: which part of it a rank has).
+Merged weights are read and loaded a layer of vLLM's at a time: it fuses and packs a layer once all of it is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -23,8 +23,8 @@ from nemo_rl_lora.generation.proof import NAMED_AT_MOST, PROBE_COLUMNS, Shown, d
 from nemo_rl_lora.generation.vllm.held_part import HeldPart, held_part
 from nemo_rl_lora.lora.files import ADAPTER_FILE, module_of
 from nemo_rl_lora.models.families import has_tied_head
-from nemo_rl_lora.patches.vllm import multiply_once_for_all_rows
-from nemo_rl_lora.tensors import StoredTensor, stored_tensors
+from nemo_rl_lora.patches.vllm import forget_reload, multiply_once_for_all_rows
+from nemo_rl_lora.tensors import StoredTensor, TensorReader, file_tensors, stored_tensors, torch_dtype
 from nemo_rl_lora.types import TensorInfo
 
 ADAPTER_ID = 1
@@ -67,14 +67,19 @@ class WorkerExtension:
         return problems
 
     def receive_weights(self, source: Mapping[str, Tensor] | str) -> dict[str, str]:
-        """Load merged weights, from tensors or from a safetensors file. Returns the digests of what was received."""
-        tensors = load_file(source) if isinstance(source, str) else source
-        received = digests_of(tensors, "merged")
-        arrived = [TensorInfo(name=n, shape=tuple(t.shape), dtype=t.dtype) for n, t in tensors.items()]
-        if problems := self.weight_problems(arrived):  # a load that breaks off leaves vLLM between two versions
+        """Load merged weights, from tensors or from a safetensors file. Returns the digests of what was received.
+
+        ValueError where a file holds what cannot be loaded: nothing was touched. Anything else that is raised leaves
+        the model between two versions, until the next load that is complete.
+        """
+        if not isinstance(source, str):
+            return self._received(source, source.__getitem__)
+        stored = file_tensors(Path(source))
+        infos = [TensorInfo(name=n, shape=one.shape, dtype=torch_dtype(one.dtype)) for n, one in stored.items()]
+        if problems := self.weight_problems(infos):
             raise ValueError("; ".join(problems[:NAMED_AT_MOST]))
-        self._load([*tensors.items(), *self._siblings(tensors)])
-        return received
+        with TensorReader() as reader:
+            return self._received(stored, lambda name: reader.read_tensor(stored[name]))
 
     def receive_adapter(self, directory: str) -> dict[str, str]:
         """The digests of an adapter's file, as this process reads it; vLLM's LoRA request loads it."""
@@ -156,30 +161,60 @@ class WorkerExtension:
 
     # Loading
 
-    def _load(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    def _received(self, names: Iterable[str], read: Callable[[str], Tensor]) -> dict[str, str]:
+        """Load these weights, each read once. Returns their digests."""
+        received: dict[str, str] = {}
+
+        def arriving(name: str) -> Tensor:
+            tensor = read(name)
+            received.update(digests_of({name: tensor}, "merged"))
+            info = TensorInfo(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype)
+            if problems := self.weight_problems([info]):
+                raise ValueError(problems[0])
+            return tensor
+
+        try:
+            self._load(self._layer_by_layer(list(names), arriving))
+            if _EMBEDDING in received:
+                self._refresh_tied_head()
+        except BaseException as error:
+            forget_reload(self._model(), self.vllm_config.model_config)
+            if isinstance(error, ValueError):  # as which it would say that nothing was touched
+                raise RuntimeError(str(error)) from error
+            raise
+        return received
+
+    def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """vLLM asks for one after the other, and lets a layer's go once it is packed."""
         self.model_runner.reload_weights(weights_iterator=iter(tensors))
-        self._refresh_tied_head(tensors)
 
-    def _siblings(self, sent: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-        """What else belongs to the layers that are loaded, from the model's own files: a fused layer is packed as a
-        whole, and so is a bias with its weight."""
-        touched = {place.layer for name in sent if (place := self._place(name)) is not None}
-        stored = _stored_once(self.vllm_config.model_config.model)
-        missing = [
-            name
-            for name in stored.keys() - sent.keys()
-            if (place := self._place(name)) is not None and place.layer in touched
-        ]
-        found = []
-        for path in sorted({stored[name].path for name in missing}):
-            with safe_open(path, framework="pt") as file:
-                found += [(name, file.get_tensor(name)) for name in missing if stored[name].path == path]
-        return found
+    def _layer_by_layer(self, sent: Sequence[str], read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """What was sent and, with each layer of it, what else belongs to that from the model's own files: a fused layer
+        is packed as a whole, and so is a bias with its weight. Layers are in the order in which they were sent."""
+        stored, layers = _stored_once(self.vllm_config.model_config.model), dict[str, list[str]]()
+        for name in sent:
+            layers.setdefault(self._layer(name), []).append(name)
+        siblings: dict[str, list[StoredTensor]] = {layer: [] for layer in layers}
+        own = set(sent)
+        for name, one in stored.items():
+            if name not in own and (layer := self._layer(name)) in layers:
+                siblings[layer].append(one)
+        with TensorReader() as reader:
+            for layer, names in layers.items():
+                for name in names:
+                    yield name, read(name)
+                for one in siblings[layer]:
+                    yield one.name, reader.read_tensor(one)
 
-    def _refresh_tied_head(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    def _layer(self, name: str) -> str:
+        """Which layer of vLLM's a tensor belongs to; one that the engine does not have stands alone."""
+        place = self._place(name)
+        return name if place is None else place.layer
+
+    def _refresh_tied_head(self) -> None:
         """On a CPU the tied head multiplies by a packed copy of the embeddings, which a load leaves as it was."""
         head: Any = self._tied_head()
-        if head is not None and any(name == _EMBEDDING for name, _ in tensors):
+        if head is not None:
             head.quant_method.process_weights_after_loading(head)
 
     # Probing

@@ -126,7 +126,7 @@ class Together:
             return None
         if linear not in self._outs:
             layers = [Layer(one.weight, one.bias, b) for one, b in zip(self._linears, self._all_b, strict=True)]
-            outs = adapted_linears(x, layers, Branch(a=self._a, scale=linear.scale))
+            outs = adapted_linears(x, layers, Branch(a=self._a, scale=linear.scale, products=linear.products))
             self._outs = dict(zip(self._linears, outs, strict=True))
         out = self._outs.pop(linear)
         self._x = x if self._outs else None
@@ -161,7 +161,7 @@ def _same_input(linears: Mapping[str, AdapterLinear]) -> list[list[AdapterLinear
     for name, linear in linears.items():
         parent, _, leaf = name.rpartition(".")
         kind = next((kind for kind in _SAME_INPUT if leaf in kind), None)
-        goes_along = kind is not None and linear.kernels is None
+        goes_along = kind is not None and linear.kernels != "automodel"
         sets.setdefault((parent, kind, linear.scale) if goes_along else name, []).append(linear)
     return list(sets.values())
 

@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from nemo_rl_lora.generation.in_process import engine as engine_module
 from nemo_rl_lora.generation.in_process import projections
 from nemo_rl_lora.policy.offer import offer
 from nemo_rl_lora.types import WeightsRef
 from tests.generation.engine_inputs import adapted_modules, adapter_tensors, parameters_of
+from tests.generation.live_bytes import peak_bytes
 from tests.tiny_models import sampling_model
 
 NUM_LAYERS = 12
-
-
-def peak_bytes(before: Callable[[], Any], action: Callable[[], Any]) -> int:
-    """How far the bytes of live tensors rise in an action above what was live, by torch's allocator. It knows of what
-    is let go only if it saw it come: `before` makes what the action replaces."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        before()
-        begun = time.time_ns()
-        action()
-    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
-    start = live = sum(event.nbytes() for event in events if event.start_ns() < begun)
-    peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.start_ns() >= begun:
-            live += event.nbytes()
-            peak = max(peak, live - start)
-    return peak
 
 
 def deep_model() -> Any:

@@ -228,9 +228,9 @@ def test_a_run_stops_before_a_rollout_is_used_where_the_engine_was_left_behind(v
     loads = []
 
     def dropping(worker, tensors):
-        loads.append(len(tensors))
+        loads.append(list(tensors))
         if len(loads) == 1:
-            load(worker, tensors)
+            load(worker, loads[0])
 
     monkeypatch.setattr(WorkerExtension, "_load", dropping)
     run = TinyRun(root=tmp_path, model=vllm_llama)

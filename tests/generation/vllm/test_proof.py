@@ -25,7 +25,7 @@ FAULTS = {
     "projection": r"show something else in 2 of \d+ probed tensors: \S*layers\.0\.self_attn\.k_proj",
     "bytes": r"received other bytes in 1 of \d+ tensors: \S*layers\.1\.mlp\.down_proj",
     "prefix": r"kept its prefix cache",
-    "shape": r"v_proj.weight': shape \(0, 64\), and the engine's is \(32, 64\). It keeps version",
+    "shape": r"v_proj.weight': shape \(0, 64\), and the engine's is \(32, 64\)\), so it serves no version",
 }
 
 

@@ -26,10 +26,10 @@ _load, _receive, _refresh = (
 
 
 def load(worker, tensors):
-    """Digests were taken of what was received, before anything goes wrong here."""
+    """Digests are taken of what is received, before anything goes wrong here."""
     fault, before = NEXT["fault"], NEXT["loaded"]
     NEXT["before"] = before
-    NEXT["loaded"] = [(name, tensor.clone()) for name, tensor in tensors]
+    tensors = NEXT["loaded"] = [(name, tensor.clone()) for name, tensor in tensors]
     if fault == "dropped":
         return
     if fault == "stale":
@@ -59,11 +59,11 @@ def one_element_changed(tensors):
     return {**tensors, name: changed}
 
 
-def refresh_tied_head(worker, tensors):
+def refresh_tied_head(worker):
     """Left out, the head goes on with the embeddings of before: by itself where this CPU packs them, as here elsewhere
     (a CPU without AVX-512 multiplies by the embeddings themselves)."""
     if NEXT["fault"] != "tied head":
-        _refresh(worker, tensors)
+        _refresh(worker)
         return
     old = dict(NEXT["before"])["model.embed_tokens.weight"]
     worker._tied_head().cpu_linear = lambda x, weight, bias: F.linear(x, old, bias)
@@ -134,9 +134,14 @@ class FaultyEngine(VllmEngine):
             super()._empty_prefix_cache(pool)
 
 
+def receive_alone(worker, tensors):
+    for _ in tensors:
+        pass
+
+
 def leave_behind(worker):
     """From now on this worker's process loads nothing that it receives."""
-    WorkerExtension._load = lambda worker, tensors: None
+    WorkerExtension._load = receive_alone
     worker.model_runner.add_lora = lambda lora_request: True
 
 

@@ -34,7 +34,12 @@ SIZES = {
     "eos_token_id": None,
     "bos_token_id": None,
 }
-CONFIGS = {"llama": LlamaConfig(**SIZES), "qwen2": Qwen2Config(**SIZES)}
+DEEP = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12, "num_attention_heads": 4}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen2": Qwen2Config(**SIZES),
+    "deep llama": LlamaConfig(**(SIZES | DEEP)),
+}
 
 
 @dataclass(slots=True, kw_only=True)
