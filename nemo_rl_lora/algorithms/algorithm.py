@@ -125,6 +125,10 @@ class Algorithm(ABC, Generic[M]):
         """The run to train in; `load_data` comes first."""
         self.run = run
 
+    def leave(self) -> None:
+        """Hold the run no longer, and with it the weights; its data stay."""
+        del self.run
+
     @abstractmethod
     def train(self, step: int, watch: Stopwatch) -> StepDone:
         """Draw the next batch and train on it. Raises StopIteration where the data has ended."""

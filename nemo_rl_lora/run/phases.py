@@ -9,6 +9,7 @@ or not at all, and stays as long as a step needs it. The loss on fixed rows is m
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -18,6 +19,8 @@ from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from nemo_rl_lora.algorithms.algorithm import Run
 from nemo_rl_lora.algorithms.loop import RunResult
@@ -239,7 +242,11 @@ class Crossing:
         self._made: Mapping[str, Any] = {}
 
     def make(self) -> PhaseStart:
-        """What the next phase begins with: after the weights of the phase before have been let go."""
+        """What the next phase begins with. Nothing else may hold the run of the phase before, whose weights go first."""
+        self._start.algorithm.leave()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         start, step, saved = self._start, self._result.step, self._result.checkpoint
         assert saved is not None, "a phase ends with a checkpoint"
         at_end = at_end_of(start.run_config.sft.phases, start.index)

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nemo_rl_lora.lora.files import read_moments
+from nemo_rl_lora.run import start
 from nemo_rl_lora.seeds import derive_seed
 from tests.driver import Ended, TinyRun, adapter, run_command, run_driver, same, without_seconds
 
@@ -234,6 +236,23 @@ def test_frozen_in_bfloat16_and_merged_in_it(phased, backend):
     assert bounded.code == 1
     assert "sft.max_phase_loss_shift=1e-09: the loss of 12 fixed rows is" in bounded.err
     assert (phased.tiny.root / "b" / "step_2").is_dir()
+
+
+def test_the_weights_of_a_phase_are_let_go_before_the_next_ones_are_loaded(phased, monkeypatch):
+    build, policies, alive = start.build_run, [], []
+
+    def building(*arguments):
+        alive.append(sum(policy() is not None for policy in policies))
+        run = build(*arguments)
+        policies.append(weakref.ref(run.policy))
+        return run
+
+    monkeypatch.setattr(start, "build_run", building)
+    ended = phased(
+        "sft.phases=[{train: full, steps: 1}, {train: lora, steps: 1, at_end: merge}, {train: full, steps: 1}]"
+    )
+    assert ended.code == 0, ended.err
+    assert alive == [0, 0, 0]
 
 
 def test_a_base_goes_when_no_step_needs_it(phased):
