@@ -189,11 +189,13 @@ class TrainedPolicy(ABC):
         try:
             found = find_tokens(attempt, sizes, device=device, ranks=self._ranks, reserve_bytes=kept_bytes + moments)
         except LongestRowTooLongError as error:
-            block = "dtensor_cfg" if self._config.active_backend == "dtensor" else "megatron_cfg"
+            name = "dtensor_cfg" if self._config.active_backend == "dtensor" else "megatron_cfg"
+            recompute = f"policy.{name}.activation_checkpointing"
+            is_on = getattr(self._config, name).activation_checkpointing
             raise ConfigError(
                 f"{self._config.searched_key}='auto': a microbatch of the longest row, {error.tokens} tokens, does not "
-                f"fit into the memory of {self.device}. Lower policy.max_total_sequence_length, set "
-                f"policy.{block}.activation_checkpointing=true, or share the model among more processes."
+                f"fit into the memory of {self.device}. Lower policy.max_total_sequence_length"
+                f"{'' if is_on else f', set {recompute}=true'}, or share the model among more processes."
             ) from error
         self.use_train_tokens(found.tokens)
         return found
