@@ -22,9 +22,12 @@ from nemo_rl_lora.policy.token_budget import (
     by_halving,
     find_tokens,
 )
+from tests.policy.budget_ranks import TARGET, search_and_step
 from tests.policy.dtensor.test_policy import make_policy, spec
 from tests.policy.megatron.twins import BOTH, gradients, masters, moments, random_adapter, set_masters
+from tests.policy.parallel_ranks import Case
 from tests.policy.test_pairs import make_chats
+from tests.rank_processes import run_ranks
 from tests.tiny_models import ALL_LINEAR, VOCABULARY
 
 CPU = torch.device("cpu")
@@ -263,3 +266,38 @@ def test_a_row_that_does_not_fit_names_the_key_and_what_to_do(tiny_model, monkey
             f"into the memory of {policy.device}. Lower policy.max_total_sequence_length{recompute}, or share the "
             "model among more processes."
         )
+
+
+DROPPED = spec(targets=ALL_LINEAR, dropout=0.1, dropout_position="post")
+STAGES = {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1}
+SHARED = [
+    Case(name="sharded", number=2, backend="dtensor", sizes={}, spec=DROPPED),
+    Case(name="two stages", number=2, backend="megatron", sizes=STAGES, spec=DROPPED),
+]
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_model, tmp_path_factory):
+    """Case name -> what its two processes found."""
+    model, saved, meeting = tiny_model("llama"), tmp_path_factory.mktemp("saved"), tmp_path_factory.mktemp("meeting")
+    policy_of(model, "dtensor").save(saved)
+    run_ranks(2, meeting, search_and_step, SHARED, model, saved / "adapter", make_chats(), meeting)
+    return {
+        case.name: [torch.load(meeting / f"{case.name} {rank}.pt", weights_only=False) for rank in range(2)]
+        for case in SHARED
+    }
+
+
+@pytest.mark.parametrize("name", [case.name for case in SHARED])
+def test_processes_that_share_a_model_agree_on_what_the_poorest_has_memory_for(shared, name):
+    one, other = shared[name]
+    assert one["found"] == other["found"]
+    tokens = one["found"].tokens
+    assert abs(tokens - TARGET) <= 0.2 * TARGET
+    assert tokens < one["most"]
+    for found in (one, other):
+        assert found["budget"] == tokens
+        assert not any(found["left"])
+        assert not found["drawn"]
+        assert found["steps"] == found["given steps"]
+        assert all(map(torch.equal, found["weights"], found["given weights"]))
