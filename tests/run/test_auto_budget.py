@@ -16,7 +16,7 @@ AUTO = "policy.dynamic_batching.train_mb_tokens=auto"
 LEARNING = ("policy.optimizer.kwargs.lr=0.02", "policy.dtensor_cfg.lora_cfg.dropout=0.1")
 EVERY_STEP = ("checkpointing.save_period=1", "checkpointing.metric_name=null", "checkpointing.keep_top_k=null")
 # Memory with which the budget is between the longest row (or pair) and all rows of a step, and those two.
-MEMORY = {"sft": (4 * 2**20, 64, 256), "dpo": (6 * 2**20, 128, 512), "grpo": (5 * 2**20, 128, 640)}
+MEMORY = {"sft": (4 * 2**20, 64, 256), "dpo": (8 * 2**20, 128, 512), "grpo": (7 * 2**20, 128, 640)}
 
 
 @pytest.fixture(params=MEMORY)
