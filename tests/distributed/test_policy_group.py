@@ -31,6 +31,7 @@ GRPO = make_policy_loss(LossFnConfig(reference_policy_kl_penalty=0.0))
 
 
 VARIABLE = "NRL_TEST_VARIABLE"
+AUTO = {"enabled": True, "train_mb_tokens": "auto", "sequence_length_round": 8}
 
 
 def two_processes(config, setup) -> PolicyGroup:
@@ -46,7 +47,7 @@ def twins(tiny_model, tmp_path_factory):
     checkpoint = tmp_path_factory.mktemp("checkpoint")
     one.save(checkpoint)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    group = make_policy(tiny_model("llama"), backend=two_processes, spec=spec())
+    group = make_policy(tiny_model("llama"), backend=two_processes, spec=spec(), dynamic_batching=AUTO)
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     group.load(checkpoint)
     yield one, group
@@ -154,6 +155,7 @@ def test_a_process_without_memory_is_named_with_its_peak(twins, groups_batch):
 def test_a_budget_is_found_in_every_process_and_used_by_all(twins, groups_batch):
     one, group = twins
     longest = longest_rows(torch.arange(8), num_prompt_tokens=1, num_tokens=64, vocabulary=VOCABULARY)
+    assert {cutting.train.max_tokens for cutting in group._cuttings} == {64}
     before = group.publish(0, "adapter").digest
     found = group.find_train_tokens(longest)
     assert (found.tokens, found.num_trials) == (4 * 64, 3)  # a process has half of the rows
