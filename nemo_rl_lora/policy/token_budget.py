@@ -81,27 +81,28 @@ def find_tokens(
 
 
 def by_halving(attempt: Attempt, sizes: Sizes, *, device: torch.device, reserve_bytes: int) -> FoundTokens:
-    """The first budget that runs, of the largest and the halves below it."""
+    """The first budget that runs, of the largest and the halves below it: what whole rows filled of it, since shorter
+    rows may fill more."""
     failed: list[int] = []
     for tokens in sizes.halves():
-        if _runs(attempt, tokens, device, reserve_bytes):
+        if (ran := _tokens_that_ran(attempt, tokens, device, reserve_bytes)) is not None:
             reason = f"{_listed(failed)} did not fit" if failed else "all rows of a step fit at once"
-            return FoundTokens(tokens=tokens, num_trials=len(failed) + 1, reason=reason)
+            return FoundTokens(tokens=ran, num_trials=len(failed) + 1, reason=reason)
         failed.append(tokens)
     raise LongestRowTooLongError(sizes.least)
 
 
-def _runs(attempt: Attempt, tokens: int, device: torch.device, reserve_bytes: int) -> bool:
-    fits = True
+def _tokens_that_ran(attempt: Attempt, tokens: int, device: torch.device, reserve_bytes: int) -> int | None:
+    """What an attempt returns; None where there was no memory for it."""
+    ran = None
     try:
         with device_memory.held(device, reserve_bytes):
-            attempt(tokens)
+            ran = attempt(tokens)
     except Exception as error:
         if memory_error(error) is None:
             raise
-        fits = False
     device_memory.forget(device)  # here the error holds no tensor any more
-    return fits
+    return ran
 
 
 def by_forecast(

@@ -104,6 +104,19 @@ def test_another_error_is_not_taken_for_want_of_memory():
         by_halving(broken, Sizes(least=64, largest=1000, round_to=8), device=CPU, reserve_bytes=0)
 
 
+def test_no_more_is_taken_than_whole_rows_filled():
+    """Of a budget of 150 tokens rows of 100 fill 100, and shorter ones would fill more than was tried."""
+
+    def attempt(tokens: int) -> int:
+        if tokens > 299:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return tokens // 100 * 100
+
+    sizes = Sizes(least=100, largest=600, round_to=50)
+    assert by_halving(attempt, replace(sizes, largest=500), device=CPU, reserve_bytes=0).tokens == 200
+    assert by_halving(attempt, sizes, device=CPU, reserve_bytes=0).tokens == 100
+
+
 class Midway:
     """The last layer's part of a backward pass has no memory above a number of tokens, once gradients exist."""
 
@@ -190,6 +203,18 @@ def test_on_a_cpu_the_longest_row_is_the_least_and_a_step_the_most(policy, monke
     assert found.tokens == ROWS * LENGTH
     assert found.reason.startswith("all rows of a step fit at once: ")
     assert policy.find_train_tokens(longest(1)).tokens == LENGTH
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_moments_that_are_not_there_yet_have_room(tiny_model, monkeypatch, backend):
+    policy, batch = policy_of(tiny_model("llama"), backend, spec=None), longest(200)
+    monkeypatch.setattr(device_memory, "free_bytes", lambda _: 2**24)
+    before = policy.find_train_tokens(batch).tokens
+    policy.train_step(make_chats(), SftLoss())
+    after = policy.find_train_tokens(batch).tokens
+    moments_bytes = sum(2 * master.nbytes for master in policy._trained.masters().values())
+    of_a_token = (peak_of(policy, batch, 10 * LENGTH) - peak_of(policy, batch, 5 * LENGTH)) / (5 * LENGTH)
+    assert (after - before) * of_a_token == pytest.approx(moments_bytes, rel=0.25)
 
 
 def test_what_the_engine_keeps_is_left_to_it(policy, monkeypatch):
