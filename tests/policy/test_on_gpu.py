@@ -285,7 +285,9 @@ def test_a_step_that_cannot_be_captured_is_called(gpu: FakeGpu, models: Path, mo
 def test_on_a_gpu_a_step_runs_with_what_is_found_and_not_with_twice_as_much(models: Path, backend: str):
     """The moments have room, which are not there yet when the budget is found."""
     rows = longest_rows(torch.arange(16), num_prompt_tokens=1, num_tokens=64, vocabulary=VOCABULARY)
-    auto = {"dynamic_batching": {"enabled": True, "train_mb_tokens": "auto", "sequence_length_round": 8}}
+    auto: dict[str, Any] = {
+        "dynamic_batching": {"enabled": True, "train_mb_tokens": "auto", "sequence_length_round": 8}
+    }
     with gpu_for_policies(), counted_memory() as memory:
         policy = make_policy(model_of("llama", 2, models), backend=BOTH[backend], spec=PLAIN, **auto)
         policy._attempt(rows, 64)
@@ -306,7 +308,9 @@ def test_on_a_gpu_a_step_runs_with_what_is_found_and_not_with_twice_as_much(mode
 
 def test_what_others_keep_is_no_room_for_microbatches(models: Path):
     rows = longest_rows(torch.arange(16), num_prompt_tokens=1, num_tokens=64, vocabulary=VOCABULARY)
-    auto = {"sequence_packing": {"enabled": True, "train_mb_tokens": "auto", "sequence_length_round": 8}}
+    auto: dict[str, Any] = {
+        "sequence_packing": {"enabled": True, "train_mb_tokens": "auto", "sequence_length_round": 8}
+    }
     with gpu_for_policies(), counted_memory() as memory:
         policy = make_policy(model_of("llama", 2, models), spec=PLAIN, **auto)
         kept = memory.total - 2 * memory.used
