@@ -240,6 +240,9 @@ def train(algorithm, command: Command, place: Place) -> None:
         arguments += [f"policy.dynamic_batching.{kind}_mb_tokens=4096" for kind in ("train", "logprob")]
     assert_trained(algorithm, run_driver(*arguments, algorithm=algorithm), place)
     assert_peft_loads(place)
+    if any(argument.endswith("train_mb_tokens=auto") for argument in arguments):
+        info = json.loads((place.root / "results" / "step_1" / "training_info.json").read_text())
+        assert info["train_mb_tokens"]["tokens"] > 0
 
 
 def train_phases(command: Command, place: Place) -> None:

@@ -105,6 +105,11 @@ class Algorithm(ABC, Generic[M]):
         """What a row of the loader adds to the run's tokens, at least and at most."""
 
     @abstractmethod
+    def longest_batch(self, vocabulary: int) -> Batch:
+        """The rows of an optimizer step, each as long as the limits allow, of made-up tokens below `vocabulary`: what a
+        step may need memory for."""
+
+    @abstractmethod
     def data_digests(self) -> dict[str, str]:
         """Of the rows that `load_data` read, as tokenised: a digest for the key of each dataset."""
 

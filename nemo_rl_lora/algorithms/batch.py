@@ -78,6 +78,23 @@ def _collate_answers(rows: Sequence[tuple[Sequence[int], Sequence[int]]], index:
     )
 
 
+def longest_rows(
+    groups: Tensor, *, num_prompt_tokens: int, num_tokens: int, vocabulary: int, whole_groups: bool = False
+) -> Batch:
+    """Rows of one length, of made-up tokens, in these groups [B]; the loss is on all that follows the prompt."""
+    shape = len(groups), num_tokens
+    loss_mask = (torch.arange(num_tokens) >= num_prompt_tokens).expand(shape)
+    return Batch(
+        token_ids=(torch.arange(len(groups) * num_tokens) % vocabulary).view(shape),
+        loss_mask=loss_mask,
+        sequence_length=torch.full(shape[:1], num_tokens),
+        prompt_length=torch.full(shape[:1], num_prompt_tokens),
+        group_index=groups,
+        denominators=count_denominators(loss_mask),
+        whole_groups=whole_groups,
+    )
+
+
 def _padded(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
     """[B, T], with zeros on the right."""
     return pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)

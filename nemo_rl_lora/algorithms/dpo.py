@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from nemo_rl_lora.algorithms.algorithm import StepDone, Validated, mean_outputs
-from nemo_rl_lora.algorithms.batch import collate_pairs
+from nemo_rl_lora.algorithms.batch import collate_pairs, longest_rows
 from nemo_rl_lora.algorithms.losses.policy import loss_inputs
 from nemo_rl_lora.algorithms.losses.preference import PreferenceLoss, pair_rewards
 from nemo_rl_lora.algorithms.reference_cache import ReferenceCache
@@ -24,6 +24,7 @@ from nemo_rl_lora.algorithms.tuning import Tuning, tokens_by_source, validation_
 from nemo_rl_lora.config.dpo import DpoConfig
 from nemo_rl_lora.config.master import DpoMaster
 from nemo_rl_lora.data.preferences import PreferenceSet, load_preference_sets
+from nemo_rl_lora.data.row_sets import longest_row
 from nemo_rl_lora.evaluation.estimates import estimate
 from nemo_rl_lora.run.console import KeyMetric
 from nemo_rl_lora.run.metrics import Stopwatch
@@ -62,6 +63,12 @@ class Dpo(Tuning[DpoMaster, PreferencePair]):
     def tokens_of(self, row: PreferencePair) -> tuple[int, int]:
         number = 2 * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids)
         return number, number
+
+    def longest_batch(self, vocabulary: int) -> Batch:
+        """Of pairs that share one token of a prompt."""
+        pairs = torch.arange(self.config.policy.train_global_batch_size).repeat_interleave(2)
+        longest = longest_row(self.config)
+        return longest_rows(pairs, num_prompt_tokens=1, num_tokens=longest, vocabulary=vocabulary, whole_groups=True)
 
     @property
     def validation_metrics(self) -> tuple[str, ...]:

@@ -12,9 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nemo_rl_lora.algorithms.ahead import SourceAhead
 from nemo_rl_lora.algorithms.algorithm import Algorithm, Run, StepDone, Validated, mean_outputs
-from nemo_rl_lora.algorithms.batch import collate_rollouts, optimizer_slices, rewards_of, rollout_advantages
+from nemo_rl_lora.algorithms.batch import (
+    collate_rollouts,
+    longest_rows,
+    optimizer_slices,
+    rewards_of,
+    rollout_advantages,
+)
 from nemo_rl_lora.algorithms.losses.policy import make_policy_loss
 from nemo_rl_lora.algorithms.rollout import (
     RolloutSource,
@@ -28,7 +36,7 @@ from nemo_rl_lora.config.grpo import GrpoConfig
 from nemo_rl_lora.config.master import GrpoMaster
 from nemo_rl_lora.data.checked_rows import data_digests
 from nemo_rl_lora.data.loader import RowLoader
-from nemo_rl_lora.data.prompts import PromptSet, load_prompt_sets
+from nemo_rl_lora.data.prompts import PromptSet, load_prompt_sets, longest_prompt
 from nemo_rl_lora.environments.protocol import Environment
 from nemo_rl_lora.environments.registry import check_prompts, make_environments
 from nemo_rl_lora.evaluation.ask import ask, group_requests, total_counts
@@ -106,6 +114,18 @@ class Grpo(Algorithm[GrpoMaster]):
         completions = loop.num_generations_per_prompt / loop.batch_multiplier
         longest = min(self.config.generation.max_new_tokens, room)
         return int(completions * (len(row.token_ids) + 1)), int(completions * (len(row.token_ids) + longest))
+
+    def longest_batch(self, vocabulary: int) -> Batch:
+        """Of groups with the longest completions, and the longest prompts that leave room for them."""
+        config, limit = self.config, self.config.policy.max_total_sequence_length
+        num_new = min(config.generation.max_new_tokens, limit - 1)
+        num_prompt_tokens = min(longest_prompt(config), limit - num_new)
+        return longest_rows(
+            torch.arange(config.policy.train_global_batch_size) // self.loop.num_generations_per_prompt,
+            num_prompt_tokens=num_prompt_tokens,
+            num_tokens=num_prompt_tokens + num_new,
+            vocabulary=vocabulary,
+        )
 
     def data_digests(self) -> dict[str, str]:
         return data_digests(self._train.sets, [] if self._validation is None else self._validation.sets)

@@ -10,16 +10,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from nemo_rl_lora.algorithms.algorithm import StepDone, Validated, mean_outputs
-from nemo_rl_lora.algorithms.batch import collate_examples
+from nemo_rl_lora.algorithms.batch import collate_examples, longest_rows
 from nemo_rl_lora.algorithms.losses.likelihood import SftLoss
 from nemo_rl_lora.algorithms.tuning import Tuning, tokens_by_source, validation_spans
 from nemo_rl_lora.config.master import SftMaster
 from nemo_rl_lora.config.sft import SftConfig
 from nemo_rl_lora.data.conversations import ConversationSet, load_conversation_sets
+from nemo_rl_lora.data.row_sets import longest_row
 from nemo_rl_lora.run.console import KeyMetric
 from nemo_rl_lora.run.metrics import Stopwatch
-from nemo_rl_lora.types import Example
+from nemo_rl_lora.types import Batch, Example
 
 
 class Sft(Tuning[SftMaster, Example]):
@@ -47,6 +50,10 @@ class Sft(Tuning[SftMaster, Example]):
 
     def tokens_of(self, row: Example) -> tuple[int, int]:
         return len(row.token_ids), len(row.token_ids)
+
+    def longest_batch(self, vocabulary: int) -> Batch:
+        rows, longest = torch.arange(self.config.policy.train_global_batch_size), longest_row(self.config)
+        return longest_rows(rows, num_prompt_tokens=1, num_tokens=longest, vocabulary=vocabulary)
 
     @property
     def validation_metrics(self) -> tuple[str, ...]:

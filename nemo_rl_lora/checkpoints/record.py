@@ -154,6 +154,7 @@ class TrainingInfo:
     data_digests: Mapping[str, str] = field(default_factory=dict)  # of the rows as tokenised, by a dataset's key
     reward_digests: Mapping[str, str] = field(default_factory=dict)  # of the user's files that score, by key
     clock: str | None = None  # at which the chat template's clock stands; None where it reads none
+    train_mb_tokens: Mapping[str, Any] | None = None  # what `auto` was found to be, on what; None where it was not
     seeds: Mapping[str, int] = field(default_factory=dict)  # by dotted key; filled in when saved
     phase_begin: Mapping[str, Any] | None = None  # a PhaseBegin; None where the run has no phases
     reason: SaveReason = "period"

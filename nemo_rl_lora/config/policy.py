@@ -6,7 +6,7 @@ judged here: see config/support.py.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -38,8 +38,9 @@ class TokenBudgetConfig(Section):
 
     enabled: bool = False
     """Fill microbatches by tokens in place of `train_micro_batch_size` and `logprob_batch_size`."""
-    train_mb_tokens: int | None = Field(default=None, ge=1)
-    """Tokens of a training microbatch, with padding; null is max_total_sequence_length x train_micro_batch_size."""
+    train_mb_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Tokens of a training microbatch, with padding; null is max_total_sequence_length x train_micro_batch_size; auto:
+    as many as fit into the memory of the device, found at the start of a run. auto is no value of NeMo RL's."""
     logprob_mb_tokens: int | None = Field(default=None, ge=1)
     """Tokens of a logprob microbatch, with padding; null is max_total_sequence_length x logprob_batch_size."""
     sequence_length_round: int = Field(default=64, ge=1)
@@ -132,10 +133,21 @@ class PolicyConfig(ModelConfig):
 
     def microbatch_tokens(self, kind: Literal["train", "logprob"], num_rows: int) -> int:
         """The token budget of a microbatch, where dynamic batching or packing is on; `num_rows` longest rows if none
-        was given."""
+        was given, and one where it is yet to be found."""
         section = self.dynamic_batching if self.dynamic_batching.enabled else self.sequence_packing
         tokens = section.train_mb_tokens if kind == "train" else section.logprob_mb_tokens
+        if tokens == "auto":
+            return self.max_total_sequence_length
         return num_rows * self.max_total_sequence_length if tokens is None else tokens
+
+    @property
+    def searched_key(self) -> str | None:
+        """The key of the training budget that is found at the start of a run; None where none is."""
+        for name in ("dynamic_batching", "sequence_packing"):
+            section: TokenBudgetConfig = getattr(self, name)
+            if section.enabled and section.train_mb_tokens == "auto":
+                return f"policy.{name}.train_mb_tokens"
+        return None
 
     @property
     def logprob_rows(self) -> int:
@@ -199,7 +211,7 @@ class PolicyConfig(ModelConfig):
         section: TokenBudgetConfig = getattr(self, name)
         for key in ("train_mb_tokens", "logprob_mb_tokens"):
             tokens = getattr(section, key)
-            if section.enabled and tokens is not None and tokens < self.max_total_sequence_length:
+            if section.enabled and isinstance(tokens, int) and tokens < self.max_total_sequence_length:
                 raise ValueError(
                     f"policy.{name}.{key}={tokens}: the longest sequence has to fit into a microbatch, and "
                     f"policy.max_total_sequence_length is {self.max_total_sequence_length}. "

@@ -74,7 +74,7 @@ class _Reader:
                 Prompt(index=index, token_ids=(), text=text, row=scored, environment=environment, place=row.place)
             )
             rows.append(row)
-        longest = min(_longest_prompt(config), config.policy.max_total_sequence_length - 1)
+        longest = min(longest_prompt(config), config.policy.max_total_sequence_length - 1)
 
         def make(position: int, name: str) -> Prompt:
             prompt, row = prompts[position], rows[position]
@@ -101,7 +101,7 @@ class _Reader:
             has_end=lambda prompt: True,
             no_end="",
             recipe=recipe_of(self.tokenizer, self.config.data, self.config.policy.max_total_sequence_length),
-            too_long=f"being longer than {_longest_prompt(self.config)} tokens or leaving no room for a "
+            too_long=f"being longer than {longest_prompt(self.config)} tokens or leaving no room for a "
             f"completion in policy.max_total_sequence_length={self.config.policy.max_total_sequence_length}",
         )
 
@@ -131,6 +131,7 @@ def load_prompts(section: DatasetConfig, tokenizer: Any, *, config: RunConfig, k
     return PromptSet([checked(rows, config.data, reader.kind, order=order, is_trained=True)], reader.unencoded)
 
 
-def _longest_prompt(config: RunConfig) -> int:
+def longest_prompt(config: RunConfig) -> int:
+    """Most tokens of a prompt, where it leaves room for a completion."""
     limit = config.data.max_input_seq_length
     return config.policy.max_total_sequence_length if limit is None else limit

@@ -37,6 +37,7 @@ from nemo_rl_lora.distributed.shared_memory import shared_directory
 from nemo_rl_lora.policy.microbatches import Portion
 from nemo_rl_lora.policy.offer import OfferedTensors
 from nemo_rl_lora.policy.protocol import PolicySetup
+from nemo_rl_lora.policy.token_budget import FoundTokens
 from nemo_rl_lora.policy.trained import load_base
 from nemo_rl_lora.tensors import torch_dtype
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
@@ -93,6 +94,7 @@ class PolicyGroup:
         meeting = places[0].address, places[0].port
         built: list[Built] = self._all("build", meeting, self._config, self._setup, starting=True)
         self.adapted, self.gpu_name = built[0].adapted, built[0].gpu_name
+        self.device = "; ".join(sorted({one.device for one in built}))
         self._cuttings = [one.cutting for one in built]
 
     def _places(self, checkpoint_dir: Path | None) -> list[Place]:
@@ -126,6 +128,17 @@ class PolicyGroup:
         """All microbatches, then one optimizer step. FloatingPointError before the optimizer moves on bad numbers."""
         portions = self._cuttings[0].portions(batch, "train")
         return self._on_portions("train_on", portions, loss_fn)[0]
+
+    def use_train_tokens(self, tokens: int) -> None:
+        """As in a policy of this process."""
+        self._call("use_train_tokens", tokens)
+        self._cuttings = [cutting.with_train_tokens(tokens) for cutting in self._cuttings]
+
+    def find_train_tokens(self, longest: Batch, kept_bytes: int = 0) -> FoundTokens:
+        """As in a policy of this process: the smallest budget of all of them, which all use from now on."""
+        found: FoundTokens = self._call("find_train_tokens", longest, kept_bytes)
+        self._cuttings = [cutting.with_train_tokens(found.tokens) for cutting in self._cuttings]
+        return found
 
     def publish(self, version: int, mode: SyncMode) -> WeightsRef:
         """As a policy in this process, but in a file of this node, which stays until the next one is published."""

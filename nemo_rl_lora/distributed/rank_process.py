@@ -48,6 +48,7 @@ class Built:
     adapted: tuple[AdaptedModule, ...]
     cutting: Cutting
     gpu_name: str | None
+    device: str
 
 
 class RankProcess:
@@ -87,7 +88,8 @@ class RankProcess:
         self._files.enter_context(deterministic_algorithms(config.deterministic))
         with self._named():
             self._policy = build_policy(config, setup)
-        return Built(adapted=self._policy.adapted, cutting=self._policy.cutting, gpu_name=self._policy.gpu_name)
+        policy = self._policy
+        return Built(adapted=policy.adapted, cutting=policy.cutting, gpu_name=policy.gpu_name, device=policy.device)
 
     def on_portion(self, verb: str, portion: Portion, *arguments: Any) -> Any:
         """A verb of the policy with this process's portion of a batch; what it returns, from processes that report."""

@@ -282,6 +282,8 @@ def _effects(
     config: MasterConfig, spec: LoraSpec | None, shapes: ModelShapes, adapted: Sequence[AdaptedModule]
 ) -> tuple[Effect, ...]:
     effects = [_shared_prefix(config.policy, shapes)]
+    if (key := config.policy.searched_key) is not None:
+        effects.append(_searched(key))
     if spec is not None and config.policy.active_backend == "dtensor":
         effects.insert(0, _kernels(config.policy, spec))
     if config.policy.active_backend == "megatron":
@@ -357,6 +359,18 @@ def _shared_prefix(policy: PolicyConfig, shapes: ModelShapes) -> Effect:
         requested=asked if isinstance(asked, str) else _on_off(asked),
         effective=_on_off(asked is not False and possible),
         reason=reasons[(asked is not False, possible)],
+    )
+
+
+def _searched(key: str) -> Effect:
+    how = "what two small attempts on the longest rows take of the free memory"
+    if torch.cuda.is_available():
+        how = "halved until a forward and backward pass of the longest rows fits; of several processes, by " + how
+    return Effect(
+        key=key,
+        requested="auto",
+        effective="searched for at the start, once the weights are there, or as the checkpoint has it",
+        reason=how,
     )
 
 

@@ -128,6 +128,12 @@ class _Cut:
     units: tuple[_Unit, ...]
     round_to: int  # its flat length
 
+    @property
+    def num_tokens(self) -> int:
+        """Its flat length."""
+        size = sum(unit.num_tokens for unit in self.units)
+        return size + -size % self.round_to if self.units else self.round_to
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Portion:
@@ -136,6 +142,15 @@ class Portion:
     rows: Tensor  # [b] int64, rising, indices into the batch
     batch: Batch  # these rows; its denominators are the whole batch's
     cuts: tuple[_Cut, ...]
+
+    @property
+    def most_tokens(self) -> int:
+        """Of its largest microbatch, with padding."""
+        return max((cut.num_tokens for cut in self.cuts), default=0)
+
+    def first(self, number: int) -> Portion:
+        """The same with so many of its microbatches."""
+        return replace(self, cuts=self.cuts[:number])
 
     def microbatches(self) -> list[Microbatch]:
         """The microbatches, whose `rows` are indices into this portion's batch."""
@@ -150,6 +165,10 @@ class Cutting:
     train: MicrobatchPlan
     logprob: MicrobatchPlan
     share: DataShare
+
+    def with_train_tokens(self, tokens: int) -> Cutting:
+        """The same with another budget of training microbatches."""
+        return replace(self, train=replace(self.train, max_tokens=tokens))
 
     def portions(self, batch: Batch, kind: Kind) -> list[Portion]:
         """One for each data-parallel rank. Every row is in exactly one microbatch of one portion, and the rows of a
@@ -296,7 +315,7 @@ def _layout(batch: Batch, lengths: list[int], prompts: list[int], units: Sequenc
                 flat_of_row.append(prompt_at)
             else:
                 flat_of_row.append(torch.cat([prompt_at, add(row, prompts[row], lengths[row], parent)]))
-    num_padding = -size % round_to if units else round_to
+    num_padding = -size % round_to if units else round_to  # as in _Cut
     if num_padding:
         segments.append(Segment(start=size, length=num_padding, parent=None))
         tokens.append(torch.zeros(num_padding, dtype=torch.int64))

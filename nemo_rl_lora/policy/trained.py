@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nemo_rl_lora.algorithms.losses.likelihood import SftLoss
+from nemo_rl_lora.config.errors import ConfigError
 from nemo_rl_lora.config.lora import lora_block_key
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.distributed.ranks import Ranks
@@ -39,6 +41,7 @@ from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets
 from nemo_rl_lora.models.families import has_tied_head
 from nemo_rl_lora.models.load import linear_modules, load_model
+from nemo_rl_lora.policy import device_memory
 from nemo_rl_lora.policy.adapter_state import AdapterSwitch
 from nemo_rl_lora.policy.master_copies import MasterCopies
 from nemo_rl_lora.policy.microbatches import Cutting, Kind, Portion, plan_from_config
@@ -46,6 +49,7 @@ from nemo_rl_lora.policy.offer import offer
 from nemo_rl_lora.policy.optimizer import MasterAdam
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.policy.step import Share, copies_on_cpu, holding, peak_gpu_gib, read_shares, step_output
+from nemo_rl_lora.policy.token_budget import FoundTokens, LongestRowTooLongError, Sizes, find_tokens
 from nemo_rl_lora.tensors import torch_dtype
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
@@ -119,6 +123,7 @@ class TrainedPolicy(ABC):
             self._read_adapter(setup.initial_adapter)
         self._reference = copies_on_cpu(trained.parameters()) if setup.copies_reference else None
         self._optimizer = MasterAdam(list(trained.masters().values()), setup.adam)
+        self._train_tokens: int | None = None  # of a microbatch, in place of what the configuration says
 
     # A batch, of which this process has all rows or its own portion.
 
@@ -156,9 +161,70 @@ class TrainedPolicy(ABC):
         """All microbatches, then one optimizer step. FloatingPointError before the optimizer moves on bad numbers."""
         return self.train_on(self._portion(batch, "train"), loss_fn)
 
-    @abstractmethod
     def train_on(self, portion: Portion, loss_fn: LossFn) -> StepOutput:
         """`train_step` with this process's portion of the batch; every process gives what the whole step did."""
+        self._optimizer.zero_grad(set_to_none=True)
+        return self._optimizer_step(self._gradients_of(portion, loss_fn), portion.batch.lr)
+
+    @abstractmethod
+    def _gradients_of(self, portion: Portion, loss_fn: LossFn) -> list[Share]:
+        """Forward and backward on every microbatch: gradients are added to those that are there."""
+
+    # How many tokens a training microbatch may have, where policy.searched_key says that it is to be found.
+
+    def use_train_tokens(self, tokens: int) -> None:
+        """Cut batches to train on by this budget from now on."""
+        self._train_tokens = tokens
+
+    def find_train_tokens(self, longest: Batch, kept_bytes: int = 0) -> FoundTokens:
+        """The largest budget that this device has memory for, which is used from now on; the same on every process.
+
+        `longest`: a step's rows, each as long as any may be. `kept_bytes` are left to others on this device.
+        ConfigError where not even one row fits.
+        """
+        device = self._ranks.device
+        masters = [m for m in self._trained.masters().values() if m.device.type == device.type]
+        moments = sum(2 * master.nbytes for master in masters if not self._optimizer.state.get(master))
+        sizes, attempt = self._sizes(longest), partial(self._attempt, longest)
+        try:
+            found = find_tokens(attempt, sizes, device=device, ranks=self._ranks, reserve_bytes=kept_bytes + moments)
+        except LongestRowTooLongError as error:
+            name = "dtensor_cfg" if self._config.active_backend == "dtensor" else "megatron_cfg"
+            recompute = f"policy.{name}.activation_checkpointing"
+            is_on = getattr(self._config, name).activation_checkpointing
+            raise ConfigError(
+                f"{self._config.searched_key}='auto': a microbatch of the longest row, {error.tokens} tokens, does not "
+                f"fit into the memory of {self.device}. Lower policy.max_total_sequence_length"
+                f"{'' if is_on else f', set {recompute}=true'}, or share the model among more processes."
+            ) from error
+        self.use_train_tokens(found.tokens)
+        return found
+
+    def _sizes(self, longest: Batch) -> Sizes:
+        least, largest = (
+            max(portion.most_tokens for portion in self.cutting.with_train_tokens(tokens).portions(longest, "train"))
+            for tokens in (1, int(longest.sequence_length.sum()))
+        )
+        return Sizes(least=least, largest=largest, round_to=self.cutting.train.round_to)
+
+    def _attempt(self, longest: Batch, tokens: int) -> int:
+        """Forward and backward on the microbatches with which a step of this budget begins: as many as are in memory at
+        a time, and one that finds gradients there. Returns the tokens of the largest; leaves no gradient."""
+        portions = self.cutting.with_train_tokens(tokens).portions(longest, "train")
+        portion = portions[self._ranks.data_share.index].first(self._num_in_flight + 1)
+        try:
+            read_shares(self._gradients_of(portion, SftLoss()))
+        finally:
+            self._trained.take_gradients()
+            self._optimizer.zero_grad(set_to_none=True)
+            for parameter in self._trained.parameters().values():
+                parameter.grad = None
+        return portion.most_tokens
+
+    @property
+    def _num_in_flight(self) -> int:
+        """Microbatches whose activations are in memory at a time."""
+        return 1
 
     def _portion(self, batch: Batch, kind: Kind) -> Portion:
         return self.cutting.portions(batch, kind)[self._ranks.data_share.index]
@@ -248,6 +314,11 @@ class TrainedPolicy(ABC):
         return torch_dtype(self._config.precision)
 
     @property
+    def device(self) -> str:
+        """This process's device and its memory, by name."""
+        return device_memory.describe(self._ranks.device)
+
+    @property
     def gpu_name(self) -> str | None:
         """torch's name of this process's GPU; None without one."""
         return torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -267,11 +338,12 @@ class TrainedPolicy(ABC):
     def _cutting(self, *, flat: bool, can_share: bool = True, round_to: int = 1) -> Cutting:
         """Layouts as in `plan_from_config`."""
         plan = partial(plan_from_config, self._config, flat=flat, can_share=can_share, round_to=round_to)
-        return Cutting(
+        cutting = Cutting(
             train=plan("train", max_rows=self._config.train_micro_batch_size),
             logprob=plan("logprob", max_rows=self._setup.logprob_rows),
             share=self._ranks.data_share,
         )
+        return cutting if self._train_tokens is None else cutting.with_train_tokens(self._train_tokens)
 
     def _optimizer_step(self, shares: Sequence[Share], lr: float | None) -> StepOutput:
         """One step from the gradients and losses of this process's microbatches and those of the others, with this

@@ -135,6 +135,12 @@ def _rows(policy: PolicyConfig, kind: str, key: str, num_rows: int) -> Iterator[
     """What bounds a pass of this kind; where it holds one sequence, that sequence."""
     assert kind in ("train", "logprob")
     longest = policy.max_total_sequence_length
+    if kind == "train" and policy.searched_key is not None:
+        yield (
+            f"{policy.searched_key}='auto': tokens of a pass, of which the log says how many were found at the start. "
+            f"Set it to fewer, to {longest} at the least."
+        )
+        return
     for name in ("dynamic_batching", "sequence_packing"):
         if getattr(policy, name).enabled and (tokens := policy.microbatch_tokens(kind, num_rows)) > longest:
             yield f"policy.{name}.{kind}_mb_tokens={tokens}: tokens of a pass. Lower it, to {longest} at the least."

@@ -28,6 +28,7 @@ from nemo_rl_lora.plan.plan import chosen_sync
 from nemo_rl_lora.policy.backends import build_policy
 from nemo_rl_lora.policy.determinism import deterministic_algorithms
 from nemo_rl_lora.policy.protocol import PolicySetup
+from nemo_rl_lora.run.auto_budget import settle_train_tokens
 from nemo_rl_lora.run.console import TrainingConsole
 from nemo_rl_lora.run.metrics import RunLog
 from nemo_rl_lora.run.preflight import Start, expected_steps
@@ -67,6 +68,7 @@ def build_run(start: Start, log: RunLog, cleanup: ExitStack) -> Run:
     generation, sync = (None, None) if engine is None else _build_generation(start, policy, engine, processes)
     if generation is not None:
         cleanup.callback(generation.close)
+    train_tokens = settle_train_tokens(start, policy, generation, sync)
     run = Run(
         config=config,
         policy=policy,
@@ -77,7 +79,7 @@ def build_run(start: Start, log: RunLog, cleanup: ExitStack) -> Run:
         num_steps=start.num_steps,
         phase=phase,
         resume=start.resume,
-        origin=_origin(start),
+        origin=replace(_origin(start), train_mb_tokens=train_tokens),
         checkpointer=start.checkpointer,
         log=log,
         console=console,

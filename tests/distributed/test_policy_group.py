@@ -11,6 +11,7 @@ import pytest
 import ray
 import torch
 
+from nemo_rl_lora.algorithms.batch import longest_rows
 from nemo_rl_lora.algorithms.losses.policy import make_policy_loss
 from nemo_rl_lora.config.cluster import ClusterConfig
 from nemo_rl_lora.config.loss_fn import LossFnConfig
@@ -24,11 +25,13 @@ from nemo_rl_lora.tensors import tensors_digest
 from tests.distributed.processes import assert_loopback_alone, own_processes
 from tests.policy.dtensor.test_policy import make_policy, relative, spec
 from tests.policy.megatron.twins import distance, random_adapter, set_masters
+from tests.tiny_models import VOCABULARY
 
 GRPO = make_policy_loss(LossFnConfig(reference_policy_kl_penalty=0.0))
 
 
 VARIABLE = "NRL_TEST_VARIABLE"
+AUTO = {"enabled": True, "train_mb_tokens": "auto", "sequence_length_round": 8}
 
 
 def two_processes(config, setup) -> PolicyGroup:
@@ -44,7 +47,7 @@ def twins(tiny_model, tmp_path_factory):
     checkpoint = tmp_path_factory.mktemp("checkpoint")
     one.save(checkpoint)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    group = make_policy(tiny_model("llama"), backend=two_processes, spec=spec())
+    group = make_policy(tiny_model("llama"), backend=two_processes, spec=spec(), dynamic_batching=AUTO)
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     group.load(checkpoint)
     yield one, group
@@ -147,6 +150,22 @@ def test_a_process_without_memory_is_named_with_its_peak(twins, groups_batch):
     assert noted["phase"] == "policy_training"
     assert re.fullmatch(r"\d+\.\d\d GiB of the machine's memory, in training process [01]", noted["peak_memory"])
     assert group.train_step(groups_batch, GRPO).grad_norm > 0  # both are there still
+
+
+def test_a_budget_is_found_in_every_process_and_used_by_all(twins, groups_batch):
+    one, group = twins
+    longest = longest_rows(torch.arange(8), num_prompt_tokens=1, num_tokens=64, vocabulary=VOCABULARY)
+    assert {cutting.train.max_tokens for cutting in group._cuttings} == {64}
+    before = group.publish(0, "adapter").digest
+    found = group.find_train_tokens(longest)
+    assert (found.tokens, found.num_trials) == (4 * 64, 3)  # a process has half of the rows
+    assert found.reason.startswith("all rows of a step fit at once: 64 tokens take ")
+    assert {cutting.train.max_tokens for cutting in group._cuttings} == {4 * 64}
+    assert group.publish(0, "adapter").digest == before
+    assert group.device == one.device
+    group.use_train_tokens(100)
+    assert {cutting.train.max_tokens for cutting in group._cuttings} == {100}
+    assert group.train_step(groups_batch, GRPO).grad_norm > 0
 
 
 def test_a_process_that_ends_is_named(twins, groups_batch):  # last: it ends the group

@@ -12,21 +12,26 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_rl_lora.algorithms.batch import longest_rows
+from nemo_rl_lora.algorithms.losses.likelihood import SftLoss
+from nemo_rl_lora.config.errors import ConfigError
 from nemo_rl_lora.generation.in_process.bursts import BURST_TOKENS
 from nemo_rl_lora.generation.in_process.engine import InProcessGeneration
 from nemo_rl_lora.generation.protocol import generate
 from nemo_rl_lora.lora.spec import LoraSpec
+from nemo_rl_lora.policy.device_memory import GPU_SPARE
 from nemo_rl_lora.tensors import NUM_PAGES, PAGE_BYTES, tensors_digest
 from nemo_rl_lora.types import Batch, SyncMode
 from tests.fake_gpu import FakeGpu
 from tests.generation.engine_inputs import LetterTokenizer, request
 from tests.policy.batches import make_groups_batch
 from tests.policy.dtensor.test_policy import make_policy, spec
+from tests.policy.gpu_memory import counted_memory
 from tests.policy.gpu_policies import Asked, Costs, costs_of, gpu_for_policies, model_of, table
 from tests.policy.megatron.twins import BOTH
 from tests.policy.parallel_ranks import loss_of
 from tests.policy.test_pairs import make_chats, make_pairs
-from tests.tiny_models import ALL_LINEAR
+from tests.tiny_models import ALL_LINEAR, VOCABULARY
 
 PLAIN = spec(kernels=False, targets=ALL_LINEAR)
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -274,3 +279,41 @@ def test_a_step_that_cannot_be_captured_is_called(gpu: FakeGpu, models: Path, mo
     engine.sync_weights(policy.publish(1, "merged"))
     with pytest.raises(RuntimeError, match="not permitted"):
         generate(engine, asked)
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_on_a_gpu_a_step_runs_with_what_is_found_and_not_with_twice_as_much(models: Path, backend: str):
+    """The moments have room, which are not there yet when the budget is found."""
+    rows = longest_rows(torch.arange(16), num_prompt_tokens=1, num_tokens=64, vocabulary=VOCABULARY)
+    auto: dict[str, Any] = {
+        "dynamic_batching": {"enabled": True, "train_mb_tokens": "auto", "sequence_length_round": 8}
+    }
+    with gpu_for_policies(), counted_memory() as memory:
+        policy = make_policy(model_of("llama", 2, models), backend=BOTH[backend], spec=PLAIN, **auto)
+        policy._attempt(rows, 64)
+        before = memory.used
+        memory.reset()
+        policy._attempt(rows, 300)
+        moments = sum(2 * master.nbytes for master in policy._trained.masters().values())
+        memory.total = int((memory.peak + moments) / (1 - GPU_SPARE))
+        found = policy.find_train_tokens(rows)
+        assert (found.tokens, found.reason) == (256, "1024 and 512 did not fit")
+        assert memory.num_refusals == 2
+        assert memory.used == memory.peak == before
+        policy.train_step(rows, SftLoss())
+        policy.use_train_tokens(512)
+        with pytest.raises(torch.OutOfMemoryError):
+            policy.train_step(rows, SftLoss())
+
+
+def test_what_others_keep_is_no_room_for_microbatches(models: Path):
+    rows = longest_rows(torch.arange(16), num_prompt_tokens=1, num_tokens=64, vocabulary=VOCABULARY)
+    auto: dict[str, Any] = {
+        "sequence_packing": {"enabled": True, "train_mb_tokens": "auto", "sequence_length_round": 8}
+    }
+    with gpu_for_policies(), counted_memory() as memory:
+        policy = make_policy(model_of("llama", 2, models), spec=PLAIN, **auto)
+        kept = memory.total - 2 * memory.used
+        assert policy.find_train_tokens(rows).tokens == 1024
+        with pytest.raises(ConfigError, match="policy.sequence_packing.train_mb_tokens='auto': .* of Fake GPU with 80"):
+            policy.find_train_tokens(rows, kept)

@@ -145,6 +145,13 @@ def test_a_budget_of_tokens_is_named_with_its_least_value(tiny_sft):
     )
 
 
+def test_a_budget_that_was_found_is_named_with_where_its_number_stands(tiny_sft):
+    assert lines_of(tiny_sft, "policy_training", "policy.dynamic_batching.train_mb_tokens=auto")[0] == (
+        "policy.dynamic_batching.train_mb_tokens='auto': tokens of a pass, of which the log says how many were found "
+        "at the start. Set it to fewer, to 64 at the least."
+    )
+
+
 def test_what_is_already_as_low_as_it_goes_is_not_named(tiny_run):
     checkpointing = "policy.dtensor_cfg.activation_checkpointing=true"
     assert not [line for line in lines_of(tiny_run, "policy_training", checkpointing) if "activation_check" in line]

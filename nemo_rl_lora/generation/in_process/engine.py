@@ -12,6 +12,7 @@ Not here: the arithmetic of the model (decoder.py, fallback.py) and of drawing a
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from nemo_rl_lora.generation.tickets import FinishReason, Ticketed, one_more
 from nemo_rl_lora.generation.turns import Turns
 from nemo_rl_lora.lora.adapter_tensors import AdapterTensors, canonical_shapes
 from nemo_rl_lora.tensors import torch_dtype
-from nemo_rl_lora.types import CompletionGroup, GroupRequest, SyncReceipt, WeightsRef
+from nemo_rl_lora.types import CompletionGroup, GroupRequest, SyncMode, SyncReceipt, WeightsRef
 
 if TYPE_CHECKING:
     from nemo_rl_lora.lora.spec import LoraSpec
@@ -155,6 +156,13 @@ class InProcessGeneration(Ticketed):
     def _copied(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """The engine's own, which stays as it is while the policy trains on."""
         return tensor.detach().to(device=self._device, dtype=dtype, copy=True)
+
+    def kept_bytes(self, mode: SyncMode) -> int:
+        """What it holds between rollouts once it serves such a sync, beside the base: the tensors, and its cache."""
+        dtype = self._adapter_dtype if mode == "adapter" else self._dtype
+        shapes = (self._expected[mode] or {}).values()
+        cache = self._decoder.kept_bytes if isinstance(self._decoder, CausalDecoder) else 0
+        return sum(map(math.prod, shapes)) * dtype.itemsize + cache
 
     def close(self) -> None:
         self._turns.stop()

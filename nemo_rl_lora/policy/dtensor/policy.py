@@ -55,7 +55,7 @@ from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.policy.step import Share, empty_loss, microbatch_loss, rows_in_order
 from nemo_rl_lora.policy.trained import Trained, TrainedPolicy, adapted_modules, load_base
 from nemo_rl_lora.tensors import LazyTensors, torch_dtype
-from nemo_rl_lora.types import LossFn, StepOutput
+from nemo_rl_lora.types import LossFn
 
 
 class DTensorPolicy(TrainedPolicy):
@@ -103,9 +103,7 @@ class DTensorPolicy(TrainedPolicy):
         self._forget_gathered()
         return rows_in_order(shape, micros, found)
 
-    def train_on(self, portion: Portion, loss_fn: LossFn) -> StepOutput:
-        """All microbatches, then one optimizer step. FloatingPointError before the optimizer moves on bad numbers."""
-        self._optimizer.zero_grad(set_to_none=True)
+    def _gradients_of(self, portion: Portion, loss_fn: LossFn) -> list[Share]:
         batch, data = portion.batch, self._ranks.data_share
         width, shares = batch.token_ids.shape[1], []
         for place, micro in enumerate(portion.microbatches()):
@@ -114,7 +112,7 @@ class DTensorPolicy(TrainedPolicy):
                 loss, share = self._loss_of(self._forward.place(micro, batch), width, loss_fn)
                 loss.backward()
             shares.append(share)
-        return self._optimizer_step(shares, portion.batch.lr)
+        return shares
 
     def base_model(self) -> PreTrainedModel:
         """A module tree without adapters over the same base parameters, which nobody may write; where those are

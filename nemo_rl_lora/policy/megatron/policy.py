@@ -43,7 +43,7 @@ from nemo_rl_lora.policy.step import Share, empty_loss, microbatch_loss, rows_in
 from nemo_rl_lora.policy.trained import Trained, TrainedPolicy, adapted_modules, load_base
 from nemo_rl_lora.policy.upload import upload
 from nemo_rl_lora.tensors import torch_dtype
-from nemo_rl_lora.types import Batch, LossFn, StepOutput
+from nemo_rl_lora.types import Batch, LossFn
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +108,12 @@ class MegatronPolicy(TrainedPolicy):
         )
         return rows_in_order(shape, micros, found)  # none are found before the last stage
 
-    def train_on(self, portion: Portion, loss_fn: LossFn) -> StepOutput:
-        """All microbatches, then one optimizer step. FloatingPointError before the optimizer moves on bad numbers."""
-        self._optimizer.zero_grad(set_to_none=True)
+    @property
+    def _num_in_flight(self) -> int:
+        """Of the first stage."""
+        return self._config.megatron_cfg.pipeline_model_parallel_size
+
+    def _gradients_of(self, portion: Portion, loss_fn: LossFn) -> list[Share]:
         batch, data, context = portion.batch, self._groups.data_share, self._groups.context_group
         width = batch.token_ids.shape[1]
 
@@ -128,8 +131,7 @@ class MegatronPolicy(TrainedPolicy):
 
         micros = portion.microbatches()
         parts = self._placed(micros, batch)
-        found = run_microbatches(self._model, parts, len(micros), stage, loss_of, backward=True)
-        return self._optimizer_step(found, portion.batch.lr)
+        return run_microbatches(self._model, parts, len(micros), stage, loss_of, backward=True)
 
     def base_model(self) -> PreTrainedModel:
         """A Hugging Face model over the base parameters, which nobody may write; only its q, k and v are copies.
