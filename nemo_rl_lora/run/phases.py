@@ -242,7 +242,7 @@ class Crossing:
         self._made: Mapping[str, Any] = {}
 
     def make(self) -> PhaseStart:
-        """What the next phase begins with. Nothing else may hold the run of the phase before, whose weights go first."""
+        """What the next phase begins with. Nothing else may hold the run of the phase before: its weights go first."""
         self._start.algorithm.leave()
         gc.collect()
         if torch.cuda.is_available():
