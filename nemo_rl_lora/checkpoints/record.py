@@ -12,7 +12,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib import metadata
@@ -103,7 +103,8 @@ FREE_KEYS = (
     | frozenset(f"policy.dtensor_cfg.{key}" for key in _DTENSOR)
     | frozenset(f"policy.megatron_cfg.{key}" for key in _MEGATRON)
 )
-FREE_SECTIONS = ("logger", "cluster")
+FREE_SECTIONS = ("logger", "cluster", "evaluate")
+_OF_EVALUATIONS = ("policy.generation", "env")  # where nothing is sampled or scored to be trained on
 # Of a LoraSpec: ways to compute an adapter, which may differ, and `fused`, which follows from the targets.
 _NOT_COMPARED = frozenset({"kernels", "a2a", "fused"})
 
@@ -212,11 +213,38 @@ def config_differences(
             old |= values.model_dump(mode="json", by_alias=True)
     written_now = layers_from_record(new.get(SET_BY, []), "the configuration")
     found = differences(effective_values(old, written_now), effective_values(new, written_now))
-    kept = {key: values for key, values in found.items() if not all(_is_free(key, value) for value in values)}
+    is_for_evaluations = _for_evaluations(old, new)
+    kept = {
+        key: values
+        for key, values in found.items()
+        if not is_for_evaluations(key) and not all(_is_free(key, value) for value in values)
+    }
     before, now = _policy_of(old), _policy_of(new)
     if before is None or now is None:
         return kept
     return {key: values for key, values in kept.items() if not _is_adapters(key)} | _adapter_differences(before, now)
+
+
+def _for_evaluations(old: Mapping[str, Any], new: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether a key has to do with evaluations alone: what the trained algorithm neither samples nor scores by."""
+    scored_by = {name for tree in (old, new) for name in _environments_of(tree)}
+
+    def is_for_evaluations(key: str) -> bool:
+        section, _, rest = key.partition(".")
+        if "grpo" in new:
+            return section == "env" and bool(rest) and rest.split(".", 1)[0] not in scored_by
+        return any(f"{key}.".startswith(f"{free}.") for free in _OF_EVALUATIONS)
+
+    return is_for_evaluations
+
+
+def _environments_of(tree: Mapping[str, Any]) -> Iterator[str]:
+    """Those that score the rows to train and validate on."""
+    data = tree.get("data") or {}
+    for part in ("train", "validation"):
+        sections = data.get(part) or []
+        for section in sections if isinstance(sections, list) else [sections]:
+            yield section.get("env_name") or ""
 
 
 def _policy_of(tree: Mapping[str, Any]) -> PolicyConfig | None:
