@@ -137,6 +137,7 @@ class Batch:
     reference_logprobs: Tensor | None = None  # [B, T] fp32, or [B], summed over a row's loss tokens
     generation_logprobs: Tensor | None = None  # [B, T] fp32
     advantages: Tensor | None = None  # [B] or [B, T] fp32
+    lr: float | None = None  # of its optimizer step, in place of what the optimizer's own schedule says
 
     def of_rows(self, rows: Tensor | slice) -> Batch:
         """These rows of every tensor, with the denominators as they are."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from nemo_rl_lora.algorithms.phase import Phase
 from nemo_rl_lora.algorithms.served import ServedPolicy
 from nemo_rl_lora.checkpoints.record import TrainingInfo
 from nemo_rl_lora.checkpoints.steps import Checkpointer, ResumePoint
@@ -40,7 +41,8 @@ class Run:
     evaluations: Evaluations
     loader: RowLoader[Any]
     tokenizer: Any
-    num_steps: int
+    num_steps: int  # of the phase, where the run has some
+    phase: Phase | None  # None: the run has no phases
     resume: ResumePoint | None  # where it continues; None for a new run
     origin: TrainingInfo  # before the first step: what every checkpoint says of the base and of the adapter's start
     checkpointer: Checkpointer
@@ -74,6 +76,7 @@ class Algorithm(ABC, Generic[M]):
 
     key_metrics: ClassVar[tuple[KeyMetric, ...]]  # what the console shows, the headline first
     run: Run  # from `attach` on
+    num_tokens = 0.0  # of the run, before the step that begins
     has_moved = False  # whether the step that has begun has changed the weights, or what `save` writes
 
     def __init__(self, config: M) -> None:

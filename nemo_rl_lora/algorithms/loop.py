@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nemo_rl_lora.algorithms.algorithm import Algorithm, Run, StepDone
-from nemo_rl_lora.checkpoints.record import SaveReason
+from nemo_rl_lora.algorithms.phase import Phase
+from nemo_rl_lora.checkpoints.record import PhaseBegin, SaveReason
 from nemo_rl_lora.checkpoints.step_digests import tensor_digests, token_digest
 from nemo_rl_lora.checkpoints.steps import CheckpointWriteError, ResumePoint, SaveDeadline, has_done_all
 from nemo_rl_lora.distributed.lost import ProcessesLost
@@ -36,6 +37,7 @@ class RunResult:
     step: int
     checkpoint: Path | None  # the newest
     log_directory: Path | None  # None where nothing was left to do
+    counters: Mapping[str, float] = field(default_factory=dict)  # totals, such as num_tokens
     exit_code: int = 0  # 128 + the signal, where one asked the run to stop
 
 
@@ -54,8 +56,11 @@ class TrainingLoop:
         self._deadline = SaveDeadline(self._checkpointing.must_save_by_seconds, started=started)
         self._longest_seconds = 0.0  # of a step with the validation and the save that came with it
         self._validated_step = -1
+        self._begin = PhaseBegin(index=0, name="") if run.phase is None else run.phase.begin
         if run.resume is not None:
             self._continue_from(run.resume)
+        elif run.phase is not None:
+            self._begin_phase(run.phase)
         self._position, self._epoch = run.loader.state(), run.loader.epoch  # after the last complete step
         self._num_finished_epochs = self._count_finished_epochs()
 
@@ -78,11 +83,13 @@ class TrainingLoop:
         outcome, reached = "completed", None
         if self._step == 0 and self._settings.val_at_start:
             reached = self._validate()
-        self._evaluate(is_last=reached is not None)  # also what a run that was interrupted owes its last step
+        if self._step == 0 or self._run.resume is not None:  # at its last step a run that failed may owe one
+            self._evaluate(is_last=reached is not None)
         if reached is not None:
             return self._result(f"completed: {reached}")
         while not self._is_over:
             started = time.monotonic()
+            self._algorithm.num_tokens = self._num_tokens
             try:
                 done = self._algorithm.train(self._step, self._watch)
             except StopIteration:
@@ -113,13 +120,18 @@ class TrainingLoop:
             self._validate()
         self._evaluate(is_last=True)
         if self._checkpointing.enabled and not self._is_saved():
-            self._save("end")
+            self._save("end" if self._run.phase is None or self._run.phase.is_last else "phase")
         return self._result(outcome)
 
     @property
     def _is_over(self) -> bool:
-        """Whether all steps, or tokens, are done."""
-        return has_done_all(self._step, self._counters, self._run.num_steps, self._settings.max_num_tokens)
+        """Whether all steps, or tokens, are done: of the phase, where the run has some."""
+        num_steps, num_tokens = self._step - self._begin.step, self._num_tokens - self._begin.num_tokens
+        return has_done_all(num_steps, num_tokens, self._run.num_steps, self._settings.max_num_tokens)
+
+    @property
+    def _num_tokens(self) -> float:
+        return self._counters.get("num_tokens", 0.0)
 
     def _record(self, done: StepDone) -> None:
         """Write the metrics of the step."""
@@ -130,6 +142,7 @@ class TrainingLoop:
         seconds = max(sum(times.values()), 1e-9)
         num_tokens = done.counts["num_tokens"]
         metrics = {
+            **({} if self._run.phase is None else {"phase": float(self._begin.index + 1)}),
             **done.metrics,
             "total_num_tokens": num_tokens,
             "tokens_per_second": num_tokens / seconds,
@@ -165,7 +178,8 @@ class TrainingLoop:
         return found.reached
 
     def _evaluate(self, *, is_last: bool) -> None:
-        """Make the evaluations that are due at this step and were not made yet. `is_last`: the run ends here."""
+        """Make the evaluations that are due at this step and were not made yet. `is_last`: the run, or its phase, ends
+        here."""
         run = self._run
         for evaluation in run.evaluations:
             name, watch = evaluation.name, Stopwatch()
@@ -272,6 +286,13 @@ class TrainingLoop:
         self._counters |= resume.info.counters
         self._newest = dict(resume.info.metrics)
 
+    def _begin_phase(self, phase: Phase) -> None:
+        """A phase that begins now, after others or as the first."""
+        if phase.goes_on_from is not None:
+            self._run.policy.load(phase.goes_on_from)
+        self._step = phase.begin.step
+        self._counters |= phase.counters
+
     def _remember(self, split: str, metrics: Mapping[str, float]) -> None:
         self._newest |= {f"{split}:{name}": value for name, value in metrics.items()}
 
@@ -280,6 +301,7 @@ class TrainingLoop:
             outcome=outcome,
             is_complete=is_complete,
             step=self._step,
+            counters=dict(self._counters),
             checkpoint=self._checkpoint,
             log_directory=self._run.log.directory,
         )

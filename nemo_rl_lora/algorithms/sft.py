@@ -6,6 +6,8 @@ Left out: which tokens those are (data/conversations.py), when a run validates, 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from nemo_rl_lora.algorithms.algorithm import StepDone, Validated, mean_outputs
@@ -58,6 +60,9 @@ class Sft(Tuning[SftMaster, Example]):
         with watch.measure("data_processing"):
             examples = next(run.loader)
             batch = collate_examples(examples)
+        if run.phase is not None:
+            lr = run.phase.lr(step, self.num_tokens, float(batch.sequence_length.sum()))
+            batch = replace(batch, lr=lr)
         run.console.stage("training")
         with watch.measure("policy_training"):
             output = self.optimizer_step(batch, SftLoss())
@@ -71,6 +76,11 @@ class Sft(Tuning[SftMaster, Example]):
         counts = {"num_tokens": float(batch.sequence_length.sum()), **by_source}
         token_ids = (example.token_ids for example in examples)
         return StepDone(metrics=metrics | by_source, counts=counts, token_ids=token_ids, outputs=[output])
+
+    def mean_loss(self, rows: Sequence[Example]) -> float:
+        """Of a learned token of these rows, with the policy as it is."""
+        batch = collate_examples(rows)
+        return -float(self.run.policy.logprobs(batch).double().sum()) / batch.denominators.num_loss_tokens
 
     def validate(self, step: int, watch: Stopwatch) -> Validated | None:
         """The mean loss of a token over the validation rows; of each set apart too where there are several."""

@@ -44,8 +44,10 @@ from nemo_rl_lora.lora.spec import LoraSpec
 INFO_FILE = "training_info.json"
 CONFIG_FILE = "config.yaml"
 FORMAT_VERSION = 1
+PHASE_BASE_PREFIX = "base_of_phase_"  # beside the steps: the weights that earlier phases made
+PHASE_RECORD_FILE = "phase_base.json"  # in it: from which step it was made, and how
 
-SaveReason = Literal["period", "epoch", "end", "signal", "deadline", "threshold", "failure"]
+SaveReason = Literal["period", "epoch", "end", "phase", "signal", "deadline", "threshold", "failure"]
 
 _PERIODS = (
     "max_num_steps",
@@ -123,6 +125,19 @@ def package_versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseBegin:
+    """Which of `sft.phases` a step is part of, and where that phase began. Recorded, and never told from the step."""
+
+    index: int
+    name: str
+    step: int = 0
+    num_tokens: float = 0.0
+    schedule_step: int = 0  # where the schedule of its learning rate began
+    schedule_tokens: float = 0.0
+    base: str | None = None  # a directory beside the steps: what earlier phases made; None: the run's own model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingInfo:
     """Where a run stands after `step` optimizer (rollout) steps."""
 
@@ -140,6 +155,7 @@ class TrainingInfo:
     reward_digests: Mapping[str, str] = field(default_factory=dict)  # of the user's files that score, by key
     clock: str | None = None  # at which the chat template's clock stands; None where it reads none
     seeds: Mapping[str, int] = field(default_factory=dict)  # by dotted key; filled in when saved
+    phase_begin: Mapping[str, Any] | None = None  # a PhaseBegin; None where the run has no phases
     reason: SaveReason = "period"
     has_optimizer: bool = True
     versions: Mapping[str, str] = field(default_factory=package_versions)

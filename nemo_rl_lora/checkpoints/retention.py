@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_rl_lora.checkpoints.durable_files import remove_whole
-from nemo_rl_lora.checkpoints.record import TrainingInfo, read_info
+from nemo_rl_lora.checkpoints.durable_files import read_json_file, remove_whole
+from nemo_rl_lora.checkpoints.record import PHASE_BASE_PREFIX, PHASE_RECORD_FILE, TrainingInfo, read_info
 from nemo_rl_lora.config.checkpointing import CheckpointingConfig
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,24 @@ def prune(steps: Steps, config: CheckpointingConfig) -> None:
         if step not in kept and not step[1].is_symlink():
             remove_whole(step[1])
             logger.info(f"removed {step[1]} (checkpointing.keep_top_k={keep})")
+
+
+def bases_of(directory: Path) -> dict[Path, int]:
+    """The directories of a run that its phases build on, with the step that each was made from."""
+    found = {}
+    for path in directory.glob(f"{PHASE_BASE_PREFIX}*"):
+        if (path / PHASE_RECORD_FILE).is_file() and not path.is_symlink():
+            found[path] = int(read_json_file(path, PHASE_RECORD_FILE)["step"])
+    return found
+
+
+def prune_bases(directory: Path, steps: Steps, needed: str | None) -> None:
+    """Remove what no step that is kept builds on, nor the phase that trains (`needed`)."""
+    builds_on = {(read_info(path).phase_begin or {}).get("base") for _, path in steps} | {needed}
+    for path in bases_of(directory):
+        if path.name not in builds_on:
+            remove_whole(path)
+            logger.info(f"removed {path}: no step that is kept builds on it")
 
 
 def refuse_without_metric(info: TrainingInfo, config: CheckpointingConfig) -> None:

@@ -42,6 +42,7 @@ from nemo_rl_lora.checkpoints.durable_files import (
 from nemo_rl_lora.checkpoints.record import (
     CONFIG_FILE,
     INFO_FILE,
+    PhaseBegin,
     TrainingInfo,
     config_differences,
     plain,
@@ -50,7 +51,14 @@ from nemo_rl_lora.checkpoints.record import (
     records_step,
     write_records,
 )
-from nemo_rl_lora.checkpoints.retention import best_first, prune, refuse_without_metric, set_aside
+from nemo_rl_lora.checkpoints.retention import (
+    bases_of,
+    best_first,
+    prune,
+    prune_bases,
+    refuse_without_metric,
+    set_aside,
+)
 from nemo_rl_lora.config.checkpointing import CheckpointingConfig
 
 logger = logging.getLogger(__name__)
@@ -79,17 +87,19 @@ class ResumePoint:
 
 
 def is_finished(point: ResumePoint | None, max_steps: int, max_tokens: int | None = None) -> bool:
-    """Whether the run did all its steps or tokens, or reached its threshold: starting it again has nothing to do."""
+    """Whether the run did all its steps or tokens, or reached its threshold: starting it again has nothing to do. Of a
+    run with phases, whether the phase of that step did."""
     if point is None:
         return False
-    did_all = has_done_all(point.step, point.info.counters, max_steps, max_tokens)
+    before = PhaseBegin(**(point.info.phase_begin or {"index": 0, "name": ""}))
+    num_tokens = point.info.counters.get("num_tokens", 0.0) - before.num_tokens
+    did_all = has_done_all(point.step - before.step, num_tokens, max_steps, max_tokens)
     return did_all or point.info.reason == "threshold"
 
 
-def has_done_all(step: int, counters: Mapping[str, float], max_steps: int, max_tokens: int | None) -> bool:
-    """Whether a run with these counters is over after `step` steps."""
-    had_tokens = max_tokens is not None and counters.get("num_tokens", 0.0) >= max_tokens
-    return step >= max_steps or had_tokens
+def has_done_all(num_steps: int, num_tokens: float, max_steps: int, max_tokens: int | None) -> bool:
+    """Whether a run, or a phase of one, is over after so many steps and tokens."""
+    return num_steps >= max_steps or (max_tokens is not None and num_tokens >= max_tokens)
 
 
 class SaveDeadline:
@@ -339,7 +349,12 @@ class Checkpointer:
         self._set_aside_done = True
         is_own = self._resume is not None and self._resume.path.resolve().parent == self._directory.resolve()
         own = self._resume.step if self._resume is not None and is_own else -1
-        set_aside(self._directory, [path for step, path in step_directories(self._directory) if step > own])
+        steps = [path for step, path in step_directories(self._directory) if step > own]
+        set_aside(self._directory, [*steps, *(path for path, step in bases_of(self._directory).items() if step > own)])
+
+    def prune_bases(self, needed: str | None) -> None:
+        """Remove what earlier phases built on and nothing here needs any more; `needed`: by the phase that trains."""
+        prune_bases(self._directory, step_directories(self._directory), needed)
 
     def _take_lock(self) -> None:
         """Hold the directory as long as this process lives; the kernel lets go of it when the process is killed."""

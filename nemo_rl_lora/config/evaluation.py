@@ -83,7 +83,7 @@ class EvaluateConfig(AskedConfig):
     at_start: bool = False
     """Evaluate before the first step too."""
     at_end: bool = True
-    """Evaluate after the last step too."""
+    """Evaluate after the last step too; of an SFT run in phases after the last step of each."""
     data: DatasetConfig
     """The prompts, and the environment that scores their completions: a dataset as `data.validation` of the evaluation
     driver has it. `data.default` holds for it too, but for `processor`."""

@@ -9,7 +9,7 @@ A resolved file (`config.yaml`) records the layers under `set_by`, so that it lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,6 +63,14 @@ class Layers:
     def restricted_to(self, keys: Mapping[str, Any] | set[str]) -> Layers:
         """Only what was written at these keys."""
         return _without_empty(replace(layer, keys=tuple(k for k in layer.keys if k in keys)) for layer in self.layers)
+
+    def without(self, keys: Iterable[str]) -> Layers:
+        """These layers as if none had written these keys, or a part of one."""
+        gone = list(keys)
+        return _without_empty(
+            replace(layer, keys=tuple(k for k in layer.keys if not any(k == g or k.startswith(f"{g}.") for g in gone)))
+            for layer in self.layers
+        )
 
     def as_record(self) -> list[dict[str, Any]]:
         """Plain data, for a resolved file."""

@@ -33,7 +33,7 @@ from nemo_rl_lora.config.master import MASTERS, Driver, EvalMaster, MasterConfig
 from nemo_rl_lora.config.overrides import overridden
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.config.refused_keys import keys_without_effect, take_out
-from nemo_rl_lora.config.tree import flatten, lookup, plain
+from nemo_rl_lora.config.tree import flatten, lookup, plain, with_value, without
 from nemo_rl_lora.scalars import as_number
 from nemo_rl_lora.shipped_files import SHIPPED_ROOT, existing
 
@@ -79,6 +79,18 @@ def load_config(path: Path | None, overrides: Sequence[str], driver: Driver, *, 
     if precision is not None:
         tracked = with_precision(tracked, precision)
     return _validated(root, without_adamw_choice(with_importance_correction(tracked)))
+
+
+def derived(config: Any, changes: Mapping[str, Any], name: str) -> Any:
+    """The configuration with other values at these dotted keys, each replaced whole, which the layer `name` wrote as
+    what is inherited. Raises ConfigError."""
+    tree = plain(config.model_dump(mode="json", by_alias=True))
+    for key, value in changes.items():
+        path = key.split(".")
+        tree = with_value(without(tree, path) if lookup(tree, path) else tree, path, plain(value))
+    written = {key for key in flatten(tree) if any(key == k or key.startswith(f"{k}.") for k in changes)}
+    layers = config.layers.without(changes).with_layer(name, sorted(written), is_users=False)
+    return _validated(type(config), Tracked(tree, layers))
 
 
 def load_policy(tree: dict[str, Any]) -> PolicyConfig:

@@ -166,6 +166,13 @@ def _block_in_force(policy: PolicyConfig) -> AdapterBlock:
     return policy.dtensor_cfg.lora_cfg if policy.active_backend == "dtensor" else policy.megatron_cfg.peft
 
 
+def spec_of_block(policy: PolicyConfig) -> LoraSpec:
+    """The adapter that a run's LoRA block describes, enabled or not. Raises ValueError by the keys' names."""
+    backend = policy.active_backend
+    native = policy.dtensor_cfg.lora_cfg if backend == "dtensor" else policy.megatron_cfg.peft
+    return (policy.lora or native).spec(backend)
+
+
 def lora_block_key(policy: PolicyConfig) -> str:
     """The dotted key of the LoRA block that is in force, for messages about it."""
     return _block_in_force(policy).KEY

@@ -100,6 +100,14 @@ def megatron_adam_settings(config: MasterConfig, *, lora: bool) -> AdamSettings:
     )
 
 
+def peak_lr(config: MasterConfig, *, lora: bool) -> float:
+    """The peak learning rate of a run, on either backend."""
+    if config.policy.active_backend == "megatron":
+        return megatron_peak_lr(config, lora=lora)
+    assert config.policy.optimizer is not None, "checked by PolicyConfig"
+    return config.policy.optimizer.learning_rate(lora=lora)
+
+
 def megatron_peak_lr(config: MasterConfig, *, lora: bool) -> float:
     """The peak learning rate of a run on Megatron."""
     optimizer = config.policy.optimizer

@@ -9,7 +9,7 @@ from nemo_rl_lora.config.cluster_rules import cluster_problems
 from nemo_rl_lora.config.engine_rules import engine_problems
 from nemo_rl_lora.config.generation import chosen_engine
 from nemo_rl_lora.config.lora import lora_field_key, lora_spec_from_policy
-from nemo_rl_lora.config.master import GrpoMaster, MasterConfig
+from nemo_rl_lora.config.master import GrpoMaster, MasterConfig, SftMaster
 from nemo_rl_lora.config.optimizer_settings import (
     megatron_peak_lr,
     megatron_schedule_is_in_force,
@@ -29,6 +29,7 @@ def check_runnable(config: MasterConfig) -> list[str]:
         *engine_problems(config.policy.generation),
         *_evaluation_problems(config),
         *(_ahead_problems(config) if isinstance(config, GrpoMaster) else []),
+        *(_phase_problems(config) if isinstance(config, SftMaster) and config.sft.phases else []),
         *unused_key_problems(config),
     ]
 
@@ -42,6 +43,31 @@ def _evaluation_problems(config: MasterConfig) -> list[str]:
         f"policy.generation.backend='replay': it has its file's completions and no model, and evaluate asks the policy "
         f"(evaluate.0.name={config.evaluate[0].name!r}). Choose another, or remove evaluate."
     ]
+
+
+def _phase_problems(config: SftMaster) -> list[str]:
+    """Keys that the user set, and that phases leave without a meaning; and what phases need of other sections."""
+    problems = [
+        f"sft.{key}={getattr(config.sft, key)!r}: the phases say how long the run is. Remove it, or give a phase's own "
+        f"{unit}."
+        for key, unit in (("max_num_steps", "steps"), ("max_num_epochs", "epochs"), ("max_num_tokens", "tokens"))
+        if config.is_set(f"sft.{key}") and getattr(config.sft, key) is not None
+    ]
+    if config.policy.adapter.init_from is not None and config.sft.phases[0].train == "full":
+        problems.append(
+            f"policy.adapter.init_from={config.policy.adapter.init_from!r}: the first phase trains all weights, and an "
+            "adapter starts from it only where the first phase has one. Remove it, or train=lora in sft.phases.0."
+        )
+    if not config.checkpointing.enabled and len(config.sft.phases) > 1:
+        problems.append(
+            "checkpointing.enabled=False: what a phase has trained goes to the next one through a checkpoint. Set it "
+            "to true."
+        )
+    if not config.checkpointing.save_optimizer and len(config.sft.phases) > 1:
+        problems.append(
+            "checkpointing.save_optimizer=False: a phase may go on with the moments of the one before. Set it to true."
+        )
+    return problems
 
 
 def _ahead_problems(config: GrpoMaster) -> list[str]:

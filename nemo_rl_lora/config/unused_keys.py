@@ -13,7 +13,7 @@ from nemo_rl_lora.config.errors import show
 from nemo_rl_lora.config.generation import chosen_engine
 from nemo_rl_lora.config.layers import SET_BY
 from nemo_rl_lora.config.lora import LoraCfg, PeftCfg, UnifiedLora, lora_block_key, lora_spec_from_policy
-from nemo_rl_lora.config.master import MasterConfig
+from nemo_rl_lora.config.master import MasterConfig, SftMaster
 from nemo_rl_lora.config.schema import section_at
 from nemo_rl_lora.config.tree import lookup
 
@@ -46,7 +46,10 @@ def _unused(config: MasterConfig) -> Iterator[tuple[list[str], str]]:
             "policy.backend=megatron trains. Remove the change: the Megatron backend has policy.megatron_cfg.",
         )
     native = LoraCfg.KEY if backend == "dtensor" else PeftCfg.KEY
-    if lora_spec_from_policy(policy) is None:
+    if _has_adapter_in_a_phase(config):
+        of_both = (native, UnifiedLora.KEY) if policy.lora is not None else (UnifiedLora.KEY, native)
+        yield [of_both[0]], f"the adapter of each phase is that of {of_both[1]}. Set it there."
+    elif lora_spec_from_policy(policy) is None:
         yield [native, UnifiedLora.KEY], f"no adapter is trained. Remove it, or set {native}.enabled=true."
     elif lora_block_key(policy) == UnifiedLora.KEY:
         yield [native], f"the adapter is that of {UnifiedLora.KEY}. Set it there."
@@ -85,6 +88,10 @@ def _unused_without_rollouts(config: MasterConfig) -> Iterator[tuple[list[str], 
         f"{name} samples for `evaluate` alone, whose entries have temperature, top_p and top_k of their own. Remove "
         "the change.",
     )
+
+
+def _has_adapter_in_a_phase(config: MasterConfig) -> bool:
+    return isinstance(config, SftMaster) and any(phase.train == "lora" for phase in config.sft.phases)
 
 
 def _set(config: MasterConfig, prefixes: list[str]) -> list[str]:

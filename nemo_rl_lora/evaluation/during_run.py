@@ -49,7 +49,7 @@ class Evaluation:
         return tuple(f"{self.name}/{metric}" for metric in ("accuracy", *of_k, "mean_num_tokens", "truncated_share"))
 
     def is_due(self, step: int, *, is_last: bool) -> bool:
-        """Whether to evaluate after `step` complete steps; `is_last`: the run ends there."""
+        """Whether to evaluate after `step` complete steps; `is_last`: the run, or its phase, ends there."""
         settings = self.settings
         if step == 0 and settings.at_start:
             return True

@@ -34,10 +34,11 @@ class MasterAdam(torch.optim.AdamW):
         self._settings = settings
         self.num_steps = 0
 
-    def move(self, loss: float, norm: Tensor) -> tuple[float, float]:
+    def move(self, loss: float, norm: Tensor, lr: float | None = None) -> tuple[float, float]:
         """One step from the masters' gradients: the gradient's norm before clipping, and the learning rate.
 
-        `norm` is their L2 norm over all processes. FloatingPointError before the optimizer moves.
+        `norm` is their L2 norm over all processes; `lr` None: what the schedule says. FloatingPointError
+        before the optimizer moves.
         """
         read = float(norm)
         if not (math.isfinite(loss) and math.isfinite(read)):
@@ -47,7 +48,7 @@ class MasterAdam(torch.optim.AdamW):
             )
         if self._settings.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self._masters, self._settings.max_grad_norm, norm)
-        lr = self._settings.lr_at(self.num_steps)
+        lr = self._settings.lr_at(self.num_steps) if lr is None else lr
         for group in self.param_groups:
             group["lr"] = lr
             group["weight_decay"] = self._settings.weight_decay_at(self.num_steps)

@@ -273,13 +273,14 @@ class TrainedPolicy(ABC):
             share=self._ranks.data_share,
         )
 
-    def _optimizer_step(self, shares: Sequence[Share]) -> StepOutput:
-        """One step from the gradients and losses of this process's microbatches and those of the others."""
+    def _optimizer_step(self, shares: Sequence[Share], lr: float | None) -> StepOutput:
+        """One step from the gradients and losses of this process's microbatches and those of the others, with this
+        learning rate or, where it is None, that of the schedule."""
         everybodys = [share for of_rank in self._ranks.reported(read_shares(shares)) for share in of_rank]
         self._trained.take_gradients()
         masters = self._trained.masters()
         self._ranks.sum_gradients(masters)
-        output = step_output(everybodys, lambda loss: self._optimizer.move(loss, self._ranks.total_norm(masters)))
+        output = step_output(everybodys, lambda loss: self._optimizer.move(loss, self._ranks.total_norm(masters), lr))
         self._trained.apply()
         self._trained.refresh()
         return replace(output, peak_gpu_gib=peak_gpu_gib(self._ranks))

@@ -22,6 +22,7 @@ from nemo_rl_lora.run.control import EXIT_CONFIG, EXIT_OK, STARTED, RunFailedErr
 
 if TYPE_CHECKING:
     from nemo_rl_lora.algorithms.loop import RunResult
+    from nemo_rl_lora.run.phases import Crossing
     from nemo_rl_lora.run.preflight import Start
     from nemo_rl_lora.run.restarts import Restarts
 
@@ -114,6 +115,12 @@ def _finished(start: Start) -> RunResult | None:
     if start.resume is None or not start.is_finished:
         return None
     step, path, loop = start.resume.step, start.resume.path, start.config.algorithm
+    if start.phase is not None:
+        sys.stdout.write(
+            f"The run in {path} is finished: {step} steps in {start.phase.begin.index + 1} phases. For another run set "
+            "checkpointing.checkpoint_dir or checkpointing.load_path=none.\n"
+        )
+        return RunResult(outcome="was finished", is_complete=True, step=step, checkpoint=path, log_directory=None)
     budget = "" if start.algorithm.loop.max_num_tokens is None else f" and {loop}.max_num_tokens"
     sys.stdout.write(
         f"The run in {path} is finished: {step} steps. For more steps raise {loop}.max_num_steps{budget}; "
@@ -131,7 +138,7 @@ def _train(start: Start, restarts: Restarts, command: str | None) -> RunResult:
     from nemo_rl_lora.run.restarts import LOSSES
     from nemo_rl_lora.run.start import build_run
 
-    config = start.config
+    config = start.run_config
     draw = draw_curves_of if config.logger.plot.enabled else None
     log = RunLog(config.logger, resolved_yaml(config), draw)
     with running(log.directory, config) as stop, contextlib.ExitStack() as cleanup:
@@ -139,14 +146,23 @@ def _train(start: Start, restarts: Restarts, command: str | None) -> RunResult:
             cleanup.callback(draw, log.directory)
         cleanup.callback(log.close)
         restarts.record(log, start)
-        loop = None
+        loop = crossing = None
         try:
-            with stop.starting(), from_phase("start"):
-                run = build_run(start, log, cleanup)
-            setup_logging(run.console.console)
-            with run.console:
-                loop = TrainingLoop(run, start.algorithm, restarts.started)
-                result = loop.run(stop)
+            while True:
+                with contextlib.ExitStack() as parts:
+                    with stop.starting(), from_phase("start"):
+                        run = build_run(start, log, parts)
+                    setup_logging(run.console.console)
+                    with run.console:
+                        loop = TrainingLoop(run, start.algorithm, restarts.started)
+                        if crossing is not None:
+                            crossing.confirm(run)
+                        result = loop.run(stop)
+                        crossing = _crossing(start, result)
+                if crossing is None:
+                    break
+                run = loop = None  # and with them the weights, which the next phase has its own of
+                start = crossing.make()
         except LOSSES as error:
             lost = restarts.lost(error, start, None if loop is None else loop.step, stop)
             if lost is None:
@@ -161,6 +177,16 @@ def _train(start: Start, restarts: Restarts, command: str | None) -> RunResult:
         restarts=restarts.lines,
     )
     return replace(result, exit_code=stop.exit_code)
+
+
+def _crossing(start: Start, result: RunResult) -> Crossing | None:
+    """From a phase that is over into the next; None where the run ends here."""
+    from nemo_rl_lora.run.phases import Crossing, PhaseStart
+
+    if not (result.is_complete and start.following):
+        return None
+    assert isinstance(start, PhaseStart), start
+    return Crossing(start, result)
 
 
 def continue_command(argv: Sequence[str]) -> str:

@@ -39,7 +39,7 @@ CONFIG_FILE = "config.yaml"
 ROLLOUTS_FILE = "rollouts.md"
 RUN_LOG_FILE = "run.log"
 # "ray": the machines, under NeMo RL's name
-Split = Literal["train", "validation", "evaluation", "checkpoint", "restart", "ray"]
+Split = Literal["train", "validation", "evaluation", "checkpoint", "phase", "restart", "ray"]
 TIMING = "timing/"
 
 _EXPERIMENT = re.compile(r"exp_(\d+)")

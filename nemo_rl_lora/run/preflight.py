@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,13 +21,15 @@ from transformers import PreTrainedModel
 from nemo_rl_lora.algorithms.algorithm import Algorithm
 from nemo_rl_lora.algorithms.dpo import Dpo
 from nemo_rl_lora.algorithms.grpo import Grpo
+from nemo_rl_lora.algorithms.phase import Phase
 from nemo_rl_lora.algorithms.sft import Sft
 from nemo_rl_lora.checkpoints.durable_files import probe_directory
 from nemo_rl_lora.checkpoints.steps import Checkpointer, ResumePoint, is_finished
 from nemo_rl_lora.config.errors import did_you_mean
 from nemo_rl_lora.config.load import resolved_tree
 from nemo_rl_lora.config.lora import lora_spec_from_policy
-from nemo_rl_lora.config.master import GrpoMaster, MasterConfig
+from nemo_rl_lora.config.master import GrpoMaster, MasterConfig, SftMaster
+from nemo_rl_lora.config.optimizer_settings import AdamSettings, adam_settings, constant, megatron_adam_settings
 from nemo_rl_lora.config.support import check_runnable
 from nemo_rl_lora.data.chat import reads_clock, stop_clock
 from nemo_rl_lora.data.loader import RowLoader
@@ -60,6 +63,32 @@ class Start:
         weights need not be there."""
         self.config, self.plan = config, plan
         self.algorithm = ALGORITHMS[config.algorithm](config)
+        self.following: tuple[Start, ...] = ()  # phases of the same run that come after this one
+
+    @property
+    def run_config(self) -> MasterConfig:
+        """The configuration as it was given: of a phase, that of the whole run."""
+        return self.config
+
+    @property
+    def label(self) -> str:
+        """What stands before a problem of this phase; nothing where the run has none."""
+        return ""
+
+    @property
+    def phase(self) -> Phase | None:
+        """What the loop has to know of the phase; None where the run has none."""
+        return None
+
+    @property
+    def adam(self) -> AdamSettings:
+        """The optimizer's settings; the learning rate of an adapter that is not to move is zero."""
+        policy, lora = self.config.policy, self.spec is not None
+        if policy.active_backend == "megatron":
+            settings = megatron_adam_settings(self.config, lora=lora)
+        else:
+            settings = adam_settings(policy, lora=lora)
+        return settings if policy.adapter.trainable else replace(settings, lr_at=partial(constant, 0.0))
 
     @property
     def spec(self) -> LoraSpec | None:
@@ -82,9 +111,13 @@ class Start:
     @cached_property
     def clock(self) -> str | None:
         """When the clock of the chat template stands, so that a resume has the very rows; None where it reads none."""
+        return self.new_clock(self.resume)
+
+    def new_clock(self, resume: ResumePoint | None) -> str | None:
+        """The same, for a run that continues there."""
         if not reads_clock(self.tokenizer):
             return None
-        saved = None if self.resume is None else self.resume.info.clock
+        saved = None if resume is None else resume.info.clock
         return saved or datetime.now().astimezone().isoformat(timespec="seconds")
 
     @property
@@ -134,7 +167,12 @@ class Start:
 
     @cached_property
     def checkpointer(self) -> Checkpointer:
-        return Checkpointer(self.config.checkpointing, resolved_tree(self.config), type(self.config))
+        return self.new_checkpointer()
+
+    def new_checkpointer(self) -> Checkpointer:
+        """Of the run, in whatever phase it is."""
+        config = self.run_config
+        return Checkpointer(config.checkpointing, resolved_tree(config), type(config))
 
     @cached_property
     def resume(self) -> ResumePoint | None:
@@ -155,6 +193,10 @@ class Start:
     @cached_property
     def initial_adapter(self) -> InitialAdapter | None:
         """What a new run's adapter starts from; None where A is drawn, and where the run continues."""
+        return self.new_initial_adapter()
+
+    def new_initial_adapter(self) -> InitialAdapter | None:
+        """The same, found out."""
         if self.resume is not None or self.spec is None:
             return None
         return check_initial_adapter(self.config.policy, self.spec, self.source, self.base_digest)
@@ -208,19 +250,31 @@ def _tokenizer(start: Start) -> str:
 def _data(start: Start) -> str:
     loader = start.loader
     clock = "" if start.clock is None else f"; the chat template's clock stands at {start.clock}"
-    steps = f"{loader.num_batches_per_epoch} steps an epoch{_expected_steps(start)}"
+    steps = f"{loader.num_batches_per_epoch} steps an epoch{_token_budget(start)}"
     return f"{start.algorithm.describe_data()} ({steps}){clock}"
 
 
-def _expected_steps(start: Start) -> str:
-    """When `max_num_tokens` ends the run, by the mean of the rows."""
-    algorithm = start.algorithm
+def expected_steps(start: Start) -> tuple[int, int]:
+    """At which steps the run, or the phase, ends at the latest and at the earliest, by the mean of the rows."""
+    algorithm, loader = start.algorithm, start.loader
     if (tokens := algorithm.loop.max_num_tokens) is None:
+        return start.num_steps, start.num_steps
+    least, most = (loader.mean_of_a_batch(partial(_tokens_of, algorithm, which)) for which in (0, 1))
+    return min(math.ceil(tokens / least), start.num_steps), min(math.ceil(tokens / most), start.num_steps)
+
+
+def _tokens_of(algorithm: Algorithm[Any], which: int, row: Any) -> int:
+    return algorithm.tokens_of(row)[which]
+
+
+def _token_budget(start: Start) -> str:
+    """When `max_num_tokens` ends the run."""
+    if (tokens := start.algorithm.loop.max_num_tokens) is None:
         return ""
-    least = start.loader.mean_of_a_batch(lambda row: algorithm.tokens_of(row)[0])
-    most = start.loader.mean_of_a_batch(lambda row: algorithm.tokens_of(row)[1])
-    earliest, latest = math.ceil(tokens / most), math.ceil(tokens / least)
+    latest, earliest = expected_steps(start)
     when = f"about step {latest}" if latest == earliest else f"a step from {earliest} to {latest}"
+    if start.phase is not None:
+        return f"; its {tokens} tokens are reached at {when} of the phase"
     return f"; {start.config.algorithm}.max_num_tokens={tokens} is reached at {when}, of {start.num_steps} at most"
 
 
@@ -248,7 +302,7 @@ def _validation(start: Start) -> None:
             problems.append(f"{key}={value!r}: no validation of this run measures it. {remedy}")
     problems += _ranked_by_evaluation(start)
     if problems:
-        raise _together(problems)
+        raise together(problems)
 
 
 def _ranked_by_evaluation(start: Start) -> list[str]:
@@ -309,32 +363,70 @@ PREFLIGHT: tuple[tuple[str, Callable[[Start], str | None]], ...] = (
 )
 
 
+def starts_of(config: MasterConfig) -> list[Start]:
+    """What the run starts from: of one in phases, the phase in which it continues, or its first, and those after it.
+    ValueError where a phase's configuration is none."""
+    if isinstance(config, SftMaster) and config.sft.phases:
+        from nemo_rl_lora.run.phases import phase_starts
+
+        return list(phase_starts(config))
+    return [Start(config)]
+
+
 def plan_run(config: MasterConfig) -> Plan:
-    """What this run would do, and everything that stops it. ValueError where there is no model to plan with; it says
-    everything else that is wrong, too."""
-    start = Start(config)
+    """What this run, which has no phases, would do, and everything that stops it. ValueError where there is no model to
+    plan with; it says everything else that is wrong, too."""
+    return plan_of(Start(config))
+
+
+def plan_of(start: Start) -> Plan:
+    """The same of a phase too."""
     try:
-        return make_plan(config, [(name, partial(check, start)) for name, check in PREFLIGHT])
+        return make_plan(start.config, [(name, partial(check, start)) for name, check in PREFLIGHT])
     except ValueError as error:
-        raise _together([str(error), *check_runnable(config), *_failures(start)]) from error
+        raise together([str(error), *check_runnable(start.config), *_failures(start)]) from error
 
 
 def check_start(config: MasterConfig) -> Start:
     """Everything that can be known without weights, and the checkpoints' directory taken. ValueError says everything
-    that is wrong; then nothing is taken."""
-    plan, problems = None, check_runnable(config)
-    try:
-        plan = make_plan(config)
-        problems = [*plan.problems, *machine_problems(config, plan)]
-    except ValueError as error:
-        problems = [str(error), *problems]
-    start = Start(config, None if problems else plan)
+    that is wrong, in every phase; then nothing is taken."""
+    starts = starts_of(config)
+    problems = [_plan_start(start) for start in starts]
     with ExitStack() as failed:
-        failed.callback(start.checkpointer.close)
-        if problems := problems + _failures(start):
-            raise _together(problems)
+        failed.callback(starts[0].checkpointer.close)
+        if any(problems):
+            for start in starts:
+                start.plan = None
+        for start, found in zip(starts, problems, strict=True):
+            found += _failures(start)
+        if any(problems):
+            own = check_runnable(config) if starts[0].phase is not None else []
+            raise together([*own, *of_phases(starts, problems)])
         failed.pop_all()
-    return start
+    return starts[0]
+
+
+def _plan_start(start: Start) -> list[str]:
+    """Plan a start that is to be made; what is wrong with it so far."""
+    problems = check_runnable(start.config)
+    try:
+        plan = make_plan(start.config)
+    except ValueError as error:
+        return [str(error), *problems]
+    start.plan = plan
+    return [*plan.problems, *machine_problems(start.config, plan)]
+
+
+def of_phases(starts: Sequence[Start], problems: Sequence[Sequence[str]]) -> list[str]:
+    """What is wrong with each start, with its phase before it, but for what is wrong with all of them."""
+    shared = [text for text in problems[0] if all(text in found for found in problems)]
+    each = [
+        f"{start.label}{text}"
+        for start, found in zip(starts, problems, strict=True)
+        for text in found
+        if text not in shared
+    ]
+    return [*shared, *each]
 
 
 def _failures(start: Start) -> list[str]:
@@ -349,5 +441,5 @@ def _failures(start: Start) -> list[str]:
     return problems
 
 
-def _together(problems: Sequence[str]) -> ValueError:
+def together(problems: Sequence[str]) -> ValueError:
     return ValueError("\n".join(dict.fromkeys(problems)))  # a check that needs what another one lacks says the same

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +20,6 @@ from nemo_rl_lora.config.errors import ConfigError
 from nemo_rl_lora.config.generation import GenerationConfig, chosen_engine
 from nemo_rl_lora.config.lora import kernels_off_because
 from nemo_rl_lora.config.master import GrpoMaster
-from nemo_rl_lora.config.optimizer_settings import adam_settings, constant, megatron_adam_settings
 from nemo_rl_lora.generation.protocol import Generation
 from nemo_rl_lora.generation.sync_mode import SyncChoice, stored_weight
 from nemo_rl_lora.lora.files import AdapterBase
@@ -32,7 +31,7 @@ from nemo_rl_lora.policy.determinism import deterministic_algorithms
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.run.console import TrainingConsole
 from nemo_rl_lora.run.metrics import RunLog
-from nemo_rl_lora.run.preflight import Start
+from nemo_rl_lora.run.preflight import Start, expected_steps
 from nemo_rl_lora.run.utilization import Utilization, published_peak
 from nemo_rl_lora.types import SyncMode
 
@@ -59,11 +58,13 @@ def build_run(start: Start, log: RunLog, cleanup: ExitStack) -> Run:
     except BadWeightsError as error:
         raise ConfigError(str(error)) from error
     cleanup.callback(policy.close)
+    phase = start.phase
+    begin, part = (0, "") if phase is None else (phase.begin.step, f", {phase.begin.name}")
     console = TrainingConsole(
-        title=f"{config.algorithm.upper()} {config.policy.model_name}",
-        num_steps=start.num_steps,
+        title=f"{config.algorithm.upper()} {config.policy.model_name}{part}",
+        num_steps=begin + (start.num_steps if phase is None else expected_steps(start)[0]),
         metrics=(*algorithm.key_metrics, *start.evaluations.key_metrics),
-        first_step=0 if start.resume is None else start.resume.step,
+        first_step=begin if start.resume is None else start.resume.step,
     )
     served = None
     if engine is not None:
@@ -78,6 +79,7 @@ def build_run(start: Start, log: RunLog, cleanup: ExitStack) -> Run:
         loader=start.loader,
         tokenizer=start.tokenizer,
         num_steps=start.num_steps,
+        phase=phase,
         resume=start.resume,
         origin=_origin(start),
         checkpointer=start.checkpointer,
@@ -121,14 +123,13 @@ def _origin(start: Start) -> TrainingInfo:
         data_digests=start.algorithm.data_digests(),
         reward_digests=start.reward_digests,
         clock=start.clock,
+        phase_begin=None if start.phase is None else asdict(start.phase.begin),
     )
 
 
 def _build_policy(start: Start) -> RunPolicy:
     config, source = start.config.policy, start.source
     cluster, checkpointing = start.config.cluster, start.config.checkpointing
-    lora, is_megatron = start.spec is not None, config.active_backend == "megatron"
-    adam = megatron_adam_settings(start.config, lora=lora) if is_megatron else adam_settings(config, lora=lora)
     setup = PolicySetup(
         model_path=source.path,
         base_model_name=config.model_name,
@@ -138,7 +139,7 @@ def _build_policy(start: Start) -> RunPolicy:
         temperature=start.algorithm.temperature,
         keep_reference=start.config.needs_reference,
         logprob_rows=start.algorithm.logprob_rows,
-        adam=adam if config.adapter.trainable else replace(adam, lr_at=partial(constant, 0.0)),
+        adam=start.adam,
         initial_adapter=None if start.initial_adapter is None else start.initial_adapter.directory,
         reference=config.adapter.reference or "base",
     )

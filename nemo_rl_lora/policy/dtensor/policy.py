@@ -114,7 +114,7 @@ class DTensorPolicy(TrainedPolicy):
                 loss, share = self._loss_of(self._forward.place(micro, batch), width, loss_fn)
                 loss.backward()
             shares.append(share)
-        return self._optimizer_step(shares)
+        return self._optimizer_step(shares, portion.batch.lr)
 
     def base_model(self) -> PreTrainedModel:
         """A module tree without adapters over the same base parameters, which nobody may write; where those are

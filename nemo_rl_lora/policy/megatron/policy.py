@@ -129,7 +129,7 @@ class MegatronPolicy(TrainedPolicy):
         micros = portion.microbatches()
         parts = self._placed(micros, batch)
         found = run_microbatches(self._model, parts, len(micros), stage, loss_of, backward=True)
-        return self._optimizer_step(found)
+        return self._optimizer_step(found, portion.batch.lr)
 
     def base_model(self) -> PreTrainedModel:
         """A Hugging Face model over the base parameters, which nobody may write; only its q, k and v are copies.
