@@ -31,6 +31,11 @@ class Task:
         """Of each prompt: G."""
         return self.params.num_completions
 
+    @property
+    def longest_prompt(self) -> int:
+        """In tokens."""
+        return max(len(prompt.token_ids) for prompt in self.prompts)
+
     def describe(self) -> str:
         """Prompts, completions, sampling and environments, for a plan."""
         sampling = self.params.sampling

@@ -279,6 +279,17 @@ def _token_budget(start: Start) -> str:
 
 
 def _evaluations(start: Start) -> str | None:
+    """Every prompt has to leave room for a completion among the model's positions."""
+    positions = getattr(start.model.config.get_text_config(), "max_position_embeddings", None)
+    problems = [
+        f"evaluate.{number}.data.dataset_name={evaluation.settings.data.dataset_name!r}: a prompt has {longest} "
+        f"tokens, and the model {positions} positions (max_position_embeddings). Set data.on_long_prompt=drop and "
+        f"policy.max_total_sequence_length={positions} or less, or give other data."
+        for number, evaluation in enumerate(start.evaluations)
+        if positions is not None and (longest := evaluation.task.longest_prompt) >= positions
+    ]
+    if problems:
+        raise together(problems)
     return "; ".join(evaluation.describe() for evaluation in start.evaluations) or None
 
 

@@ -134,6 +134,24 @@ def test_all_weights_are_evaluated_too(tiny_llama, tmp_path, algorithm):
     assert ours[0]["accuracy"] != ours[2]["accuracy"]
 
 
+UNIFIED = ["policy.dtensor_cfg.lora_cfg.enabled=false", "policy.lora.dim=4"]
+ELSEWHERE = {"megatron": [*UNIFIED, "policy.backend=megatron"], "two processes": ["cluster.gpus_per_node=2"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ELSEWHERE.values(), ids=ELSEWHERE.keys())
+def test_what_trains_elsewhere_is_evaluated_in_the_drivers_process(sft, where):
+    ended = sft(*where, *MOVES, *evaluated(sft, GREEDY), "policy.max_total_sequence_length=64")
+
+    assert ended.code == 0, ended.err
+    step = str(sft.checkpoints / "step_2")
+    limits = ["policy.max_total_sequence_length=64", "policy.generation.max_new_tokens=12"]
+    theirs = by_the_driver(sft, f"policy.model_name={sft.model}", f"eval.adapters=[{step}]", *limits)
+    ours = steps_of(sft, "sums", 3)
+    assert_same_figures(ours[0], theirs["(base)"])
+    assert_same_figures(ours[2], theirs[step])
+
+
 AHEAD = ["grpo.async_grpo.enabled=true", "grpo.async_grpo.max_trajectory_age_steps=1"]
 
 
@@ -302,6 +320,26 @@ def test_what_scores_training_may_not_change_in_a_continued_run(grpo):
     assert "env.tiny.reward_function" in ended.err
 
 
+def test_each_phase_is_evaluated_with_the_weights_that_it_trains(sft):
+    phases = "[{train: full, steps: 1, lr: 0.01}, {train: lora, steps: 2}]"
+
+    ended = sft(f"sft.phases={phases}", "~sft.max_num_steps", *MOVES, *evaluated(sft, GREEDY))
+
+    assert ended.code == 0, ended.err
+    ours = steps_of(sft, "sums", 4)
+    weights = sft.checkpoints / "step_1" / "policy" / "weights"
+    for model, adapters, step in ((weights, [], 1), (sft.checkpoints / "base_of_phase_2" / "weights", [3], 3)):
+        named = ",".join(str(sft.checkpoints / f"step_{number}") for number in adapters)
+        theirs = by_the_driver(
+            sft,
+            f"policy.model_name={model}",
+            f"policy.tokenizer.name={sft.model}",
+            f"eval.adapters=[{named}]",
+            *("policy.max_total_sequence_length=64", "policy.generation.max_new_tokens=12"),
+        )
+        assert_same_figures(ours[step], theirs[named or "(base)"])
+
+
 # What is kept of it
 
 
@@ -374,6 +412,7 @@ def test_the_plan_shows_evaluations_and_loads_no_weight(run, monkeypatch):
 
 
 DATA = "{name: a, every: 1, data: {dataset_name: jsonl, data_path: ROOT/none.jsonl, env_name: math}}"
+LONG = "dataset_name: jsonl, data_path: ROOT/long.jsonl, output_key: output"
 # fmt: off
 WRONG = {
     "a file that is missing": ((f"evaluate=[{GREEDY}, {DATA}]",),
@@ -394,6 +433,11 @@ WRONG = {
                               "policy.generation.replay_path=x"),
      "policy.generation.backend='replay': it has its file's completions and no model, and evaluate asks the policy "
      "(evaluate.0.name='sums'). Choose another, or remove evaluate."),
+    "more than the model has positions for": ((f"evaluate=[{GREEDY.replace(SUMS, LONG)}]",
+                                               "policy.max_total_sequence_length=400"),
+     "evaluate.0.data.dataset_name='jsonl': a prompt has 331 tokens, and the model 256 positions "
+     "(max_position_embeddings). Set data.on_long_prompt=drop and policy.max_total_sequence_length=256 or less, or "
+     "give other data."),
     "prompts that are too long": ((f"evaluate=[{GREEDY}]", "data.max_input_seq_length=4"),
      "data.on_long_prompt='error': 6 of 6 prompts of evaluate.0.data cannot be asked, being longer than 4 tokens or "
      "leaving no room for a completion in policy.max_total_sequence_length=64; the first is"),
@@ -405,6 +449,7 @@ WRONG = {
 def test_what_cannot_be_evaluated_is_refused_before_weights(sft, monkeypatch, overrides, says):
     monkeypatch.setattr("nemo_rl_lora.run.start.build_run", None)
     scored = f"+env.scored.reward_function={sft.root}/scored.py:reward"
+    (sft.root / "long.jsonl").write_text(json.dumps({"input": "3" * 300, "output": "7"}) + "\n")
 
     ended = sft(scored, *(override.replace("ROOT", str(sft.root)) for override in overrides))
 
