@@ -318,12 +318,14 @@ def _validation(start: Start) -> None:
 
 def _ranked_by_evaluation(start: Start) -> list[str]:
     """Why steps cannot be ranked by the evaluation that is named."""
-    ranked_by, key = start.config.checkpointing.metric_name or "", "checkpointing.metric_name"
+    checkpointing, key = start.config.checkpointing, "checkpointing.metric_name"
+    ranked_by, direction = checkpointing.metric_name or "", "checkpointing.higher_is_better"
     if not ranked_by.startswith("eval:"):
         return []
     name, measured = ranked_by.removeprefix("eval:"), start.evaluations.metric_names
     if name in measured:
-        return []
+        is_inherited = not checkpointing.higher_is_better and not start.config.is_set(direction)
+        return [f"{direction}=False: is inherited, for another metric. Say it for {ranked_by}."] * is_inherited
     known = f"{did_you_mean(name, measured)}Evaluations measure {', '.join(measured)}."
     remedy = known if measured else "Add one to `evaluate`, or name another metric."
     return [f"{key}={ranked_by!r}: no evaluation of this run measures it. {remedy}"]

@@ -252,6 +252,7 @@ def test_a_resumed_run_evaluates_as_the_whole_one(tiny_llama, tmp_path):
 
 STOPS = """
 import os, signal
+from pathlib import Path
 
 def stops(prompt, completion, row):
     seen = Path(__file__).with_name("seen")
@@ -421,6 +422,8 @@ WRONG = {
     "a metric that no evaluation measures": ((f"evaluate=[{GREEDY}]", "checkpointing.metric_name=eval:sums/accurcy"),
      "checkpointing.metric_name='eval:sums/accurcy': no evaluation of this run measures it. Did you mean "
      "'sums/accuracy'? Evaluations measure sums/accuracy, sums/pass@1, sums/mean_num_tokens, sums/truncated_share."),
+    "the direction of another metric": ((f"evaluate=[{GREEDY}]", "checkpointing.metric_name=eval:sums/accuracy"),
+     "checkpointing.higher_is_better=False: is inherited, for another metric. Say it for eval:sums/accuracy."),
     "a metric without evaluations": (("checkpointing.metric_name=eval:sums/accuracy", "~env.scored"),
      "checkpointing.metric_name='eval:sums/accuracy': no evaluation of this run measures it. Add one to `evaluate`, "
      "or name another metric."),
@@ -435,7 +438,7 @@ WRONG = {
      "(evaluate.0.name='sums'). Choose another, or remove evaluate."),
     "more than the model has positions for": ((f"evaluate=[{GREEDY.replace(SUMS, LONG)}]",
                                                "policy.max_total_sequence_length=400"),
-     "evaluate.0.data.dataset_name='jsonl': a prompt has 331 tokens, and the model 256 positions "
+     "evaluate.0.data.dataset_name='jsonl': a prompt has 302 tokens, and the model 256 positions "
      "(max_position_embeddings). Set data.on_long_prompt=drop and policy.max_total_sequence_length=256 or less, or "
      "give other data."),
     "prompts that are too long": ((f"evaluate=[{GREEDY}]", "data.max_input_seq_length=4"),
