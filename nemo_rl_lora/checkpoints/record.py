@@ -12,7 +12,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib import metadata
@@ -243,24 +243,21 @@ def config_differences(
 
 def _for_evaluations(old: Mapping[str, Any], new: Mapping[str, Any]) -> Callable[[str], bool]:
     """Whether a key has to do with evaluations alone: what the trained algorithm neither samples nor scores by."""
-    scored_by = {name for tree in (old, new) for name in _environments_of(tree)}
+    evaluated, trained = set[str](), set[str]()
+    for tree in (old, new):
+        data = tree.get("data") or {}
+        evaluated |= _environments([entry["data"] for entry in tree.get("evaluate") or []])
+        trained |= _environments([data.get("train"), data.get("validation")])
+    free = {f"env.{name}" for name in evaluated - trained}
+    if "sft" in new or "dpo" in new:
+        free |= {*_OF_EVALUATIONS}
+    return lambda key: any(f"{key}.".startswith(f"{prefix}.") for prefix in free)
 
-    def is_for_evaluations(key: str) -> bool:
-        section, _, rest = key.partition(".")
-        if "grpo" in new:
-            return section == "env" and bool(rest) and rest.split(".", 1)[0] not in scored_by
-        return any(f"{key}.".startswith(f"{free}.") for free in _OF_EVALUATIONS)
 
-    return is_for_evaluations
-
-
-def _environments_of(tree: Mapping[str, Any]) -> Iterator[str]:
-    """Those that score the rows to train and validate on."""
-    data = tree.get("data") or {}
-    for part in ("train", "validation"):
-        sections = data.get(part) or []
-        for section in sections if isinstance(sections, list) else [sections]:
-            yield section.get("env_name") or ""
+def _environments(datasets: Sequence[Any]) -> set[str]:
+    """Those that score the rows of blocks under `data`, each a dataset, a list of them or None."""
+    sections = [section for block in datasets for section in (block if isinstance(block, list) else [block or {}])]
+    return {section["env_name"] for section in sections if section.get("env_name")}
 
 
 def _policy_of(tree: Mapping[str, Any]) -> PolicyConfig | None:
