@@ -215,6 +215,7 @@ def test_an_engine_that_serves_the_base_in_the_place_of_the_adapter_ends_the_run
 
     class Base(engine.InProcessGeneration):
         def sync_weights(self, ref):
+            assert ref.tensors is not None
             if not first:
                 first.update({info.name: ref.tensors[info.name].clone() for info in ref.manifest})
             offered = OfferedTensors({name: partial(first.__getitem__, name) for name in first}, ref.mode)
