@@ -4,6 +4,7 @@ import pytest
 
 from nemo_rl_lora.config.errors import ConfigError
 from nemo_rl_lora.config.load import load_config, resolved_yaml
+from nemo_rl_lora.config.master import Driver
 
 SUMS = "data: {dataset_name: generated_sums, env_name: last_number}"
 ENTRY = f"{{name: sums, every: 5, {SUMS}}}"
@@ -13,7 +14,7 @@ def entry(more: str = "", data: str = SUMS) -> str:
     return f"evaluate=[{{name: sums, every: 5, {data}{more}}}]"
 
 
-def refused(*overrides: str, driver: str = "sft") -> str:
+def refused(*overrides: str, driver: Driver = "sft") -> str:
     with pytest.raises(ConfigError) as error:
         load_config(None, list(overrides), driver)
     return str(error.value)
