@@ -235,6 +235,8 @@ def train(algorithm, command: Command, place: Place) -> None:
         arguments = [f"{INIT_FROM}{source}" if a.startswith(INIT_FROM) else a for a in arguments]
     if algorithm == "grpo" and any("gsm8k" in argument for argument in arguments):
         arguments += gsm8k_files(place)
+    if any(a.startswith("evaluate=") for a in arguments):  # its tokens are bytes, and it has 256 positions
+        arguments += ["policy.max_total_sequence_length=256", "data.on_long_prompt=drop"]
     if algorithm == "dpo":
         arguments.append("policy.max_total_sequence_length=2048")  # pairs are not cut
         arguments += [f"policy.dynamic_batching.{kind}_mb_tokens=4096" for kind in ("train", "logprob")]

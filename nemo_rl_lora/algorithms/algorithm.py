@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from nemo_rl_lora.algorithms.phase import Phase
+from nemo_rl_lora.algorithms.served import ServedPolicy
 from nemo_rl_lora.checkpoints.record import TrainingInfo
 from nemo_rl_lora.checkpoints.steps import Checkpointer, ResumePoint
 from nemo_rl_lora.config.loop import LoopConfig
 from nemo_rl_lora.config.master import MasterConfig
 from nemo_rl_lora.data.loader import RowLoader
+from nemo_rl_lora.evaluation.during_run import Evaluations
 from nemo_rl_lora.generation.protocol import Generation
-from nemo_rl_lora.generation.sync_mode import SyncChoice
 from nemo_rl_lora.policy.protocol import Policy
 from nemo_rl_lora.run.console import KeyMetric, TrainingConsole
-from nemo_rl_lora.run.memory import lacked_memory_before_weights_moved
+from nemo_rl_lora.run.memory import from_phase, lacked_memory_before_weights_moved
 from nemo_rl_lora.run.metrics import RolloutSample, RunLog, Stopwatch
 from nemo_rl_lora.run.utilization import Utilization
 from nemo_rl_lora.types import Batch, LossFn, StepOutput
@@ -36,8 +37,8 @@ class Run:
 
     config: MasterConfig
     policy: Policy
-    generation: Generation | None  # the engine, where the algorithm samples
-    sync: SyncChoice | None  # what a sync of it moves
+    served: ServedPolicy | None  # the engine, where the algorithm samples or evaluations do
+    evaluations: Evaluations
     loader: RowLoader[Any]
     tokenizer: Any
     num_steps: int  # of the phase, where the run has some
@@ -152,6 +153,15 @@ class Algorithm(ABC, Generic[M]):
     def validate(self, step: int, watch: Stopwatch) -> Validated | None:
         """Measure the policy as it is; None where there is nothing to measure it on. `watch` is the next step's, for
         what is done here in its place."""
+
+    def serve(self, step: int, watch: Stopwatch) -> Generation:
+        """The run's engine, free and with the weights after `step` complete steps. `watch` is the next step's, for what
+        is done here in its place."""
+        assert self.run.served is not None, "there are evaluations"
+        self.run.console.stage("syncing weights")
+        with from_phase("weight_sync"):
+            self.run.served.sync(step)
+        return self.run.served.generation
 
     def save(self, directory: Path, step: int, *, urgent: bool) -> None:  # noqa: B027
         """Write what the algorithm itself has to keep after `step` complete steps into the step's directory: beside

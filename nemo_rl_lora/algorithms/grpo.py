@@ -31,6 +31,7 @@ from nemo_rl_lora.algorithms.rollout import (
     samples_of,
     validation_params,
 )
+from nemo_rl_lora.algorithms.served import ServedPolicy
 from nemo_rl_lora.algorithms.surplus_groups import SurplusGroup, with_old_logprobs
 from nemo_rl_lora.config.grpo import GrpoConfig
 from nemo_rl_lora.config.master import GrpoMaster
@@ -42,15 +43,13 @@ from nemo_rl_lora.environments.registry import check_prompts, make_environments
 from nemo_rl_lora.evaluation.ask import ask, group_requests, total_counts
 from nemo_rl_lora.evaluation.estimates import pass_at_k
 from nemo_rl_lora.generation.protocol import Generation
-from nemo_rl_lora.generation.sync_mode import SyncChoice
 from nemo_rl_lora.run.console import KeyMetric
 from nemo_rl_lora.run.metrics import Stopwatch
-from nemo_rl_lora.tensors import combined_digest
-from nemo_rl_lora.types import Batch, EngineReceipt, Prompt, RolloutGroup, StepOutput, SyncReceipt, WeightsRef
+from nemo_rl_lora.types import Batch, Prompt, RolloutGroup, StepOutput, SyncReceipt
 
 
 class Grpo(Algorithm[GrpoMaster]):
-    """GRPO; remembers which weights the engine serves."""
+    """GRPO."""
 
     key_metrics = (
         KeyMetric(name="reward", higher_is_better=True),
@@ -62,8 +61,7 @@ class Grpo(Algorithm[GrpoMaster]):
         KeyMetric(name="mfu", label="MFU"),
     )
     source: RolloutSource  # from `attach` on
-    _generation: Generation
-    _sync_choice: SyncChoice
+    _served: ServedPolicy
     _train: PromptSet  # from `load_data` on
     _validation: PromptSet | None
     environments: Mapping[str, Environment]
@@ -72,7 +70,6 @@ class Grpo(Algorithm[GrpoMaster]):
         super().__init__(config)
         self.loss = make_policy_loss(config.loss_fn)
         self.validation_params = validation_params(config)
-        self._receipt: SyncReceipt | None = None  # of the weights that the engine serves
 
     @property
     def loop(self) -> GrpoConfig:
@@ -149,11 +146,10 @@ class Grpo(Algorithm[GrpoMaster]):
 
     def attach(self, run: Run) -> None:
         super().attach(run)
-        assert run.generation is not None, "GRPO samples"
-        assert run.sync is not None, "an engine is served in one form"
-        self._generation, self._sync_choice = run.generation, run.sync
+        assert run.served is not None, "GRPO samples"
+        self._served = run.served
         source = SourceAhead if self.loop.num_steps_ahead else SynchronousSource
-        self.source = source(self.config, run, run.generation, self.environments, self._train)
+        self.source = source(self.config, run, run.served.generation, self.environments, self._train)
 
     def detach(self) -> None:
         self.source.close()
@@ -192,15 +188,14 @@ class Grpo(Algorithm[GrpoMaster]):
         config, prompts = self.loop, self._validation
         if prompts is None or 0 < step < config.val_start_at:
             return None
-        self._sync(step, watch)
-        self.source.settle(watch, for_sync=False)
+        generation = self.serve(step, watch)
         num_prompts = min(len(prompts), config.max_val_samples or len(prompts))
         groups: list[RolloutGroup] = []
         counts: list[Mapping[str, float]] = []
         for begin in range(0, num_prompts, config.val_batch_size):
             batch = prompts[begin : min(begin + config.val_batch_size, num_prompts)]
             requests = group_requests(batch, self.validation_params, f"{begin}")
-            more, counted = ask(self._generation, requests, self.environments, Stopwatch())
+            more, counted = ask(generation, requests, self.environments, Stopwatch())
             groups += more
             counts.append(counted)
         lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
@@ -215,46 +210,29 @@ class Grpo(Algorithm[GrpoMaster]):
 
     def save(self, directory: Path, step: int, *, urgent: bool) -> None:
         self.source.save(directory, step, urgent=urgent)
-        self._sync_choice.save(directory)
 
     def load(self, directory: Path) -> None:
         self.source.load(directory)
-        self._sync_choice.load(directory)
 
     def close(self) -> None:
         """End the environments."""
         for environment in self.environments.values():
             environment.close()
 
+    def serve(self, step: int, watch: Stopwatch) -> Generation:
+        """Wait for what is sampled ahead, too."""
+        self._sync(step, watch)
+        self.source.settle(watch, for_sync=False)
+        return self._served.generation
+
     def _sync(self, step: int, watch: Stopwatch) -> SyncReceipt:
         """Give the engine the weights of this step, unless it already has them; its receipt, of version `step`."""
-        if self._receipt is not None and self._receipt.version == step:
-            return self._receipt
+        if (current := self._served.receipt_of(step)) is not None:
+            return current
         self.run.console.stage("syncing weights")
         self.source.settle(watch, for_sync=True)
         with watch.measure("weight_sync"):
-            ref = self._offered(step)
-            receipt = self._generation.sync_weights(ref)
-        handed = combined_digest({info.name: ref.handed.get(info.name, "not read") for info in ref.manifest})
-        for each in (receipt, *receipt.engines):
-            if each.version != ref.version or each.digest not in (handed, None):
-                which = f"engine {each.index}" if isinstance(each, EngineReceipt) else "the engine"
-                raise RuntimeError(
-                    f"policy.generation.lora_sync={ref.mode!r}: {which} confirmed version {each.version} "
-                    f"({(each.digest or '')[:12]}), but version {ref.version} ({handed[:12]}) was sent. "
-                    "No rollout was used."
-                )
-        self._receipt = receipt
-        return receipt
-
-    def _offered(self, step: int) -> WeightsRef:
-        """The weights of this step, in the form that is chosen for this run."""
-        policy, sync = self.run.policy, self._sync_choice
-        if sync.is_open:
-            adapter = policy.publish(step, "adapter").tensors
-            assert adapter is not None, "a policy offers tensors to this process"
-            sync.see(step, adapter)
-        return policy.publish(step, sync.mode)
+            return self._served.sync(step)
 
     def _with_logprobs(self, batch: Batch, groups: Sequence[RolloutGroup], watch: Stopwatch) -> Batch:
         """The batch of these groups with the reference's and the old logprobs, where the loss needs them."""

@@ -1,4 +1,4 @@
-"""What SFT, DPO and GRPO share: when to validate and to save, what is recorded, how a run ends and goes on.
+"""What SFT, DPO and GRPO share: when to validate, evaluate and save, what is recorded, how a run ends and goes on.
 
 What one step and one validation do is the algorithm's. The loop knows no loss, no backend and no engine. What is drawn
 follows from (seed, step), so a resumed run is the run that was interrupted.
@@ -80,8 +80,12 @@ class TrainingLoop:
             raise
 
     def _take_steps(self, stop: StopRequest) -> RunResult:
-        outcome = "completed"
-        if self._step == 0 and self._settings.val_at_start and (reached := self._validate()):
+        outcome, reached = "completed", None
+        if self._step == 0 and self._settings.val_at_start:
+            reached = self._validate()
+        if self._step == 0 or self._run.resume is not None:  # at its last step a run that failed may owe one
+            self._evaluate(is_last=reached is not None)
+        if reached is not None:
             return self._result(f"completed: {reached}")
         while not self._is_over:
             started = time.monotonic()
@@ -99,6 +103,7 @@ class TrainingLoop:
                 tensors = tensor_digests(self._run.policy.save, self._run.log.directory)
                 self._run.log.log_digests(self._step, {"tokens": token_digest(done.token_ids), **tensors})
             reached = self._validate() if self._validation_is_due() else None
+            self._evaluate(is_last=self._is_over or reached is not None)
             reason = self._why_save(stop, reached is not None, time.monotonic() - started)
             if reason is not None:
                 self._save(reason)
@@ -113,6 +118,7 @@ class TrainingLoop:
                 )
         if self._settings.val_at_end and self._validated_step != self._step:
             self._validate()
+        self._evaluate(is_last=True)
         if self._checkpointing.enabled and not self._is_saved():
             self._save("end" if self._run.phase is None or self._run.phase.is_last else "phase")
         return self._result(outcome)
@@ -170,6 +176,27 @@ class TrainingLoop:
             run.log.log_rollouts(self._step, found.samples, split="validation")
             run.console.samples(found.samples[: run.config.logger.num_val_samples_to_print])
         return found.reached
+
+    def _evaluate(self, *, is_last: bool) -> None:
+        """Make the evaluations that are due at this step and were not made yet. `is_last`: the run, or its phase, ends
+        here."""
+        run = self._run
+        for evaluation in run.evaluations:
+            name, watch = evaluation.name, Stopwatch()
+            was_made = f"eval:{name}/accuracy" in self._newest
+            if was_made or not evaluation.is_due(self._step, is_last=is_last):
+                continue
+            with watch.measure(f"{name}/total_evaluation_time"):
+                generation = self._algorithm.serve(self._step, self._watch)
+                run.console.stage(f"evaluating {name}")
+                found = evaluation.measure(generation)
+            seconds = watch.seconds(f"{name}/total_evaluation_time")
+            metrics = {**found.metrics, **watch.take()}
+            self._remember("eval", metrics)
+            run.log.log(self._step, "evaluation", metrics)
+            run.console.evaluation(name, self._step, metrics, seconds=seconds)
+            run.log.log_rollouts(self._step, found.samples, split="evaluation")
+            run.console.samples(found.samples[: run.config.logger.num_val_samples_to_print])
 
     def _validation_is_due(self) -> bool:
         if self._settings.val_at_end and self._is_over:
@@ -246,10 +273,14 @@ class TrainingLoop:
         self._run.policy.save(policy_directory)
         self._run.tokenizer.save_pretrained(policy_directory / "tokenizer")
         self._algorithm.save(directory, self._step, urgent=urgent)
+        if self._run.served is not None:
+            self._run.served.save(directory)
 
     def _continue_from(self, resume: ResumePoint) -> None:
         self._run.policy.load(resume.path / "policy")
         self._algorithm.load(resume.path)
+        if self._run.served is not None:
+            self._run.served.load(resume.path)
         self._run.loader.from_state(resume.info.data_position)
         self._step = resume.step
         self._counters |= resume.info.counters

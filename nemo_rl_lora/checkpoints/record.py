@@ -12,7 +12,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib import metadata
@@ -106,7 +106,8 @@ FREE_KEYS = (
     | frozenset(f"policy.dtensor_cfg.{key}" for key in _DTENSOR)
     | frozenset(f"policy.megatron_cfg.{key}" for key in _MEGATRON)
 )
-FREE_SECTIONS = ("logger", "cluster")
+FREE_SECTIONS = ("logger", "cluster", "evaluate")
+_OF_EVALUATIONS = ("policy.generation", "env")  # where nothing is sampled or scored to be trained on
 # Of a LoraSpec: ways to compute an adapter, which may differ, and `fused`, which follows from the targets.
 _NOT_COMPARED = frozenset({"kernels", "a2a", "fused"})
 
@@ -230,11 +231,35 @@ def config_differences(
             old |= values.model_dump(mode="json", by_alias=True)
     written_now = layers_from_record(new.get(SET_BY, []), "the configuration")
     found = differences(effective_values(old, written_now), effective_values(new, written_now))
-    kept = {key: values for key, values in found.items() if not all(_is_free(key, value) for value in values)}
+    is_for_evaluations = _for_evaluations(old, new)
+    kept = {
+        key: values
+        for key, values in found.items()
+        if not is_for_evaluations(key) and not all(_is_free(key, value) for value in values)
+    }
     before, now = _policy_of(old), _policy_of(new)
     if before is None or now is None:
         return kept
     return {key: values for key, values in kept.items() if not _is_adapters(key)} | _adapter_differences(before, now)
+
+
+def _for_evaluations(old: Mapping[str, Any], new: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether a key has to do with evaluations alone: what the trained algorithm neither samples nor scores by."""
+    evaluated, trained = set[str](), set[str]()
+    for tree in (old, new):
+        data = tree.get("data") or {}
+        evaluated |= _environments([entry["data"] for entry in tree.get("evaluate") or []])
+        trained |= _environments([data.get("train"), data.get("validation")])
+    free = {f"env.{name}" for name in evaluated - trained}
+    if "sft" in new or "dpo" in new:
+        free |= {*_OF_EVALUATIONS}
+    return lambda key: any(f"{key}.".startswith(f"{prefix}.") for prefix in free)
+
+
+def _environments(datasets: Sequence[Any]) -> set[str]:
+    """Those that score the rows of blocks under `data`, each a dataset, a list of them or None."""
+    sections = [section for block in datasets for section in (block if isinstance(block, list) else [block or {}])]
+    return {section["env_name"] for section in sections if section.get("env_name")}
 
 
 def _policy_of(tree: Mapping[str, Any]) -> PolicyConfig | None:

@@ -69,11 +69,12 @@ def prune_bases(directory: Path, steps: Steps) -> None:
 
 
 def refuse_without_metric(info: TrainingInfo, config: CheckpointingConfig) -> None:
-    """ValueError where a step's metrics lack the one that steps are ranked by, though they have others of its split."""
+    """ValueError where a step's metrics lack the one that steps are ranked by, though they have others of its split, or
+    of its evaluation."""
     name = config.metric_name
     if name is None or config.keep_top_k is None or name in info.metrics:
         return
-    split = name.split(":", 1)[0] + ":"
+    split = name.split("/", 1)[0] + "/" if name.startswith("eval:") else name.split(":", 1)[0] + ":"
     available = sorted(info.metrics)
     if not any(other.startswith(split) for other in available):
         logger.warning(f"step {info.step} has no {split}* metric, so it ranks last in checkpointing.keep_top_k")

@@ -11,7 +11,10 @@ from nemo_rl_lora.config.base import NOT_BLANK, Section, matching
 
 _WALL_CLOCK = r"(\d+):([01]?\d|2[0-3]):([0-5]?\d):([0-5]?\d)"
 _WALL_CLOCK_RULE = "must be dd:hh:mm:ss. Write '00:03:45:00' for 3 hours and 45 minutes."
-_METRIC_RULE = "must start with 'train:' or 'val:'. Write 'val:accuracy' or 'train:reward', for example."
+_METRIC_RULE = (
+    "must start with 'train:', 'val:' or 'eval:'. Write 'val:accuracy', 'train:reward' or 'eval:gsm8k/accuracy', for "
+    "example."
+)
 
 
 class CheckpointingConfig(Section):
@@ -24,9 +27,9 @@ class CheckpointingConfig(Section):
     """The directory of the run's checkpoints, `step_N` each. A run with another configuration needs another
     one."""
 
-    metric_name: Annotated[str, matching("(train|val):.+", _METRIC_RULE)] | None = None
-    """What `keep_top_k` ranks by: `train:<metric>` or `val:<metric>`, such as `val:accuracy` or
-    `train:reward`. null ranks by step."""
+    metric_name: Annotated[str, matching("(train|val|eval):.+", _METRIC_RULE)] | None = None
+    """What `keep_top_k` ranks by: `train:<metric>`, `val:<metric>` or, of an evaluation, `eval:<name>/<metric>`, such
+    as `val:accuracy`, `train:reward` or `eval:gsm8k/accuracy`. null ranks by step."""
 
     higher_is_better: bool = True
     """Whether a larger `metric_name` is the better one."""

@@ -32,7 +32,7 @@ class DatasetDefaults(Section):
     """How a row is made ready, by NeMo RL's name: `math_hf_data_processor` in GRPO, `sft_processor` in SFT, or null."""
 
     env_name: str | None = None
-    """GRPO: the environment, a key of `env`, that scores completions."""
+    """GRPO and `evaluate`: the environment, a key of `env`, that scores completions."""
 
 
 class DatasetConfig(DatasetDefaults):
@@ -192,8 +192,9 @@ class DataConfig(Section):
     policy.max_total_sequence_length limits it."""
 
     on_long_prompt: Literal["error", "drop"] = "error"
-    """GRPO: what to do with a longer prompt: refuse the dataset, or leave the row out and say how many. SFT always cuts
-    the end of a longer row and DPO always leaves a longer pair out; both refuse `drop`."""
+    """What to do with a longer prompt, of GRPO or of `evaluate`: refuse the dataset, or leave the row out and say how
+    many. SFT always cuts the end of a longer row and DPO always leaves a longer pair out; without `evaluate` both
+    refuse `drop`."""
 
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     """What to do with a row that cannot be used (its form is wrong, the chat template refuses it, it holds half of a

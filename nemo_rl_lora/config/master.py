@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import PrivateAttr, model_validator
 
@@ -14,7 +14,15 @@ from nemo_rl_lora.config.data import DataConfig, DatasetConfig
 from nemo_rl_lora.config.dpo import DpoConfig
 from nemo_rl_lora.config.env import EnvConfig
 from nemo_rl_lora.config.errors import did_you_mean
-from nemo_rl_lora.config.evaluation import EvalConfig, EvalPolicy, check_evaluation_data, check_evaluation_sampling
+from nemo_rl_lora.config.evaluation import (
+    EvalConfig,
+    EvalPolicy,
+    EvaluateConfig,
+    check_asked,
+    check_evaluation_data,
+    evaluate_problems,
+    with_data_default,
+)
 from nemo_rl_lora.config.generation import GenerationConfig
 from nemo_rl_lora.config.grpo import GrpoConfig, check_rollout_against_loss
 from nemo_rl_lora.config.layers import Layers
@@ -64,6 +72,10 @@ class MasterConfig(_Loaded):
     """Where metrics go."""
     cluster: ClusterConfig = ClusterConfig()
     """How many processes train."""
+    env: EnvConfig = EnvConfig()
+    """The environments that score completions."""
+    evaluate: tuple[EvaluateConfig, ...] = ()
+    """Evaluations during the run. No NeMo RL key."""
 
     @property
     def needs_reference(self) -> bool:
@@ -84,6 +96,34 @@ class MasterConfig(_Loaded):
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _what_evaluations_inherit(cls, values: Any) -> Any:
+        """`data.default`, and the engine's defaults where the algorithm itself samples nothing."""
+        if not isinstance(values, dict) or not values.get("evaluate"):
+            return values
+        data, policy = values.get("data"), values.get("policy")
+        inherited = dict(values)
+        if isinstance(data, dict):
+            inherited["evaluate"] = with_data_default(values["evaluate"], data.get("default"))
+        if isinstance(policy, dict) and policy.get("generation") is None and cls.algorithm != "grpo":
+            inherited["policy"] = {**policy, "generation": {}}
+        return inherited
+
+    @model_validator(mode="after")
+    def _evaluations_can_be_asked_and_scored(self) -> MasterConfig:
+        problems = [
+            *evaluate_problems(self.evaluate),
+            *(
+                problem
+                for number, entry in enumerate(self.evaluate)
+                if (problem := _environment_problem(f"evaluate.{number}.data", entry.data, self.env)) is not None
+            ),
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
     @model_validator(mode="after")
     def _generation_where_it_is_used(self) -> MasterConfig:
         generates = self.algorithm == "grpo"
@@ -92,10 +132,10 @@ class MasterConfig(_Loaded):
                 "policy.generation=None: GRPO samples completions and needs an engine. "
                 "Inherit examples/configs/grpo_math_1B.yaml, or set policy.generation.backend=auto."
             )
-        if not generates and self.policy.generation is not None:
+        if not generates and self.policy.generation is not None and not self.evaluate:
             raise ValueError(
                 f"policy.generation.backend={self.policy.generation.backend!r}: {self.algorithm.upper()} samples "
-                "nothing. Remove the policy.generation section."
+                "nothing without `evaluate`. Remove the policy.generation section."
             )
         if not generates and self.policy.logprob_batch_size is not None:
             raise ValueError(
@@ -136,8 +176,6 @@ class GrpoMaster(MasterConfig):
     """The GRPO loop and its advantages."""
     loss_fn: LossFnConfig = LossFnConfig()
     """The policy-gradient loss."""
-    env: EnvConfig = EnvConfig()
-    """The environments that score completions."""
 
     @property
     def generation(self) -> GenerationConfig:
@@ -176,7 +214,7 @@ class EvalMaster(_Loaded):
     @model_validator(mode="after")
     def _can_be_asked_and_scored(self) -> EvalMaster:
         check_evaluation_data(self.data)
-        check_evaluation_sampling(self.eval, self.policy.generation)
+        check_asked(self.eval, self.policy.generation)
         for key, dataset in self.data.sections("validation"):
             _check_environment(key, dataset, self.env)
         return self
@@ -184,9 +222,14 @@ class EvalMaster(_Loaded):
 
 def _check_environment(key: str, dataset: DatasetConfig, env: EnvConfig) -> None:
     """The dataset at this key names an environment that exists."""
+    if (problem := _environment_problem(key, dataset, env)) is not None:
+        raise ValueError(problem)
+
+
+def _environment_problem(key: str, dataset: DatasetConfig, env: EnvConfig) -> str | None:
     if dataset.env_name in env.names:
-        return
-    raise ValueError(
+        return None
+    return (
         f"{key}.env_name={dataset.env_name!r}: no environment scores these completions. "
         f"{did_you_mean(dataset.env_name or '', env.names)}"
         f"Choose one of {', '.join(env.names)}, or add your own: env.NAME.reward_function=FILE.py:FUNCTION."

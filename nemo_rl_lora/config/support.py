@@ -27,8 +27,20 @@ def check_runnable(config: MasterConfig) -> list[str]:
         *cluster_problems(config),
         *_world_problems(config),
         *engine_problems(config.policy.generation),
+        *_evaluation_problems(config),
         *(_ahead_problems(config) if isinstance(config, GrpoMaster) else []),
         *unused_key_problems(config),
+    ]
+
+
+def _evaluation_problems(config: MasterConfig) -> list[str]:
+    """Why this engine cannot be asked by evaluations."""
+    generation = config.policy.generation
+    if not config.evaluate or generation is None or generation.backend != "replay":
+        return []
+    return [
+        f"policy.generation.backend='replay': it has its file's completions and no model, and evaluate asks the policy "
+        f"(evaluate.0.name={config.evaluate[0].name!r}). Choose another, or remove evaluate."
     ]
 
 

@@ -19,6 +19,7 @@ from nemo_rl_lora.config.tree import lookup
 
 _PROCESS_KEYS = ("max_generation_failures", "timeout_seconds")
 _VLLM_KEYS = ("vllm_cfg", "vllm_kwargs", *_PROCESS_KEYS)
+_ROLLOUT_KEYS = ("temperature", "top_p", "top_k", "val_temperature", "val_top_p", "val_top_k", "parity")
 _WHOLE_FILE = 5  # keys in one unused block: more look like a file that has every key
 
 
@@ -54,6 +55,7 @@ def _unused(config: MasterConfig) -> Iterator[tuple[list[str], str]]:
         yield [native], f"the adapter is that of {UnifiedLora.KEY}. Set it there."
     else:
         yield [UnifiedLora.KEY], f"the adapter is that of {native}. Set it there."
+    yield from _unused_without_rollouts(config)
     generation = policy.generation
     engine = None if generation is None else chosen_engine(generation.backend)[0]
     if generation is not None and engine != "in_process":
@@ -72,6 +74,20 @@ def _unused(config: MasterConfig) -> Iterator[tuple[list[str], str]]:
             [f"policy.generation.{key}" for key in _PROCESS_KEYS],
             "the engine runs in the trainer's process (policy.generation.colocated.enabled=true). Remove the change.",
         )
+
+
+def _unused_without_rollouts(config: MasterConfig) -> Iterator[tuple[list[str], str]]:
+    """Of an algorithm that samples only to evaluate, or not at all."""
+    name = config.algorithm.upper()
+    if config.algorithm == "grpo":
+        return
+    if not config.evaluate:
+        yield ["env"], f"{name} scores nothing without `evaluate`. Remove it."
+    yield (
+        [f"policy.generation.{key}" for key in _ROLLOUT_KEYS],
+        f"{name} samples for `evaluate` alone, whose entries have temperature, top_p and top_k of their own. Remove "
+        "the change.",
+    )
 
 
 def _has_adapter_in_a_phase(config: MasterConfig) -> bool:

@@ -27,7 +27,7 @@ def load_conversation_sets(
     """Training sets and validation sets: what is held out of training, then `data.validation`'s. `seed` is that of
     the order in which rows are drawn."""
     data = config.data
-    refuse_grpo_keys(data, "SFT", "cuts the end of a row that is too long")
+    refuse_grpo_keys(config, "SFT", "cuts the end of a row that is too long")
     rules = token_rules(data, tokenizer, only_final=only_unmask_final, max_length=longest_row(config))
 
     def read_set(section: DatasetConfig, key: str) -> ConversationSet:

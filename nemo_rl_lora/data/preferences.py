@@ -42,7 +42,7 @@ def load_preference_sets(
     the order in which pairs are drawn."""
     data = config.data
     refuse_sft_keys(data, "DPO", keys=("add_bos",))
-    refuse_grpo_keys(data, "DPO", "leaves pairs that are too long out")
+    refuse_grpo_keys(config, "DPO", "leaves pairs that are too long out")
     eos_id = special_id(tokenizer, "eos") if data.add_eos else None
     ends = end_ids(tokenizer)
 

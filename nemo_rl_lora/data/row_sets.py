@@ -165,9 +165,11 @@ def refuse_sft_keys(data: DataConfig, algorithm: str, keys: Sequence[str] = ("ad
         )
 
 
-def refuse_grpo_keys(data: DataConfig, algorithm: str, what_is_done: str) -> None:
-    """ValueError for keys that have a meaning in GRPO only; `what_is_done` with rows that are too long."""
-    if data.on_long_prompt != "error":
+def refuse_grpo_keys(config: RunConfig, algorithm: str, what_is_done: str) -> None:
+    """ValueError for keys that have a meaning for prompts only, which SFT and DPO have in evaluations alone;
+    `what_is_done` with rows that are too long."""
+    data, has_prompts = config.data, isinstance(config, MasterConfig) and bool(config.evaluate)
+    if data.on_long_prompt != "error" and not has_prompts:
         raise ValueError(f"data.on_long_prompt={data.on_long_prompt!r}: {algorithm} {what_is_done}. Remove it.")
     for key, section in [*data.sections("train"), *data.sections("validation")]:
         if section.env_name is not None:

@@ -47,8 +47,7 @@ def main(arguments: argparse.Namespace) -> int:
         logger.warning(note)
     directory = None if config.eval.save_path is None else Path(config.eval.save_path)
     with running(directory, config) as stop, contextlib.ExitStack() as cleanup:
-        for environment in task.environments.values():
-            cleanup.callback(environment.close)
+        cleanup.callback(task.close)
         files = ResultFiles(directory, resolved_yaml(config)) if directory is not None else None
         if files is not None:
             cleanup.callback(files.close)
@@ -140,14 +139,9 @@ def print_plan(checked: CheckedEvaluation, console: EvaluationConsole) -> None:
     from nemo_rl_lora.run.console import figure_table
 
     policy, task = checked.config.policy, checked.task
-    sampling = task.params.sampling
-    how = "greedy" if sampling.temperature == 0 else f"at temperature {sampling.temperature:g}"
     console.say(f"Evaluation on {policy.model_name} ({checked.architecture}), {policy.precision}")
     console.say(f"Model: {checked.source.description}")
-    console.say(
-        f"Asked: {len(task.prompts)} prompts, {task.num_completions} completion(s) each, {how}, of at most "
-        f"{sampling.max_new_tokens} tokens; scored by {', '.join(task.environments)}"
-    )
+    console.say(f"Asked: {task.describe()}")
     rows = []
     for candidate in checked.candidates:
         figures = ("-", "-", "-", "-")

@@ -21,11 +21,9 @@ from nemo_rl_lora.config.data import DatasetConfig
 from nemo_rl_lora.config.engine_rules import graph_problems
 from nemo_rl_lora.config.evaluation import EvalConfig, EvalPolicy
 from nemo_rl_lora.config.master import EvalMaster
-from nemo_rl_lora.data.prompts import load_prompts
-from nemo_rl_lora.environments.registry import check_prompts, make_environments
-from nemo_rl_lora.evaluation.ask import RolloutParams, validation_sampling
+from nemo_rl_lora.evaluation.ask import validation_sampling
 from nemo_rl_lora.evaluation.report import refuse_existing_results
-from nemo_rl_lora.evaluation.results import Task
+from nemo_rl_lora.evaluation.task import Task, load_task
 from nemo_rl_lora.generation.in_process.engine import InProcessGeneration
 from nemo_rl_lora.generation.protocol import Generation
 from nemo_rl_lora.generation.sync_mode import mode_of_finished
@@ -91,7 +89,17 @@ def check_evaluation(config: EvalMaster, *, weights: bool) -> CheckedEvaluation:
     check_base(policy, source, model, partial=True)
     tokenizer = tokenizer_of(policy, source, model)
     candidates, notes = _candidates(config.eval, source, shapes, tokenizer)
-    task = _task(config, tokenizer)
+    section, engine = config.data.validation, policy.generation
+    assert isinstance(section, DatasetConfig), "checked by EvalMaster"
+    task = load_task(
+        section,
+        "data.validation",
+        tokenizer,
+        config=config,
+        asked=settings,
+        engine=engine,
+        sampling=validation_sampling(engine),
+    )
     if weights:
         source = resolve_model(policy.model_name)
         check_base(policy, source, model, partial=False)
@@ -113,28 +121,6 @@ def _refuse_more_than_the_model_sees(policy: EvalPolicy, shapes: ModelShapes) ->
             f"policy.max_total_sequence_length={policy.max_total_sequence_length}: {policy.model_name} has {positions} "
             f"positions. Set it to {positions} or less."
         )
-
-
-def _task(config: EvalMaster, tokenizer: Any) -> Task:
-    settings, engine, section = config.eval, config.policy.generation, config.data.validation
-    assert isinstance(section, DatasetConfig), "checked by EvalMaster"
-    prompts = load_prompts(section, tokenizer, config=config, key="data.validation")
-    environments = make_environments(prompts.environment_names, config.env)
-    check_prompts(environments, prompts.unencoded())
-    params = RolloutParams(
-        num_completions=settings.num_tests_per_prompt,
-        sampling=validation_sampling(engine),
-        max_sequence_length=config.policy.max_total_sequence_length,
-        seed=settings.seed,
-        purpose="evaluation",
-    )
-    return Task(
-        prompts=prompts[: settings.max_num_prompts],
-        environments=environments,
-        params=params,
-        # twice what is decoded at once: rows that end early make room for others
-        num_prompts_at_once=max(1, 2 * engine.max_concurrent_sequences // settings.num_tests_per_prompt),
-    )
 
 
 def _candidates(

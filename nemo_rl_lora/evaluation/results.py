@@ -10,27 +10,12 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from nemo_rl_lora.environments.protocol import Environment
-from nemo_rl_lora.evaluation.ask import RolloutParams, ask, group_requests, total_counts
+from nemo_rl_lora.evaluation.ask import ask, group_requests, total_counts
 from nemo_rl_lora.evaluation.estimates import Estimate, estimate, pass_at_k
+from nemo_rl_lora.evaluation.task import Task
 from nemo_rl_lora.generation.protocol import Generation
 from nemo_rl_lora.run.metrics import Stopwatch
-from nemo_rl_lora.types import GroupRequest, Prompt, RolloutGroup
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """What every model is asked."""
-
-    prompts: Sequence[Prompt]  # [P]
-    environments: Mapping[str, Environment]
-    params: RolloutParams
-    num_prompts_at_once: int
-
-    @property
-    def num_completions(self) -> int:
-        """Of each prompt: G."""
-        return self.params.num_completions
+from nemo_rl_lora.types import GroupRequest, RolloutGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

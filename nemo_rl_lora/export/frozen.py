@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from nemo_rl_lora.export.inputs import BASE_FILES, known_files
 from nemo_rl_lora.tensors import (
@@ -24,7 +23,7 @@ from nemo_rl_lora.tensors import (
 )
 
 
-def write_frozen(source: Path, tokenizer: Path, target: Path, dtype: str) -> Mapping[str, Any]:
+def write_frozen(source: Path, tokenizer: Path, target: Path, dtype: str) -> Mapping[str, float]:
     """Fill an empty directory with the model of another one, each weight rounded once to `dtype`, and a tokenizer. What
     the rounding changed: the largest difference, and its L2 norm relative to that of the weights."""
     tensors = stored_tensors(source)

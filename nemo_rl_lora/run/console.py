@@ -36,8 +36,8 @@ _SHOWN_TEXT = 600
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyMetric:
-    """A metric worth watching. `split` is "train" or "validation"; without a direction there is no best
-    value."""
+    """A metric worth watching. `split` is "train", "validation" or "evaluation"; without a direction there is no
+    best value."""
 
     name: str
     split: str = "train"
@@ -167,6 +167,10 @@ class TrainingConsole(LiveConsole):
         took = f"{seconds:.1f} s" if seconds is not None else ""
         self._line(f"validation at step {step}", "validation", step, metrics, (took,))
 
+    def evaluation(self, name: str, step: int, metrics: Mapping[str, float], *, seconds: float) -> None:
+        """Show an evaluation."""
+        self._line(f"evaluation {name} at step {step}", "evaluation", step, metrics, (f"{seconds:.1f} s",))
+
     def samples(self, samples: Sequence[RolloutSample]) -> None:
         """Show completions to read, cut to a screenful."""
         for sample in samples:
@@ -214,7 +218,7 @@ class TrainingConsole(LiveConsole):
             self._history.setdefault((split, metric.name), []).append((step, value))
             parts.append(f"{metric.title} {format_value(value)}")
         parts += [text for text in tail if text]
-        text = Text("  ".join(parts), style="bold" if split == "validation" else "")
+        text = Text("  ".join(parts), style="" if split == "train" else "bold")
         self.console.print(text, soft_wrap=not self.console.is_terminal)
 
     def _remaining_text(self) -> str:

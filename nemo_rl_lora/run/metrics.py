@@ -38,7 +38,8 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 ROLLOUTS_FILE = "rollouts.md"
 RUN_LOG_FILE = "run.log"
-Split = Literal["train", "validation", "phase", "checkpoint", "restart", "ray"]  # "ray": machines, as in NeMo RL
+# "ray": the machines, under NeMo RL's name
+Split = Literal["train", "validation", "evaluation", "checkpoint", "phase", "restart", "ray"]
 TIMING = "timing/"
 
 _EXPERIMENT = re.compile(r"exp_(\d+)")

@@ -310,7 +310,7 @@ def _made_line(made: Mapping[str, Any]) -> str:
     return ""
 
 
-def _make_base(at_end: AtEnd, step: Path, start: PhaseStart, target: Path) -> dict[str, float]:
+def _make_base(at_end: AtEnd, step: Path, start: PhaseStart, target: Path) -> Mapping[str, float]:
     """The directory that the next phase builds on; what rounding did, as numbers. Replaces one that this product made.
 
     ValueError where the name is taken by anything else.
@@ -340,7 +340,7 @@ def _make_base(at_end: AtEnd, step: Path, start: PhaseStart, target: Path) -> di
     return found
 
 
-def _merged(step: Path, base: Path, target: Path, dtype: str) -> dict[str, float]:
+def _merged(step: Path, base: Path, target: Path, dtype: str) -> Mapping[str, float]:
     """A step's adapter merged into its base: in fp32, rounded once, read back."""
     request = ExportRequest(adapter=step, output=target, base_directory=base, dtype=dtype)
     (made,) = export(request)

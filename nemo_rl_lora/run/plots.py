@@ -30,7 +30,7 @@ Curve = tuple[list[int], list[float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """A plot of the metrics named `train/<name>` or `validation/<name>` that the run has."""
+    """A plot of the metrics named `train/<name>`, `validation/<name>` or `evaluation/<name>` that the run has."""
 
     title: str
     names: tuple[str, ...]
@@ -58,7 +58,7 @@ def draw_curves(log_directory: Path) -> Path | None:
 
     lines = read_metrics(log_directory)
     curves = curves_of(lines)
-    panels = [panel for panel in PANELS if any(name in curves for name in panel.names)]
+    panels = [panel for panel in (*PANELS, _evaluations(curves)) if any(name in curves for name in panel.names)]
     timings = _timings(curves)
     num_panels = len(panels) + bool(timings)
     if num_panels == 0:
@@ -79,6 +79,12 @@ def draw_curves(log_directory: Path) -> Path | None:
     unfinished = path.with_name(f".{CURVES_FILE}")
     figure.savefig(unfinished, dpi=120, format="png")
     return unfinished.replace(path)
+
+
+def _evaluations(curves: Mapping[str, Curve]) -> Panel:
+    """Of as many evaluations as there are colors."""
+    names = [name for name in curves if name.startswith("evaluation/") and name.endswith("/accuracy")]
+    return Panel(title="Accuracy of evaluations", names=tuple(names[: len(_COLORS)]))
 
 
 def curves_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
@@ -119,8 +125,9 @@ def _draw_panel(ax: Axes, panel: Panel, curves: Mapping[str, Curve]) -> None:
         split, metric = name.split("/", 1)
         if panel.log_scale:
             values = [value if value > 0 else math.nan for value in values]
-        if split == "validation":
-            ax.plot(steps, values, "o-", color=color, markersize=5, linewidth=1.5, label=f"{metric} (validation)")
+        if split != "train":
+            label = metric if split == "evaluation" else f"{metric} ({split})"
+            ax.plot(steps, values, "o-", color=color, markersize=5, linewidth=1.5, label=label)
         elif len(values) >= _SMOOTHED_FROM and not panel.log_scale:
             ax.plot(steps, values, color=color, alpha=0.25, linewidth=1)
             ax.plot(steps, smoothed(values), color=color, linewidth=2, label=metric)

@@ -33,6 +33,7 @@ from nemo_rl_lora.config.optimizer_settings import AdamSettings, adam_settings, 
 from nemo_rl_lora.config.support import check_runnable, phase_problems
 from nemo_rl_lora.data.chat import reads_clock, stop_clock
 from nemo_rl_lora.data.loader import RowLoader
+from nemo_rl_lora.evaluation.during_run import Evaluations, load_evaluations
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.models.load import described_model
 from nemo_rl_lora.models.source import ModelSource, base_digest, resolve_model
@@ -129,11 +130,35 @@ class Start:
     def _loaded(self) -> RowLoader[Any] | ValueError:
         """The rows, read and checked once; why they cannot be used, where that is so."""
         try:
-            if self.clock is not None:
-                stop_clock(self.tokenizer, self.clock)
-            return self.algorithm.load_data(self.tokenizer)
+            return self.algorithm.load_data(self._stopped_tokenizer)
         except ValueError as error:
             return error
+
+    @cached_property
+    def _stopped_tokenizer(self) -> Any:
+        """The tokenizer, which from here on writes the time of the run's start."""
+        if self.clock is not None:
+            stop_clock(self.tokenizer, self.clock)
+        return self.tokenizer
+
+    @property
+    def evaluations(self) -> Evaluations:
+        if isinstance(self._loaded_evaluations, ValueError):
+            raise self._loaded_evaluations
+        return self._loaded_evaluations
+
+    @cached_property
+    def _loaded_evaluations(self) -> Evaluations | ValueError:
+        """`evaluate`, its rows read and checked once; why they cannot be asked, where that is so."""
+        try:
+            return load_evaluations(self.config, self._stopped_tokenizer)
+        except ValueError as error:
+            return error
+
+    @property
+    def reward_digests(self) -> dict[str, str]:
+        """Of the user's code that scores, by the key that names it."""
+        return self.algorithm.reward_digests() | self.evaluations.reward_digests()
 
     @property
     def num_steps(self) -> int:
@@ -253,6 +278,21 @@ def _token_budget(start: Start) -> str:
     return f"; {start.config.algorithm}.max_num_tokens={tokens} is reached at {when}, of {start.num_steps} at most"
 
 
+def _evaluations(start: Start) -> str | None:
+    """Every prompt has to leave room for a completion among the model's positions."""
+    positions = getattr(start.model.config.get_text_config(), "max_position_embeddings", None)
+    problems = [
+        f"evaluate.{number}.data.dataset_name={evaluation.settings.data.dataset_name!r}: a prompt has {longest} "
+        f"tokens, and the model {positions} positions (max_position_embeddings). Set data.on_long_prompt=drop and "
+        f"policy.max_total_sequence_length={positions} or less, or give other data."
+        for number, evaluation in enumerate(start.evaluations)
+        if positions is not None and (longest := evaluation.task.longest_prompt) >= positions
+    ]
+    if problems:
+        raise together(problems)
+    return "; ".join(evaluation.describe() for evaluation in start.evaluations) or None
+
+
 def _validation(start: Start) -> None:
     """What steps are ranked by, and what ends a run early, has to be measured."""
     config, loop = start.config, start.algorithm.loop
@@ -271,8 +311,24 @@ def _validation(start: Start) -> None:
             known = f"{did_you_mean(name, measured)}Validation measures {', '.join(measured)}."
             remedy = known if measured else f"Set data.validation and {config.algorithm}.val_period, or leave it out."
             problems.append(f"{key}={value!r}: no validation of this run measures it. {remedy}")
+    problems += _ranked_by_evaluation(start)
     if problems:
         raise together(problems)
+
+
+def _ranked_by_evaluation(start: Start) -> list[str]:
+    """Why steps cannot be ranked by the evaluation that is named."""
+    checkpointing, key = start.config.checkpointing, "checkpointing.metric_name"
+    ranked_by, direction = checkpointing.metric_name or "", "checkpointing.higher_is_better"
+    if not ranked_by.startswith("eval:"):
+        return []
+    name, measured = ranked_by.removeprefix("eval:"), start.evaluations.metric_names
+    if name in measured:
+        is_inherited = not checkpointing.higher_is_better and not start.config.is_set(direction)
+        return [f"{direction}=False: is inherited, for another metric. Say it for {ranked_by}."] * is_inherited
+    known = f"{did_you_mean(name, measured)}Evaluations measure {', '.join(measured)}."
+    remedy = known if measured else "Add one to `evaluate`, or name another metric."
+    return [f"{key}={ranked_by!r}: no evaluation of this run measures it. {remedy}"]
 
 
 def _directories(start: Start) -> str:
@@ -298,7 +354,7 @@ def _resume(start: Start) -> str | None:
         start.checkpointer.refuse_other_base(resume, start.base_digest)
     num_rows = start.loader.state()["num_rows"]
     start.checkpointer.refuse_other_data(resume, start.algorithm.data_digests(), num_rows, go_on=go_on)
-    start.checkpointer.say_other_rewards(resume, start.algorithm.reward_digests())
+    start.checkpointer.say_other_rewards(resume, start.reward_digests)
     return f"the run continues after step {resume.step}, from {resume.path}"
 
 
@@ -311,6 +367,7 @@ PREFLIGHT: tuple[tuple[str, Callable[[Start], str | None]], ...] = (
     ("positions", _positions),
     ("rank", _rank),
     ("data", _data),
+    ("evaluations", _evaluations),
     ("validation", _validation),
     ("directories", _directories),
     ("saved files", _saved_files),

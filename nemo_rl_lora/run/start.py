@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from nemo_rl_lora.algorithms.algorithm import Run
+from nemo_rl_lora.algorithms.served import ServedPolicy
 from nemo_rl_lora.checkpoints.record import TrainingInfo
 from nemo_rl_lora.config.cluster import joins_ray
 from nemo_rl_lora.config.cluster_rules import refuse_missing_env_vars
@@ -50,6 +51,7 @@ def build_run(start: Start, log: RunLog, cleanup: ExitStack) -> Run:
     """Load the weights, and attach the algorithm to its run. What has to be closed is registered with `cleanup`."""
     config, engine, algorithm = start.config, start.config.policy.generation, start.algorithm
     cleanup.callback(algorithm.close)
+    cleanup.callback(start.evaluations.close)
     cleanup.enter_context(deterministic_algorithms(config.policy.deterministic))
     processes = _engine_processes(start, engine, cleanup)
     try:
@@ -62,18 +64,20 @@ def build_run(start: Start, log: RunLog, cleanup: ExitStack) -> Run:
     console = TrainingConsole(
         title=f"{config.algorithm.upper()} {config.policy.model_name}{part}",
         num_steps=begin + (start.num_steps if phase is None else expected_steps(start)[0]),
-        metrics=algorithm.key_metrics,
+        metrics=(*algorithm.key_metrics, *start.evaluations.key_metrics),
         first_step=begin if start.resume is None else start.resume.step,
     )
-    generation, sync = (None, None) if engine is None else _build_generation(start, policy, engine, processes)
-    if generation is not None:
+    served = generation = choice = None
+    if engine is not None:
+        generation, choice = _build_generation(start, policy, engine, processes)
         cleanup.callback(generation.close)
-    train_tokens = settle_train_tokens(start, policy, generation, sync)
+        served = ServedPolicy(policy, generation, choice)
+    train_tokens = settle_train_tokens(start, policy, generation, choice)
     run = Run(
         config=config,
         policy=policy,
-        generation=generation,
-        sync=sync,
+        served=served,
+        evaluations=start.evaluations,
         loader=start.loader,
         tokenizer=start.tokenizer,
         num_steps=start.num_steps,
@@ -119,7 +123,7 @@ def _origin(start: Start) -> TrainingInfo:
         spec=None if start.spec is None else asdict(start.spec),
         initial_adapter=initial_adapter,
         data_digests=start.algorithm.data_digests(),
-        reward_digests=start.algorithm.reward_digests(),
+        reward_digests=start.reward_digests,
         clock=start.clock,
         phase_begin=None if start.phase is None else asdict(start.phase.begin),
     )

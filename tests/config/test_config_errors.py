@@ -12,7 +12,7 @@ QUICK = CONFIG_DIR / "quickstart" / "grpo.yaml"
 OVERRIDES = {
     "grpo.sed=3": "grpo.sed=3: unknown key. Did you mean 'seed'? Keys of grpo: ",
     "train_micro_batch_size=4": "train_micro_batch_size=4: unknown key. Did you mean 'policy.train_micro_batch_size'? "
-    "Keys of the top level: checkpointing, cluster, data, env, grpo, logger, loss_fn, policy.",
+    "Keys of the top level: checkpointing, cluster, data, env, evaluate, grpo, logger, loss_fn, policy.",
     "+cluster.gpu_per_node=1": "cluster.gpu_per_node=1: unknown key. Did you mean 'gpus_per_node'? Keys of cluster: "
     "gpus_per_node, max_restarts, num_nodes, ",
     "policy.lora.dim.x=3": "policy.lora.dim.x=3: unknown key. Keys of policy.lora.dim: none.",

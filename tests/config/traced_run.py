@@ -84,7 +84,7 @@ def traced_run(
     )
     with pytest.MonkeyPatch.context() as patch, reads.recording():
         patch.setattr(drivers, "load_config", load_and_watch)
-        patch.setattr("nemo_rl_lora.run.console.setup_logging", lambda *_: None)  # pytest has its own handlers
+        patch.setattr("nemo_rl_lora.run.console.setup_logging", lambda *_, **__: None)  # pytest has its own handlers
         return drivers.main(arguments)
 
 
