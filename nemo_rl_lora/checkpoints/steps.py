@@ -281,7 +281,7 @@ class Checkpointer:
         assert self._config.enabled, "save() with checkpointing.enabled=false"
         final = self._directory / f"{STEP_PREFIX}{info.step}"
         temporary = self._directory / f"{TMP_PREFIX}{STEP_PREFIX}{info.step}"
-        self._set_aside_other_steps()
+        self.set_aside_other_steps()
         logger.info(f"saving {final}")
         try:
             temporary = make_unfinished(temporary)
@@ -343,8 +343,8 @@ class Checkpointer:
             "here (the old steps are set aside)."
         )
 
-    def _set_aside_other_steps(self) -> None:
-        """Before the first save: the steps that are not this run's past go out of its way."""
+    def set_aside_other_steps(self) -> None:
+        """Before the first save: the steps that are not this run's past go out of its way, and what its phases made."""
         if self._set_aside_done:
             return
         self._set_aside_done = True

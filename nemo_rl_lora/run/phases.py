@@ -148,7 +148,9 @@ class PhaseStart(Start):
         """The phase is that of a step of the run. ValueError where what it builds on is gone."""
         self._begin = PhaseBegin(**(point.info.phase_begin or asdict(self._begin)))
         if self._begin.base is not None:
-            self._build_on(_base_beside(point, self._begin.base))
+            base = _base_beside(point, self._begin.base)
+            self._begin = replace(self._begin, base=os.path.relpath(base, self._directory))  # of a run elsewhere, too
+            self._build_on(base)
 
     def follow(self, before: PhaseStart, step: int, counters: Mapping[str, float], at: Path, base: str | None) -> None:
         """The phase comes after another, which ended with this step, saved here. `base`: what the crossing made."""
@@ -167,10 +169,15 @@ class PhaseStart(Start):
         if base is None:
             self._goes_on_from = at / "policy"
         if self._begin.base is not None:
-            self._build_on(at.parent / self._begin.base / PHASE_WEIGHTS)
+            self._build_on(self._directory / self._begin.base)
 
-    def _build_on(self, weights: Path) -> None:
+    @property
+    def _directory(self) -> Path:
+        return Path(self.config.checkpointing.checkpoint_dir)
+
+    def _build_on(self, base: Path) -> None:
         """In place of the run's own model."""
+        weights = base / PHASE_WEIGHTS
         self.source = replace(resolve_model(str(weights), "sft.phases"), description=f"{weights}, made by this run")
         self.__dict__.pop("base_digest", None)
 
@@ -254,7 +261,8 @@ class Crossing:
         if at_end != "nothing":
             base = f"{PHASE_BASE_PREFIX}{self._next.index + 1}"
             logger.info(f"{start.name} ends after step {step}: {base} is made ({at_end})")
-            self._made = _make_base(at_end, saved, start, saved.parent / base)
+            start.checkpointer.set_aside_other_steps()
+            self._made = _make_base(at_end, saved, start, Path(start.config.checkpointing.checkpoint_dir) / base)
         self._next.follow(start, step, self._result.counters, saved, base)
         return self._next
 
@@ -351,10 +359,10 @@ def _merged(step: Path, base: Path, target: Path, dtype: str) -> Mapping[str, fl
 
 def _base_beside(point: ResumePoint, name: str) -> Path:
     """What a step's phase builds on, which lies beside the step."""
-    weights = point.path.parent / name / PHASE_WEIGHTS
-    if not (weights.parent / PHASE_RECORD_FILE).is_file():
+    base = point.path.parent / name
+    if not (base / PHASE_RECORD_FILE).is_file():
         raise ValueError(
-            f"checkpointing.load_path={str(point.path)!r}: its phase builds on {weights.parent}, which is not there. "
-            f"Put it back, or continue from a step of an earlier phase."
+            f"checkpointing.load_path={str(point.path)!r}: its phase builds on {base}, which is not there. Put it "
+            f"back, or continue from a step of an earlier phase."
         )
-    return weights
+    return base

@@ -418,6 +418,24 @@ def test_keys_that_phases_leave_without_a_meaning(phased, override, said):
         assert said in " ".join((ended.err + ended.out).split())
 
 
+@pytest.mark.parametrize("step", [2, 3, 5])
+def test_a_run_that_goes_on_elsewhere_leaves_the_first_one_alone(whole, phased, tmp_path, step):
+    """From a step of another directory: at a boundary, and on a base that lies there."""
+    phased.rows = whole.rows
+    first = shutil.copytree(whole.tiny.checkpoints, tmp_path / "first")
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    ended = phased(*ALL, f"checkpointing.load_path={first}/step_{step}")
+    assert ended.code == 0, ended.err
+    assert same(adapter(phased.tiny.checkpoints / "step_6"), adapter(first / "step_6"))
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
+    ended = run_command(
+        "export", f"--adapter-ckpt={phased.tiny.checkpoints}/step_6", f"--hf-ckpt-path={tmp_path}/merged"
+    )
+    assert ended.code == 0, ended.err
+    again = phased(*ALL)
+    assert (again.code, "is finished" in again.out) == (0, True)
+
+
 def test_other_phases_are_another_run(whole, phased):
     phased.with_steps_until(whole, 3, bases_of=2)
     ended = phased(ALL[0].replace("steps: 2, at_end", "steps: 3, at_end"), *ALL[1:])
