@@ -14,7 +14,15 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = ("compare.py", "grpo_learning.py", "grpo_profile.py", "grpo_step_ours.py", "grpo_step_trl.py")
-OTHERS = ("gpu_speed.py", "memory_growth.py", "merge.py", "processes.py", "tuning_ours.py", "tuning_trl.py")
+OTHERS = (
+    "gpu_speed.py",
+    "memory_growth.py",
+    "merge.py",
+    "phases.py",
+    "processes.py",
+    "tuning_ours.py",
+    "tuning_trl.py",
+)
 
 
 @pytest.fixture
@@ -51,6 +59,22 @@ def test_a_script_shows_its_help_without_importing_torch(script):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+
+
+def test_arms_of_phases_have_equal_tokens(load):
+    phases = load("phases")
+    assert phases.length_of("phases", 100) == ["sft.phases.0.tokens=50", "sft.phases.1.tokens=50"]
+    assert "train: full, tokens: 100, lr: 5e-05" in phases.length_of("full", 100)[0]
+    lines = [
+        {"split": "validation", "val_loss": 2.0},
+        {"split": "train", "total_num_tokens": 30.0},
+        {"split": "train", "total_num_tokens": 20.0},
+        {"split": "validation", "val_loss": 1.0},
+    ]
+    curve = phases.curve_of(lines)
+    assert curve == {0: 2.0, 50: 1.0}
+    found = phases.summary({arm: [curve, {0: 2.0, 50: 3.0}] for arm in phases.COLORS})
+    assert (found["start"], found["lora"]["mean"], found["lora"]["runs"]) == (2.0, 2.0, [1.0, 3.0])
 
 
 def test_questions_are_those_of_every_run(load):
