@@ -1,8 +1,8 @@
 """All weights and then an adapter, beside an adapter alone and all weights alone, on GSM8K at equal tokens.
 
 Each arm is the driver's own command (examples/configs/quickstart/sft_phases.yaml) with one seed; the arms that have one
-phase have the tokens of both. Runs that DIRECTORY already has are not made again. Writes curves.png there; ends with one
-line of JSON.
+phase have the tokens of both. Runs that DIRECTORY has already are not made again. Writes curves.png there; ends with
+one line of JSON.
 """
 
 from __future__ import annotations
