@@ -285,6 +285,8 @@ class TrainingLoop:
         self._step = resume.step
         self._counters |= resume.info.counters
         self._newest = dict(resume.info.metrics)
+        if any(name.startswith("val:") for name in self._newest):
+            self._validated_step = resume.step
 
     def _begin_phase(self, phase: Phase) -> None:
         """A phase that begins now, after others or as the first."""

@@ -98,6 +98,7 @@ _ENVIRONMENT = ("num_workers", "concurrency", "timeout_seconds", "on_failure")
 # What may differ between a run and its continuation: exact dotted keys, where NAME is any, and whole sections.
 FREE_KEYS = (
     frozenset(f"{driver}.{key}" for driver in ("sft", "dpo", "grpo") for key in _PERIODS)
+    | {"sft.max_phase_loss_shift"}
     | frozenset(f"checkpointing.{key}" for key in (*_RETENTION, *_PLACES))
     | frozenset(f"data.{key}" for key in _DATA)
     | frozenset(f"env.NAME.{key}" for key in _ENVIRONMENT)

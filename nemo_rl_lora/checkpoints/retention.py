@@ -6,12 +6,13 @@ set aside is kept.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_rl_lora.checkpoints.durable_files import read_json_file, remove_whole
+from nemo_rl_lora.checkpoints.durable_files import DamagedError, read_json_file, remove_whole
 from nemo_rl_lora.checkpoints.record import PHASE_BASE_PREFIX, PHASE_RECORD_FILE, TrainingInfo, read_info
 from nemo_rl_lora.config.checkpointing import CheckpointingConfig
 
@@ -49,21 +50,36 @@ def prune(steps: Steps, config: CheckpointingConfig) -> None:
             logger.info(f"removed {step[1]} (checkpointing.keep_top_k={keep})")
 
 
+def base_beside(step: Path, name: str | None = None) -> Path | None:
+    """What a step's phase builds on: beside the step, or, where that was set aside, beside the run's own steps. `name`:
+    None to read it from the step's record. None where there is none, or where it is gone."""
+    if name is None:
+        with contextlib.suppress(DamagedError, ValueError):
+            name = (read_info(step).phase_begin or {}).get("base")
+    places = [] if name is None else [step.absolute().parent / name, step.absolute().parent.parent / name]
+    return next((place.resolve() for place in places if (place / PHASE_RECORD_FILE).is_file()), None)
+
+
 def bases_of(directory: Path) -> dict[Path, int]:
     """The directories of a run that its phases build on, with the step that each was made from."""
     found = {}
     for path in directory.glob(f"{PHASE_BASE_PREFIX}*"):
-        if (path / PHASE_RECORD_FILE).is_file() and not path.is_symlink():
+        if path.is_symlink() or not (path / PHASE_RECORD_FILE).is_file():
+            continue
+        with contextlib.suppress(DamagedError, KeyError, TypeError, ValueError):  # it is left alone
             found[path] = int(read_json_file(path, PHASE_RECORD_FILE)["step"])
     return found
 
 
 def prune_bases(directory: Path, steps: Steps) -> None:
-    """Remove what no step that is kept builds on, of which the newest is one of the phase that trains."""
+    """Remove what no step that is kept, or was set aside, builds on. The newest step is of the phase that trains."""
     bases = bases_of(directory)
-    builds_on = {(read_info(path).phase_begin or {}).get("base") for _, path in steps} if bases else set()
+    if not bases:
+        return
+    aside = list(directory.glob(f"{SET_ASIDE_PREFIX}*/step_*"))
+    kept = {base for path in (*(path for _, path in steps), *aside) if (base := base_beside(path)) is not None}
     for path in bases:
-        if path.name not in builds_on:
+        if path.resolve() not in kept:
             remove_whole(path)
             logger.info(f"removed {path}: no step that is kept builds on it")
 

@@ -42,6 +42,7 @@ from nemo_rl_lora.checkpoints.durable_files import (
 from nemo_rl_lora.checkpoints.record import (
     CONFIG_FILE,
     INFO_FILE,
+    PHASE_BASE_PREFIX,
     PhaseBegin,
     TrainingInfo,
     config_differences,
@@ -161,7 +162,8 @@ class Checkpointer:
         self._take_lock()
         for stale in filter(is_unfinished, self._directory.glob(f"{TMP_PREFIX}*")):
             final = stale.with_name(stale.name.removeprefix(_REPLACED_PREFIX))
-            if _step_of(final) is not None and not os.path.lexists(final):
+            is_named = _step_of(final) is not None or final.name.startswith(PHASE_BASE_PREFIX)
+            if stale.name.startswith(_REPLACED_PREFIX) and is_named and not os.path.lexists(final):
                 finish(stale, final)  # the run ended after it took the name away, and before it gave it to the new one
             else:
                 logger.warning(f"removing {stale}, left by a run that ended while it was saving")

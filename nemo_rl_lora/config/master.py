@@ -82,10 +82,16 @@ class MasterConfig(_Loaded):
         """Whether the loss compares with a reference."""
         return False
 
+    @property
+    def starts_with_adapter(self) -> bool:
+        """Whether an adapter is trained from the first step on."""
+        return lora_spec_from_policy(self.policy) is not None
+
     @model_validator(mode="after")
     def _adapter_can_start(self) -> MasterConfig:
-        has_adapter = lora_spec_from_policy(self.policy) is not None
-        check_adapter_start(self.policy.adapter, has_adapter=has_adapter, needs_reference=self.needs_reference)
+        check_adapter_start(
+            self.policy.adapter, has_adapter=self.starts_with_adapter, needs_reference=self.needs_reference
+        )
         return self
 
     @model_validator(mode="after")
@@ -152,6 +158,11 @@ class SftMaster(MasterConfig):
 
     sft: SftConfig = SftConfig()
     """The SFT loop."""
+
+    @property
+    def starts_with_adapter(self) -> bool:
+        phases = self.sft.phases
+        return phases[0].train == "lora" if phases else super().starts_with_adapter
 
 
 class DpoMaster(MasterConfig):

@@ -190,6 +190,11 @@ def schedule_length(phases: Sequence[PhaseConfig], index: int) -> int:
     return sum(phase.length[1] for phase in phases[first : last + 1])
 
 
+def length_before(phases: Sequence[PhaseConfig], index: int) -> int:
+    """Of the schedule that a phase is in, what its earlier phases have, in their unit; 0 where it begins there."""
+    return sum(phase.length[1] for phase in phases[schedule_begin(phases, index) : index])
+
+
 def share_of_peak(phase: PhaseConfig, begin: float, end: float) -> float:
     """What the peak learning rate is multiplied with, in a step that goes from `begin` to `end` of the schedule, both
     shares of its length: warm-up, constant, decay to zero. `phase` is the one in which the schedule began."""

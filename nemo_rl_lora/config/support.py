@@ -60,6 +60,11 @@ def phase_problems(config: MasterConfig) -> list[str]:
             f"policy.adapter.init_from={config.policy.adapter.init_from!r}: the first phase trains all weights, and an "
             "adapter starts from it only where the first phase has one. Remove it, or train=lora in sft.phases.0."
         )
+    if not config.policy.adapter.trainable and len(config.sft.phases) > 1:
+        problems.append(
+            "policy.adapter.trainable=False: only the first phase would be without a learning rate. Remove it, or give "
+            "that phase lr=0."
+        )
     if not config.checkpointing.enabled and len(config.sft.phases) > 1:
         problems.append(
             "checkpointing.enabled=False: what a phase has trained goes to the next one through a checkpoint. Set it "

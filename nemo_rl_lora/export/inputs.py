@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nemo_rl_lora.checkpoints.durable_files import CHECKSUMS_FILE, read_json_file, refuse_damaged
 from nemo_rl_lora.checkpoints.record import CONFIG_FILE, INFO_FILE, PHASE_WEIGHTS, read_config, step_of_adapter
+from nemo_rl_lora.checkpoints.retention import base_beside
 from nemo_rl_lora.lora.files import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -150,8 +151,8 @@ def find_adapter(path: Path) -> AdapterInput:
 def _phase_base(step: Path, info: Mapping[str, Any]) -> Path | None:
     """What earlier phases of a step's run made, where that lies beside it."""
     name = (info.get("phase_begin") or {}).get("base")
-    weights = None if name is None else step.absolute().parent / name / PHASE_WEIGHTS
-    return weights if weights is not None and weights.is_dir() else None
+    base = None if name is None else base_beside(step, name)
+    return None if base is None else base / PHASE_WEIGHTS
 
 
 def open_base(model_name: str | None, base_directory: Path | None, adapter: AdapterInput) -> Base:

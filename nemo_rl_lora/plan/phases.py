@@ -22,6 +22,7 @@ class PhasePlan:
 
     name: str
     plan: Plan
+    first_step: int
     num_steps: int  # expected, by the mean of the rows
     num_tokens: float  # the same
     lr_at: Callable[[float], float]  # of the phase's length, a share from 0 to 1
@@ -67,8 +68,6 @@ def lr_curve(phases: Sequence[PhasePlan], width: int = _WIDTH) -> str:
         cells = "".join(_EIGHTHS[round(8 * min(max(level - row, 0.0), 1.0))] for level in levels)
         label = f"{peak:.1e}" if row == _HEIGHT - 1 else "0" if row == 0 else ""
         lines.append(f"{label:>8} │{cells}".rstrip())
-    marks, steps = "", 0
-    for phase, own in zip(phases, widths, strict=True):
-        marks += f"└{steps} {phase.name}"[:own].ljust(own)
-        steps += phase.num_steps
-    return "\n".join(["Learning rate", *lines, f"{'step':>8} {marks}└{steps}"])
+    marks = [f"└{phase.first_step} {phase.name}"[:own].ljust(own) for phase, own in zip(phases, widths, strict=True)]
+    end = phases[-1].first_step + phases[-1].num_steps
+    return "\n".join(["Learning rate", *lines, f"{'step':>8} {''.join(marks)}└{end}"])

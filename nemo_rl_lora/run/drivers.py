@@ -23,7 +23,7 @@ from nemo_rl_lora.run.control import EXIT_CONFIG, EXIT_OK, STARTED, RunFailedErr
 
 if TYPE_CHECKING:
     from nemo_rl_lora.algorithms.loop import RunResult
-    from nemo_rl_lora.run.phases import Crossing
+    from nemo_rl_lora.run.crossing import Crossing
     from nemo_rl_lora.run.preflight import Start
     from nemo_rl_lora.run.restarts import Restarts
 
@@ -170,13 +170,19 @@ def _train(start: Start, restarts: Restarts, command: str | None) -> RunResult:
                         if crossing is not None:
                             crossing.confirm(run)
                         result = loop.run(stop)
-                        crossing = _crossing(start, result)
+                        goes_on = result.is_complete and bool(start.following)
+                        crossing = _crossing(start, result) if goes_on and not stop.requested else None
+                if crossing is not None:
+                    run = loop = None  # and with them the weights, which the next phase has its own of
+                    start = crossing.make()
+                if goes_on and stop.requested:
+                    result = replace(result, outcome=f"stopped by {stop.signal_name}", is_complete=False)
+                    break
                 if crossing is None:
                     break
-                run = loop = None  # and with them the weights, which the next phase has its own of
-                start = crossing.make()
         except LOSSES as error:
-            lost = restarts.lost(error, start, None if loop is None else loop.step, stop)
+            num_steps = loop.step if loop is not None else None if crossing is None else crossing.step
+            lost = restarts.lost(error, start, num_steps, stop)
             if lost is None:
                 raise
             raise lost from error
@@ -191,12 +197,11 @@ def _train(start: Start, restarts: Restarts, command: str | None) -> RunResult:
     return replace(result, exit_code=stop.exit_code)
 
 
-def _crossing(start: Start, result: RunResult) -> Crossing | None:
-    """From a phase that is over into the next; None where the run ends here."""
-    from nemo_rl_lora.run.phases import Crossing, PhaseStart
+def _crossing(start: Start, result: RunResult) -> Crossing:
+    """From a phase that is over into the next."""
+    from nemo_rl_lora.run.crossing import Crossing
+    from nemo_rl_lora.run.phases import PhaseStart
 
-    if not (result.is_complete and start.following):
-        return None
     assert isinstance(start, PhaseStart), start
     return Crossing(start, result)
 
@@ -223,6 +228,7 @@ def draw_curves_of(log_directory: Path) -> None:
 def show_plan(config: MasterConfig) -> int:
     """Print what the run would do, without loading a weight; 2 where something stops it."""
     from rich.console import Console
+    from rich.text import Text
 
     from nemo_rl_lora.config.support import phase_problems
     from nemo_rl_lora.plan.phases import render_phases
@@ -237,9 +243,9 @@ def show_plan(config: MasterConfig) -> int:
     if phases and not problems:
         console.print(render_phases(phase_plans(phases, plans)))
     for start, plan in zip(starts, plans, strict=True):
-        console.print(*([f"\n{start.label}"] if start.label else []), render_plan(plan), sep="\n")
+        console.print(*([Text(f"\n{start.label}")] if start.label else []), render_plan(plan), sep="\n")
     for problem in phase_problems(config):
-        console.print(f"Stops this run: {problem}", soft_wrap=True)
+        console.print(Text(f"Stops this run: {problem}"), soft_wrap=True)
     return EXIT_CONFIG if problems else EXIT_OK
 
 

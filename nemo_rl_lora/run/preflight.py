@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
@@ -79,6 +79,25 @@ class Start:
     def phase(self) -> Phase | None:
         """What the loop has to know of the phase; None where the run has none."""
         return None
+
+    def named(self, problem: str) -> str:
+        """A problem of this phase, and of no other, as it is said."""
+        return problem
+
+    def check_end(self) -> None:
+        """ValueError where what the end of this phase makes cannot be made."""
+
+    @property
+    def made_bytes(self) -> int:
+        """Of what the end of this phase makes, beside the checkpoints."""
+        return 0
+
+    @property
+    def initial_record(self) -> Mapping[str, str] | None:
+        """What the adapter started from, for checkpoints."""
+        if self.resume is not None:
+            return self.resume.info.initial_adapter
+        return None if self.initial_adapter is None else self.initial_adapter.record
 
     @property
     def adam(self) -> AdamSettings:
@@ -339,7 +358,8 @@ def _directories(start: Start) -> str:
     if start.plan is None:
         start.checkpointer.check(required_bytes=make_plan(start.config).sizes.checkpoint_bytes)
     else:
-        start.checkpointer.prepare(required_bytes=start.plan.sizes.checkpoint_bytes)
+        start.checkpointer.prepare(required_bytes=start.plan.sizes.checkpoint_bytes + start.made_bytes)
+    start.check_end()
     return f"{logger.log_dir} and {checkpointing.checkpoint_dir} can be written"
 
 
@@ -433,10 +453,7 @@ def of_phases(starts: Sequence[Start], problems: Sequence[Sequence[str]]) -> lis
     """What is wrong with each start, with its phase before it, but for what is wrong with all of them."""
     shared = [text for text in problems[0] if all(text in found for found in problems)]
     each = [
-        f"{start.label}{text}"
-        for start, found in zip(starts, problems, strict=True)
-        for text in found
-        if text not in shared
+        start.named(text) for start, found in zip(starts, problems, strict=True) for text in found if text not in shared
     ]
     return [*shared, *each]
 

@@ -55,7 +55,8 @@ class Restarts:
         self._remember(start.checkpointer.saved)
         reason = " ".join(str(error).split())
         if num_steps is not None:
-            reason = f"{reason} {num_steps} of {start.num_steps} steps were complete."
+            of_all = "" if start.phase is not None else f" of {start.num_steps}"
+            reason = f"{reason} {num_steps}{of_all} steps were complete."
         if stop.requested or len(self.lines) == self._max:
             return RunLostError(f"{reason} {self._why_no_restart(stop)} {self._way_on(start)}", starts_again=False)
         line = f"{len(self.lines) + 1} of {self._max}, {self._place(start)}"

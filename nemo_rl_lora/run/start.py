@@ -111,17 +111,13 @@ def _utilization(start: Start, policy: RunPolicy) -> Utilization:
 
 def _origin(start: Start) -> TrainingInfo:
     """What every checkpoint of the run says; a run that continues goes on saying where its adapter came from."""
-    if start.resume is not None:
-        initial_adapter = start.resume.info.initial_adapter
-    else:
-        initial_adapter = None if start.initial_adapter is None else start.initial_adapter.record
     return TrainingInfo(
         step=0,
         phase=start.config.algorithm,
         model_source=start.source.description,
         base_digest=start.base_digest,
         spec=None if start.spec is None else asdict(start.spec),
-        initial_adapter=initial_adapter,
+        initial_adapter=start.initial_record,
         data_digests=start.algorithm.data_digests(),
         reward_digests=start.reward_digests,
         clock=start.clock,

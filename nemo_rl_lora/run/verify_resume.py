@@ -135,7 +135,13 @@ def _find_record(step: Path, steps: range) -> Path:
 
 def _continue(step: Path, last: int, scratch: Path) -> Path:
     """The log directory of a process that goes on from the step until after step `last`."""
-    phase = read_json_file(step, INFO_FILE)["phase"]
+    info = read_json_file(step, INFO_FILE)
+    if info.get("phase_begin") is not None:
+        raise ValueError(
+            f"--checkpoint={str(step)!r}: is a step of a run in phases, which this tool cannot end where it has to. "
+            "Continue a copy of the directory without its later steps, and compare."
+        )
+    phase = info["phase"]
     command = [
         sys.executable,
         "-m",

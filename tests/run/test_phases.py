@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import weakref
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nemo_rl_lora.lora.files import read_moments
-from nemo_rl_lora.run import start
+from nemo_rl_lora.run import crossing, start
 from nemo_rl_lora.seeds import derive_seed
 from tests.driver import Ended, TinyRun, adapter, run_command, run_driver, same, without_seconds
 
@@ -236,6 +238,15 @@ def test_frozen_in_bfloat16_and_merged_in_it(phased, backend):
     assert bounded.code == 1
     assert "sft.max_phase_loss_shift=1e-09: the loss of 12 fixed rows is" in bounded.err
     assert (phased.tiny.root / "b" / "step_2").is_dir()
+    more = run_driver(
+        *shared, "sft.max_phase_loss_shift=1", f"checkpointing.checkpoint_dir={phased.tiny.root}/b", algorithm="sft"
+    )
+    assert more.code == 0, more.err
+    last = [
+        load_file(next(place.glob("step_5/policy/adapter/*.safetensors")))
+        for place in (phased.tiny.checkpoints, phased.tiny.root / "b")
+    ]
+    assert same(*last)
 
 
 def test_the_weights_of_a_phase_are_let_go_before_the_next_ones_are_loaded(phased, monkeypatch):
@@ -282,10 +293,99 @@ def test_what_is_in_the_way_is_left_alone(phased):
     mine.mkdir(parents=True)
     (mine / "notes.txt").write_text("mine")
     ended = phased("sft.phases=[{train: full, steps: 1}, {train: lora, steps: 1}]")
-    assert ended.code == 1
+    assert ended.code == 2
     assert f"{mine} is in the way, and was not made by a run" in ended.err
     assert (mine / "notes.txt").read_text() == "mine"
-    assert phased.tiny.steps() == ["step_1"]
+    assert phased.tiny.steps() == []
+
+
+def test_steps_that_were_set_aside_keep_what_they_build_on(whole, phased, tmp_path):
+    phased.with_steps_until(whole, 6, bases_of=3)
+    ended = phased(*ALL, f"checkpointing.load_path={phased.tiny.checkpoints}/step_3", "checkpointing.keep_top_k=1")
+    assert ended.code == 0, ended.err
+    aside = phased.tiny.checkpoints / "set_aside_001"
+    assert sorted(path.name for path in aside.iterdir()) == ["base_of_phase_3", "step_4", "step_5", "step_6"]
+    here = whole.tiny.checkpoints / "base_of_phase_2"
+    away = here.rename(here.with_name("away"))
+    try:
+        exported = run_command("export", f"--adapter-ckpt={aside}/step_4", f"--hf-ckpt-path={tmp_path}/merged")
+    finally:
+        away.rename(here)
+    assert exported.code == 0, exported.err
+    again = phased(*ALL, f"checkpointing.load_path={aside}/step_4", f"checkpointing.checkpoint_dir={tmp_path}/on")
+    assert again.code == 0, again.err
+    assert same(adapter(tmp_path / "on" / "step_6"), adapter(whole.tiny.checkpoints / "step_6"))
+
+
+def test_what_cannot_be_merged_is_found_before_it_is_trained(phased, tmp_path):
+    model = shutil.copytree(phased.tiny.model, tmp_path / "model")
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    ended = phased(
+        "sft.phases=[{train: lora, steps: 1, at_end: merge}, {train: lora, steps: 1}]", f"policy.model_name={model}"
+    )
+    assert ended.code == 2
+    assert f"policy.model_name='{model}': " in ended.err
+    assert "holds no safetensors file, and a phase whose adapter is merged into it needs one." in ended.err
+
+
+def test_a_full_disk_and_a_signal_at_a_boundary_lose_nothing(whole, phased, monkeypatch):
+    write, what = crossing.write_frozen, []
+
+    def disturbed(*arguments):
+        if what[0] == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        os.kill(os.getpid(), signal.SIGTERM)
+        return write(*arguments)
+
+    monkeypatch.setattr(crossing, "write_frozen", disturbed)
+    phased.rows = whole.rows
+    what[:] = ["full"]
+    ended = phased(*ALL)
+    assert ended.code == 1
+    assert "no space left to make base_of_phase_2, what the next phase builds on. The newest checkpoint" in ended.err
+    what[:] = ["signal"]
+    ended = phased(*ALL)
+    assert ended.code == 128 + signal.SIGTERM, ended.err
+    assert "stopped by SIGTERM" in ended.out
+    assert "Continue with:" in ended.out
+    monkeypatch.undo()
+    ended = phased(*ALL)
+    assert ended.code == 0, ended.err
+    assert same(adapter(phased.tiny.checkpoints / "step_6"), adapter(whole.tiny.checkpoints / "step_6"))
+
+
+def test_a_validation_of_a_boundary_is_made_once(whole, phased):
+    first = phased(*ALL, "sft.val_at_end=true", "checkpointing.save_period=0")
+    assert first.code == 0, first.err
+    assert [line["step"] for line in phased.tiny.metrics("validation")] == [2, 4, 6]
+    for name in ("step_4", "step_6", "base_of_phase_2", "base_of_phase_3"):
+        shutil.rmtree(phased.tiny.checkpoints / name)
+    again = phased(*ALL, "sft.val_at_end=true", "checkpointing.save_period=0")
+    assert again.code == 0, again.err
+    assert [line["step"] for line in phased.tiny.metrics("validation", experiment=2)] == [4, 6]
+
+
+def test_an_adapter_to_start_from_is_recorded_in_every_phase_that_goes_on_with_it(whole, phased):
+    base = whole.tiny.checkpoints / "base_of_phase_2" / "weights"
+    shared = [f"policy.model_name={base}", f"policy.adapter.init_from={whole.tiny.checkpoints}/step_4"]
+    lora = "lora: {dim: 4}"
+    ended = phased(
+        f"sft.phases=[{{train: lora, steps: 1, lr: 0}}, {{train: lora, steps: 1, lr: 0}}, {{train: lora, steps: 1, {lora}}}]",
+        *shared,
+        "checkpointing.keep_top_k=null",
+    )
+    assert ended.code == 0, ended.err
+    records = [record_of(phased.tiny.checkpoints / f"step_{step}")["initial_adapter"] for step in (1, 2, 3)]
+    assert records[0] == records[1] is not None
+    assert records[2] is None
+    assert same(adapter(phased.tiny.checkpoints / "step_2"), adapter(whole.tiny.checkpoints / "step_4"))
+
+
+def test_steps_of_phases_are_refused_by_verify_resume(whole):
+    ended = run_command("verify-resume", f"--checkpoint={whole.tiny.checkpoints}/step_2", "--steps=1")
+    assert ended.code == 2
+    assert "is a step of a run in phases" in ended.err
 
 
 def test_an_export_finds_the_base_of_its_phase(whole, tmp_path):
@@ -317,6 +417,34 @@ def test_a_schedule_that_continues(phased):
     rates = [0.01, 0.01, 0.002, 0.002, 0.002]
     found = [line["lr"] for line in phased.tiny.metrics()]
     assert found == pytest.approx([share * rate for share, rate in zip(shares, rates, strict=True)], rel=1e-12)
+
+
+def test_a_schedule_in_tokens_is_not_eaten_by_the_last_step_of_the_phase_before(phased):
+    phases = "sft.phases=[{train: full, tokens: 60, decay_pct: 0.5}, {train: full, tokens: 100, schedule: continue}]"
+    ended = phased(phases)
+    assert ended.code == 0, ended.err
+    lines = phased.tiny.metrics()
+    second = [line for line in lines if line["phase"] == 2]
+    assert sum(line["total_num_tokens"] for line in lines if line["phase"] == 1) > 60
+    seen, expected = 0, []
+    for line in second:
+        expected.append(0.01 * min(1, (160 - 60 - seen) / 80))
+        seen += line["total_num_tokens"]
+    assert [line["lr"] for line in second] == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_plan_of_a_run_that_continues_begins_where_its_phase_did(phased):
+    phases = (
+        "sft.phases=[{train: full, steps: 4, decay_pct: 1, name: '[/b]'}, {train: lora, steps: 4, schedule: continue}]"
+    )
+    assert phased(phases).code == 0
+    shutil.rmtree(phased.tiny.checkpoints / "step_8")
+    assert "[/b]" in phased(phases, "--plan").out
+    (record,) = phased.tiny.checkpoints.glob("step_4/training_info.json")
+    assert json.loads(record.read_text())["phase_begin"]["name"] == "[/b]"
+    planned = phased(phases, "checkpointing.checkpoint_dir=" + str(phased.tiny.root / "none"), "--plan")
+    curve = planned.out.split("Learning rate\n")[1].splitlines()
+    assert re.fullmatch(r"\s+step └0 \[/b\]\s+└4 phase_2\s+└8", curve[5]), curve[5]
 
 
 def test_the_runs_own_schedule_begins_anew_or_goes_on(phased):
