@@ -369,9 +369,9 @@ def test_a_validation_of_a_boundary_is_made_once(whole, phased):
 def test_an_adapter_to_start_from_is_recorded_in_every_phase_that_goes_on_with_it(whole, phased):
     base = whole.tiny.checkpoints / "base_of_phase_2" / "weights"
     shared = [f"policy.model_name={base}", f"policy.adapter.init_from={whole.tiny.checkpoints}/step_4"]
-    lora = "lora: {dim: 4}"
+    still, other = "{train: lora, steps: 1, lr: 0}", "{train: lora, steps: 1, lora: {dim: 4}}"
     ended = phased(
-        f"sft.phases=[{{train: lora, steps: 1, lr: 0}}, {{train: lora, steps: 1, lr: 0}}, {{train: lora, steps: 1, {lora}}}]",
+        f"sft.phases=[{still}, {{name: more, {still[1:]}, {other}]",
         *shared,
         "checkpointing.keep_top_k=null",
     )
@@ -512,7 +512,7 @@ WRONG = {
     "{train: lora, steps: 1, lora: {dims: 2}}": "dims",
     "{train: lora, steps: 1}, {train: lora, steps: 1, lora: {target_modules: [q_prj]}}": "q_prj",
     "{train: full, steps: 1}, {train: lora, steps: 1, data: {dataset_name: gsm9k}}": (
-        "sft.phases.1 (phase_2): data.train.dataset_name='gsm9k'"
+        "sft.phases.1 (phase_2): sft.phases.1.data.dataset_name='gsm9k'"
     ),
     "{train: full, steps: 1}, {train: lora, steps: 1, name: b, data: {dataset_name: jsonl, data_path: no.jsonl}}": (
         "sft.phases.1 (b): "
