@@ -46,9 +46,13 @@ def _evaluation_problems(config: MasterConfig) -> list[str]:
 
 def phase_problems(config: MasterConfig) -> list[str]:
     """Keys that the user set, and that phases leave without a meaning; what phases need of other sections; LoRA keys
-    that no phase reads. Nothing for a run without phases."""
-    if not isinstance(config, SftMaster) or not config.sft.phases:
+    that no phase reads."""
+    if not isinstance(config, SftMaster):
         return []
+    if not config.sft.phases:
+        key = "sft.max_phase_loss_shift"
+        unread = f"{key}={config.sft.max_phase_loss_shift}: the run has no phases. Remove it, or set sft.phases."
+        return [unread] if config.is_set(key) else []
     problems = [
         f"sft.{key}={getattr(config.sft, key)!r}: the phases say how long the run is. Remove it, or give a phase's own "
         f"{unit}."

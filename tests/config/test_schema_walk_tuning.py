@@ -72,6 +72,11 @@ def walked(request, model, tmp_path_factory):
             "logger.plot.enabled=false",
         ]
         assert traced_run(reads, overrides, algorithm=algorithm) == 0
+    if algorithm == "sft":
+        kept = [text for text in overrides if not text.startswith(("sft.max_num", "checkpointing", "logger.log_dir"))]
+        phases = "sft.phases=[{train: full, steps: 1}, {train: lora, steps: 1}]"
+        places = [f"checkpointing.checkpoint_dir={root}/phases", f"logger.log_dir={root}/logs_of_phases"]
+        assert traced_run(reads, [*kept, *places, phases], algorithm=algorithm) == 0
     return algorithm, reads
 
 
