@@ -1,4 +1,5 @@
-"""Numbers and switches as people write them. One rule, for configurations and for the files of other tools.
+"""Numbers and switches as people write them, and bytes as they read them. One rule, for configurations and for the
+files of other tools.
 
 A whole number may be written `8`, `8.0` or `1e1`, and a number or a switch as text (`"8"`, `"1e-5"`, `"true"`), which
 is what an environment variable gives. `true` is no number, and neither 1 nor "yes" is a switch: those stay as they are,
@@ -26,3 +27,13 @@ def as_number(value: Any) -> Any:
 def as_switch(value: Any) -> Any:
     """The text "true" or "false", in any case, as the switch. Anything else as it is."""
     return _SWITCHES.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
+def scaled_bytes(num_bytes: float) -> str:
+    """`790.0 MiB`, in the largest unit of which there is one; whole bytes below 1 KiB."""
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if num_bytes < 1024:
+            break
+        num_bytes, unit = num_bytes / 1024, larger
+    return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:,.1f} {unit}"

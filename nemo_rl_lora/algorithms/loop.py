@@ -296,7 +296,11 @@ class TrainingLoop:
         self._counters |= phase.counters
 
     def _remember(self, split: str, metrics: Mapping[str, float]) -> None:
-        self._newest |= {f"{split}:{name}": value for name, value in metrics.items()}
+        """Of this step: for its checkpoint, or for the one that is there already."""
+        named = {f"{split}:{name}": value for name, value in metrics.items()}
+        self._newest |= named
+        if (path := self._checkpoint) is not None and self._is_saved():
+            self._run.checkpointer.add_metrics(path, named)
 
     def _result(self, outcome: str, *, is_complete: bool = True) -> RunResult:
         return RunResult(

@@ -73,6 +73,29 @@ def write_checksums(directory: Path) -> None:
     (directory / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
 
 
+def renew_checksum(directory: Path, name: str) -> None:
+    """Write checksums.json anew, with what one file has now. Of the others it says what it said."""
+    sums = {**read_json_file(directory, CHECKSUMS_FILE), name: _digest(directory / name)}
+    replace_text(directory / CHECKSUMS_FILE, json.dumps(sums, indent=2) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """A new file in the place of one that may be a hard link, of which the other name keeps its contents."""
+    path.unlink()
+    path.write_text(text, encoding="utf-8")
+
+
+def link_tree(directory: Path, unfinished: Path) -> None:
+    """Fill an unfinished directory with the files of another one, as hard links: nothing is copied. OSError where the
+    file system has none."""
+    for path in sorted(directory.rglob("*")):
+        target = unfinished / path.relative_to(directory)
+        if path.is_dir() and not path.is_symlink():
+            target.mkdir()
+        elif path.name != MARK_FILE:
+            os.link(path, target, follow_symlinks=False)
+
+
 def verify_files(directory: Path, names: Iterable[str] | None = None) -> None:
     """Compare files with checksums.json, all of them or those named. DamagedError names the file that differs.
 

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
 
 from nemo_rl_lora import __version__
-from nemo_rl_lora.checkpoints.durable_files import CHECKSUMS_FILE, DamagedError, read_json_file
+from nemo_rl_lora.checkpoints.durable_files import CHECKSUMS_FILE, DamagedError, read_json_file, replace_text
 from nemo_rl_lora.config.differences import ABSENT, differences
 from nemo_rl_lora.config.layers import SET_BY, layers_from_record
 from nemo_rl_lora.config.lora import (
@@ -108,7 +108,8 @@ FREE_KEYS = (
     | frozenset(f"policy.megatron_cfg.{key}" for key in _MEGATRON)
 )
 FREE_SECTIONS = ("logger", "cluster", "evaluate")
-_OF_EVALUATIONS = ("policy.generation", "env")  # where nothing is sampled or scored to be trained on
+# Where nothing is sampled or scored to be trained on: of long rows, SFT cuts the end and DPO leaves pairs out.
+_OF_EVALUATIONS = ("policy.generation", "env", "data.on_long_prompt")
 # Of a LoraSpec: ways to compute an adapter, which may differ, and `fused`, which follows from the targets.
 _NOT_COMPARED = frozenset({"kernels", "a2a", "fused"})
 
@@ -173,9 +174,20 @@ def write_records(directory: Path, info: TrainingInfo, config: Mapping[str, Any]
     record["has_optimizer"] = has_optimizer
     record["saved_at"] = info.saved_at or datetime.now(UTC).isoformat(timespec="seconds")
     record["metrics"] = {name: _finite(value) for name, value in info.metrics.items()}
-    (directory / INFO_FILE).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (directory / INFO_FILE).write_text(_as_text(record), encoding="utf-8")
     config_text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=110)
     (directory / CONFIG_FILE).write_text(config_text, encoding="utf-8")
+
+
+def add_to_metrics(directory: Path, metrics: Mapping[str, float | None]) -> None:
+    """Add to the metrics of training_info.json, in a step that is being written."""
+    record = read_json_file(directory, INFO_FILE)
+    record["metrics"] |= {name: _finite(value) for name, value in metrics.items()}
+    replace_text(directory / INFO_FILE, _as_text(record))
+
+
+def _as_text(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=2, allow_nan=False) + "\n"
 
 
 def read_info(directory: Path) -> TrainingInfo:

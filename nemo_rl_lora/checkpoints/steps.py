@@ -32,10 +32,12 @@ from nemo_rl_lora.checkpoints.durable_files import (
     flush_tree,
     is_full,
     is_unfinished,
+    link_tree,
     make_unfinished,
     probe_directory,
     put_in_place,
     remove_unfinished,
+    renew_checksum,
     verify_files,
     write_checksums,
 )
@@ -45,6 +47,7 @@ from nemo_rl_lora.checkpoints.record import (
     PHASE_BASE_PREFIX,
     PhaseBegin,
     TrainingInfo,
+    add_to_metrics,
     config_differences,
     plain,
     read_config,
@@ -310,6 +313,25 @@ class Checkpointer:
         prune(step_directories(self._directory), self._config)
         prune_bases(self._directory, step_directories(self._directory))
         return final
+
+    def add_metrics(self, path: Path, metrics: Mapping[str, float | None]) -> None:
+        """Add what was measured after a step was saved to its record, where it is one of this directory. The step is
+        replaced as by a save, by one of the same files; where that fails it stays as it is, with a warning."""
+        if not self._config.enabled or path.is_symlink() or path.resolve().parent != self._directory.resolve():
+            return
+        temporary = self._directory / f"{TMP_PREFIX}{path.name}"
+        try:
+            temporary = make_unfinished(temporary)
+            link_tree(path, temporary)
+            add_to_metrics(temporary, metrics)
+            renew_checksum(temporary, INFO_FILE)
+            flush_tree(temporary)
+            put_in_place(temporary, path, _REPLACED_PREFIX)
+            flush(self._directory)
+        except OSError as error:
+            logger.warning(f"{path}: what was measured after it was saved could not be added to it ({error})")
+            with contextlib.suppress(OSError):
+                remove_unfinished(temporary)
 
     def _resume_paths(self) -> list[Path]:
         """The step to continue from, and those before it, newest first; empty for a new run."""

@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from nemo_rl_lora.plan.plan import Plan
-from nemo_rl_lora.plan.show import human_bytes
 from nemo_rl_lora.run.console import figure_table
+from nemo_rl_lora.scalars import scaled_bytes
 
 _WIDTH, _HEIGHT = 64, 5  # of the curve, in characters
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
@@ -36,7 +36,7 @@ def render_phases(phases: Sequence[PhasePlan]) -> RenderableType:
             phase.name,
             "all weights" if phase.plan.spec is None else f"LoRA, dim {phase.plan.spec.dim}",
             f"{phase.plan.num_trainable_params:,}",
-            human_bytes(_state_bytes(phase.plan)).partition(" (")[2].rstrip(")"),
+            scaled_bytes(_state_bytes(phase.plan)),
             f"{phase.num_steps:,}",
             f"{phase.num_tokens:,.0f}",
             phase.at_end,

@@ -13,6 +13,7 @@ from nemo_rl_lora.models.shapes import ModuleType
 from nemo_rl_lora.plan.plan import Plan
 from nemo_rl_lora.plan.rank_parts import RankPart
 from nemo_rl_lora.run.console import figure_table
+from nemo_rl_lora.scalars import scaled_bytes
 
 
 def render_plan(plan: Plan) -> RenderableType:
@@ -37,12 +38,8 @@ def human_bytes(num_bytes: int | None) -> str:
     """`1,234,567 (1.2 MiB)`, or a dash for None."""
     if num_bytes is None:
         return "-"
-    scaled, unit = float(num_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if scaled < 1024:
-            break
-        scaled, unit = scaled / 1024, larger
-    return f"{num_bytes:,} ({scaled:,.1f} {unit})" if unit != "B" else f"{num_bytes:,} (B)"
+    scaled = scaled_bytes(num_bytes)
+    return scaled if num_bytes < 1024 else f"{num_bytes:,} ({scaled})"
 
 
 def _heading(plan: Plan) -> Text:

@@ -21,6 +21,7 @@ import torch
 from nemo_rl_lora.distributed.ranks import Ranks
 from nemo_rl_lora.policy import device_memory
 from nemo_rl_lora.run.memory import memory_error
+from nemo_rl_lora.scalars import scaled_bytes
 
 CPU_SHARE = 0.5
 
@@ -115,13 +116,14 @@ def by_forecast(
     if any(ranks.everybodys(is_cramped)):
         raise LongestRowTooLongError(sizes.least)
     if sizes.least == sizes.largest or any(ranks.everybodys(2 * first[1] > room)):
-        tokens, reason = sizes.least, f"{first[0]} tokens take {_shown(first[1])} of {_shown(room)}"
+        tokens, reason = sizes.least, f"{first[0]} tokens take {scaled_bytes(first[1])} of {scaled_bytes(room)}"
     else:  # the first attempt also took what is taken once
         two, one = (_measured(attempt, size, device) for size in (sizes.within(2 * sizes.least), sizes.least))
         num_trials = 3
         once, each = _line(one, two)
         tokens = int((room - once) // each)
-        reason = f"{one[0]} tokens take {_shown(one[1])}, each further one {_shown(each)}, and {_shown(room)} are there"
+        taken, further, there = map(scaled_bytes, (one[1], each, room))
+        reason = f"{one[0]} tokens take {taken}, each further one {further}, and {there} are there"
     tokens, reason = min(ranks.everybodys((sizes.within(tokens), reason)))
     if tokens == sizes.largest > sizes.least:
         reason = f"all rows of a step fit at once: {reason}"
@@ -161,11 +163,3 @@ def _line(one: tuple[int, int], two: tuple[int, int]) -> tuple[float, float]:
 def _listed(numbers: list[int]) -> str:
     *others, last = map(str, numbers)
     return f"{', '.join(others)} and {last}" if others else last
-
-
-def _shown(num_bytes: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.4g} GiB"

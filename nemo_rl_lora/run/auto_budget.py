@@ -1,7 +1,8 @@
 """`train_mb_tokens: auto` at the start of a run: the budget that its checkpoint holds, or a search for one.
 
-Contract: what was found belongs to a device and to a way to share the model. A run that continues where all of that is
-the same takes the budget of its checkpoint, so that it cuts batches as it did; elsewhere it is searched for again.
+Contract: what was found belongs to a device, to a way to share the model, and to what an engine keeps beside it. A run
+that continues where all of that is the same, or the engine keeps less, takes the budget of its checkpoint, so that it
+cuts batches as it did; elsewhere it is searched for again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl_lora.config.differences import ABSENT, differences
+from nemo_rl_lora.config.generation import chosen_engine
 from nemo_rl_lora.config.master import MasterConfig
 from nemo_rl_lora.generation.sync_mode import SyncChoice
 from nemo_rl_lora.run.memory import from_phase
@@ -41,10 +43,12 @@ def settle_train_tokens(
     key = start.config.policy.searched_key
     if key is None:
         return None
-    found_for = _found_for(start.config, policy.device)
+    kept_bytes = _kept_bytes(generation, sync)
+    found_for = {**_found_for(start.config, policy.device), **_beside(start.config, generation, kept_bytes)}
     if (recorded := _recorded(start)) is not None:
         tokens = recorded["tokens"]
-        changed = differences({**recorded, "tokens": None}, {**found_for, "tokens": None})
+        both = differences(recorded, {**found_for, "tokens": tokens})
+        changed = {name: values for name, values in both.items() if not _takes_no_more(name, *values)}
         if not changed:
             policy.use_train_tokens(tokens)
             logger.info(f"{key}=auto: {tokens} tokens, as found when the run began")
@@ -53,7 +57,7 @@ def settle_train_tokens(
         logger.info(f"{key}=auto: searched for again, since {named}")
     vocabulary = int(start.model.config.get_text_config().vocab_size)
     with from_phase("policy_training"):
-        found = policy.find_train_tokens(start.algorithm.longest_batch(vocabulary), _kept_bytes(generation, sync))
+        found = policy.find_train_tokens(start.algorithm.longest_batch(vocabulary), kept_bytes)
     logger.info(
         f"{key}=auto: {found.tokens} tokens, by {found.num_trials} trial(s) of the longest rows on {policy.device}: "
         f"{found.reason}"
@@ -71,6 +75,20 @@ def _found_for(config: MasterConfig, device: str) -> dict[str, Any]:
     block = config.policy.dtensor_cfg if backend == "dtensor" else config.policy.megatron_cfg
     shared = {name: value for name, value in block.model_dump(mode="json").items() if name in _SHARING}
     return {"device": device, "processes": config.cluster.num_processes, "backend": backend, **shared}
+
+
+def _beside(config: MasterConfig, generation: Generation | None, kept_bytes: int) -> dict[str, Any]:
+    """What a budget leaves room for, as plain JSON: the engine, and what it comes to hold in this process."""
+    settings = config.policy.generation
+    engine = None if generation is None or settings is None else chosen_engine(settings.backend)[0]
+    return {"engine": engine, "kept_bytes": kept_bytes}
+
+
+def _takes_no_more(name: str, old: Any, new: Any) -> bool:
+    """Whether what is beside the policy now leaves the memory that it left when the budget was found."""
+    if old == ABSENT:
+        return False
+    return (name == "engine" and new is None) or (name == "kept_bytes" and new < old)
 
 
 def _kept_bytes(generation: Generation | None, sync: SyncChoice | None) -> int:

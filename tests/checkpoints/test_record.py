@@ -74,6 +74,16 @@ def test_how_a_reward_runs_may_differ_and_which_it_is_may_not():
     assert config_differences(before, after) == {"env.mine.reward_function": ("a.py:f", "b.py:f")}
 
 
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "grpo"])
+def test_prompts_that_are_too_long_may_come_to_be_left_out_where_evaluations_alone_have_some(algorithm):
+    before = {algorithm: {}, "data": {"on_long_prompt": "error", "max_input_seq_length": None}}
+    after = {algorithm: {}, "data": {"on_long_prompt": "drop", "max_input_seq_length": None}, "evaluate": []}
+    found = config_differences(before, after)
+    assert found == ({"data.on_long_prompt": ("error", "drop")} if algorithm == "grpo" else {})
+    after["data"]["max_input_seq_length"] = 9  # of rows that are trained on too
+    assert "data.max_input_seq_length" in config_differences(before, after)
+
+
 def test_the_page_lists_exactly_what_may_differ():
     page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
     rows = page.split("### What may differ")[1].split("\n###")[0].splitlines()

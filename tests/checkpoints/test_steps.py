@@ -281,6 +281,72 @@ def test_a_kill_while_a_step_is_replaced_keeps_it(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"step_1", ".lock"}
 
 
+def metrics_of(path):
+    return json.loads((path / "training_info.json").read_text())["metrics"]
+
+
+def test_what_is_measured_after_a_save_is_added_to_the_step_and_ranks_it(tmp_path):
+    ranked = {"metric_name": "eval:sums/accuracy", "higher_is_better": True, "keep_top_k": 1}
+    keeper = checkpointer(tmp_path, **ranked)
+    path = keeper.save(info(1, metrics={"train:loss": 2.0}), write_policy)
+    (path / "notes.txt").write_text("mine")
+    weights = (path / "policy" / "adapter" / "adapter_model.safetensors").stat().st_ino
+
+    keeper.add_metrics(path, {"eval:sums/accuracy": 0.9, "eval:sums/other": float("nan")})
+
+    assert metrics_of(path) == {"train:loss": 2.0, "eval:sums/accuracy": 0.9, "eval:sums/other": None}
+    assert (path / "policy" / "adapter" / "adapter_model.safetensors").stat().st_ino == weights  # nothing is copied
+    assert (path / "notes.txt").read_text() == "mine"
+    point = checkpointer(tmp_path).find_resume()  # verifies every file
+    assert (point.step, point.info.reason) == (1, "period")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step_1"]
+    for step in (2, 3):
+        keeper.save(info(step, metrics={"eval:sums/accuracy": 0.1}), write_policy)
+    assert saved_steps(tmp_path) == [1, 3]
+    damage(path)
+    keeper.add_metrics(path, {"eval:sums/accuracy": 0.8})
+    with pytest.raises(ValueError, match="adapter_model.safetensors: has"):  # what was damaged stays so
+        checkpointer(tmp_path, load_path=str(path)).find_resume()
+
+
+@pytest.mark.parametrize("at", ["tmp_step_1", "step_1"])
+def test_a_kill_while_metrics_are_added_keeps_the_step(tmp_path, at):
+    """Before the step's name is taken away, and before it is given to the new one."""
+    assert exit_code(started(_killed_while_it_adds, tmp_path, at)) == 9
+    keeper = checkpointer(tmp_path)
+    keeper.prepare()
+    point = keeper.find_resume()
+    assert point.info.metrics == {"train:loss": 2.0}
+    assert {path.name for path in tmp_path.iterdir()} == {"step_1", ".lock"}
+    keeper.add_metrics(point.path, {"val:loss": 1.0})
+    assert checkpointer(tmp_path).find_resume().info.metrics == {"train:loss": 2.0, "val:loss": 1.0}
+
+
+def _killed_while_it_adds(directory: Path, at: str) -> None:
+    rename = Path.rename
+    keeper = checkpointer(directory)
+    path = keeper.save(info(1, metrics={"train:loss": 2.0}), write_policy)
+    Path.rename = lambda path, name: os._exit(9) if path.name == at else rename(path, name)
+    keeper.add_metrics(path, {"val:loss": 1.0})
+
+
+def test_metrics_that_cannot_be_added_are_said_and_the_step_stays(tmp_path, monkeypatch, caplog):
+    path = checkpointer(tmp_path / "run").save(info(1, metrics={"train:loss": 2.0}), write_policy)
+
+    checkpointer(tmp_path / "other").add_metrics(path, {"val:loss": 1.0})  # another run's
+    assert metrics_of(path) == {"train:loss": 2.0}
+    assert not caplog.records
+
+    def no_links(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    checkpointer(tmp_path / "run").add_metrics(path, {"val:loss": 1.0})
+    assert "could not be added to it ([Errno 1] Operation not permitted)" in caplog.text
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["step_1"]
+    assert checkpointer(tmp_path / "run").find_resume().info.metrics == {"train:loss": 2.0}
+
+
 # What a user may have in checkpoint_dir, under any name that a save uses.
 OWN = (
     "tmp_notes/a",

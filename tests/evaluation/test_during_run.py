@@ -285,15 +285,24 @@ def test_a_signal_during_an_evaluation_ends_the_run_with_its_step_saved(sft):
 def test_an_evaluation_that_failed_is_made_up_for_by_the_next_start(sft):
     (sft.root / "stops.py").write_text(STOPS)
     (sft.root / "failing").touch()
-    settings = evaluated(sft, GREEDY.replace("at_start: true, ", ""), function="stops.py:fails")
+    ranked = ["checkpointing.metric_name=eval:sums/accuracy", "checkpointing.higher_is_better=true"]
+    entry = GREEDY.replace("every: 1, at_start: true", "every: 1, at_end: false")
+    settings = [*evaluated(sft, entry, function="stops.py:fails"), *ranked, "checkpointing.keep_top_k=1"]
 
     ended = sft(*settings)
 
     assert (ended.code, sft.steps()) == (1, ["step_1"])
     assert "no judge" in ended.err
     (sft.root / "failing").unlink()
-    assert sft(*settings).code == 0
-    assert list(steps_of(sft, "sums", 2, experiment=2)) == [1, 2]
+    (sft.root / "stops.py").write_text(
+        STOPS + "\n\nscores = [1.0] * 6 + [0.5] * 99\n\ndef fails(p, c, r):\n    return scores.pop(0)\n"
+    )
+    ended = sft(*settings, "sft.max_num_steps=3", "checkpointing.save_period=1")
+    assert ended.code == 0, ended.err
+    assert list(steps_of(sft, "sums", 3, experiment=2)) == [1, 2, 3]
+    assert recorded(sft, 1)["metrics"]["eval:sums/accuracy"] == 1.0
+    assert sft.steps() == ["step_1", "step_3"]  # the best, and the newest
+    assert f"Best checkpoint: {sft.checkpoints / 'step_1'}\n" in ended.out
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "grpo"])
@@ -467,7 +476,9 @@ def test_prompts_that_are_too_long_are_left_out_where_that_is_asked_for(sft):
     data = f"{{dataset_name: jsonl, data_path: '{rows}', output_key: output, env_name: last_number}}"
     entry = f"evaluate=[{{name: sums, every: 1, data: {data}}}]"
 
-    refused, ended = sft("--plan", entry), sft("--plan", entry, "data.on_long_prompt=drop")
+    assert sft().code == 0
+    more = ("--plan", "sft.max_num_steps=3", entry)  # of a run that goes on
+    refused, ended = sft(*more), sft(*more, "data.on_long_prompt=drop")
 
     assert (refused.code, ended.code) == (2, 0), ended.out
     assert "1 of 2 prompts of evaluate.0.data cannot be asked" in " ".join(refused.out.split())

@@ -98,6 +98,31 @@ def test_on_another_device_it_is_searched_for_again(tiny_sft, little_memory, mon
     assert record(tiny_sft, 4) is None
 
 
+SUMS = "{dataset_name: generated_sums, num_rows: 2, env_name: last_number}"
+EVALUATED = f"evaluate=[{{name: sums, every: 9, at_end: false, data: {SUMS}}}]"
+
+
+def test_where_an_engine_comes_to_keep_more_it_is_searched_for_again(tiny_sft, little_memory):
+    settings = (AUTO, *EVERY_STEP, "sft.max_num_epochs=9")
+    assert tiny_sft(*settings, "sft.max_num_steps=1").code == 0
+    alone = record(tiny_sft, 1)
+    assert (alone["engine"], alone["kept_bytes"]) == (None, 0)
+
+    ended = tiny_sft(*settings, "sft.max_num_steps=2", EVALUATED)
+
+    found = record(tiny_sft, 2)
+    assert found["engine"] == "in_process"
+    assert found["kept_bytes"] > 0
+    assert f"since engine was None and is 'in_process', kept_bytes was 0 and is {found['kept_bytes']}" in said(ended)
+    assert f"{AUTO}: {found['tokens']} tokens, by 3 trial(s)" in said(ended)
+    assert found["tokens"] <= alone["tokens"]
+    little_memory(2**34)  # a search would find more
+    for steps, more in ((3, (EVALUATED, "policy.generation.lora_sync=adapter")), (4, ())):  # keeps less, and is gone
+        ended = tiny_sft(*settings, f"sft.max_num_steps={steps}", *more)
+        assert said(ended).endswith(f"{AUTO}: {found['tokens']} tokens, as found when the run began")
+        assert record(tiny_sft, steps) == found
+
+
 def test_packed_rows_and_the_other_backend_have_it_too(tiny_sft, little_memory):
     packed = ("policy.dynamic_batching.enabled=false", "policy.sequence_packing.enabled=true")
     adapted = ("policy.backend=megatron", "policy.megatron_cfg.peft.enabled=true", "policy.megatron_cfg.peft.dim=4")
