@@ -65,7 +65,9 @@ def megatron_init(A_init: str) -> str:
 
 def gaussian_init(rank: Any) -> str:
     """A drawn with standard deviation 1 / rank. A rank that is none is left to LoraSpec to refuse, by its name."""
-    return f"normal({1 / rank!r})" if isinstance(rank, int) and rank > 0 else "xavier"
+    dim = as_number(rank)
+    is_rank = isinstance(dim, int) and not isinstance(dim, bool) and dim > 0
+    return f"normal({1 / dim!r})" if is_rank else "xavier"
 
 
 def parse_dtype(value: Any) -> Any:

@@ -4,9 +4,15 @@ import pytest
 import yaml
 
 from nemo_rl_lora.config.load import load_config
-from nemo_rl_lora.config.other_runs import run_of
+from nemo_rl_lora.config import other_runs
+from nemo_rl_lora.config.their_keys import Theirs
 from nemo_rl_lora.config.tree import flatten, merged, with_value
 from tests.config.other_files import FILES, write_file
+
+
+def run_of(document):
+    """The translation of a whole file with these keys."""
+    return other_runs.run_of(Theirs(document))
 
 
 @pytest.fixture
