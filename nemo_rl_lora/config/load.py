@@ -175,9 +175,9 @@ def _resolved_in_itself(document: Mapping[str, Any]) -> dict[str, Any]:
     register_resolvers()
     whole = OmegaConf.create(dict(document))
 
-    def _resolved(node: Any, path: str) -> Any:
+    def resolved(node: Any, path: str) -> Any:
         if isinstance(node, Mapping):
-            return {key: at(value, f"{path}.{key}" if path else str(key)) for key, value in node.items()}
+            return {key: resolved(value, f"{path}.{key}" if path else str(key)) for key, value in node.items()}
         if not isinstance(node, str) or "${" not in node:
             return node
         try:
@@ -185,7 +185,7 @@ def _resolved_in_itself(document: Mapping[str, Any]) -> dict[str, Any]:
         except (OmegaConfBaseException, RecursionError):
             return node
 
-    return at(document, "")
+    return resolved(document, "")
 
 
 def resolved_tree(config: MasterConfig | EvalMaster) -> dict[str, Any]:

@@ -128,7 +128,10 @@ class Theirs:
 
     def _at(self, key: str) -> Any:
         node: Any = self.document
-        for part in key.split("."):
+        parts = key.split(".")
+        for n, part in enumerate(parts):
+            if not isinstance(node, Mapping | str | None):
+                raise wrong(".".join(parts[:n]), node, "a mapping")
             node = node.get(part) if isinstance(node, Mapping) else None
         return node
 

@@ -8,8 +8,9 @@ which has no counterpart: such a file is translated, and its batch is left to th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
+from nemo_rl_lora.config.dpo import DpoConfig
 from nemo_rl_lora.config.run_draft import (
     Draft,
     NoSuchRunError,
@@ -112,7 +113,11 @@ def veomni_run(theirs: Theirs) -> RunTranslation:
     if algorithm == "dpo":
         draft.set("dpo.reference_policy_kl_penalty", theirs.take_number("dpo_config.beta", default=0.1, above=0))
         draft.carry("dpo.label_smoothing", theirs.take_number("dpo_config.label_smoothing", least=0, below=0.5))
-        draft.carry("dpo.loss_type", theirs.take_text("dpo_config.loss_type"))
+        loss = theirs.take_text("dpo_config.loss_type", default="sigmoid")
+        if loss in get_args(DpoConfig.model_fields["loss_type"].annotation):
+            draft.set("dpo.loss_type", loss)
+        else:
+            draft.leave_open("dpo.loss_type", f"a loss of docs/configuration.md in place of {loss!r}")
     return draft.finish(TOOL, _HARMLESS)
 
 

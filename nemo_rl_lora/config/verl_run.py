@@ -195,6 +195,16 @@ def _grpo(draft: Draft) -> None:
     prompts = theirs.take_count("data.train_batch_size", default=1024)
     group = theirs.take_count("actor_rollout_ref.rollout.n", default=1)
     slice_of = theirs.take_count("actor_rollout_ref.actor.ppo_mini_batch_size", default=256)
+    if group < 2:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.n={group}: advantages are those of a group of completions. Set it to at least "
+            f"2."
+        )
+    if prompts % slice_of:
+        raise ValueError(
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={slice_of}: must divide data.train_batch_size={prompts}. "
+            f"Correct one of them."
+        )
     draft.set("grpo.num_prompts_per_step", prompts)
     draft.set("grpo.num_generations_per_prompt", group)
     draft.set("policy.train_global_batch_size", slice_of * group)
@@ -382,7 +392,7 @@ def _set_model(draft: Draft, place: str, path_keys: tuple[str, ...]) -> None:
     set_adapter(draft, adapter_of(theirs, *(f"{place}.{name}" for name in names), is_on=is_on))
     if theirs.take_text("actor_rollout_ref.actor.strategy", "trainer.strategy") == "megatron":
         draft.set("policy.backend", "megatron")
-    if start is not None and theirs.take_switch("actor_rollout_ref.actor.use_kl_loss"):
+    if "adapter" in draft.tree["policy"] and theirs.take_switch("actor_rollout_ref.actor.use_kl_loss"):
         draft.set("policy.adapter.reference", "base")
 
 

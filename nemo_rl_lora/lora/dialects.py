@@ -28,6 +28,12 @@ def spec_from_keys(block: Mapping[str, Any], keys: Mapping[str, str], key_prefix
     A field in neither has LoraSpec's default. Fused Megatron layers among the targets mean one shared A.
     """
     fields = {name: block[key] for name, key in keys.items() if name not in overrides} | overrides
+    for name in ("targets", "excludes"):
+        if not isinstance(value := fields.get(name), str | list | tuple | None) or any(
+            not isinstance(each, str) for each in value or ()
+        ):
+            key = f"{key_prefix}.{keys.get(name, name)}"
+            raise ValueError(f"{key}={value!r}: must be a list of module names. Correct it.")
     if not isinstance(fields["targets"], str):
         fields["targets"] = tuple(fields["targets"])
         if any(names_fused_layer(target) for target in fields["targets"]):
