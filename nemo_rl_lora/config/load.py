@@ -46,6 +46,7 @@ from nemo_rl_lora.config.run_draft import NoSuchRunError, RunTranslation
 from nemo_rl_lora.config.schema import field_at, leaves
 from nemo_rl_lora.config.their_keys import Theirs, nested, references_of
 from nemo_rl_lora.config.tree import flatten, lookup, plain, with_value, without
+from nemo_rl_lora.lora.other_tools import is_of_another_tool
 from nemo_rl_lora.scalars import as_number
 from nemo_rl_lora.shipped_files import SHIPPED_ROOT, existing
 
@@ -163,10 +164,11 @@ def run_of_another_tool(path: Path) -> RunTranslation | None:
 
 def theirs_of(path: Path, document: Mapping[str, Any]) -> Theirs:
     """The document of a file as another tool reads it: keys with slashes as keys below keys, and those of its
-    references replaced that can be resolved in it. One of this product's own stays as it is written."""
+    references replaced that can be resolved in it. The keys of any other file stay as they are written."""
     tree = nested(document)
     text = path.read_text(encoding="utf-8-sig")
-    whole = dict(document) if is_own(tree) else tree
+    is_theirs = not is_own(tree) and (tool_of(tree) is not None or is_of_another_tool(tree))
+    whole = tree if is_theirs else dict(document)
     return Theirs(_resolved_in_itself(whole) if "${" in text else whole, references_of(text))
 
 
