@@ -30,13 +30,23 @@ from nemo_rl_lora.config.gives_way import (
 )
 from nemo_rl_lora.config.layers import SET_BY, Layers, Tracked, layers_from_record, overlaid
 from nemo_rl_lora.config.master import MASTERS, Driver, EvalMaster, MasterConfig
-from nemo_rl_lora.config.other_runs import is_adapter_alone, is_own, refusal, run_of, translate_command
+from nemo_rl_lora.config.other_runs import (
+    algorithm_of_run,
+    is_adapter_alone,
+    is_own,
+    refusal,
+    run_of,
+    tool_of,
+    translate_command,
+)
 from nemo_rl_lora.config.overrides import overridden
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.config.refused_keys import keys_without_effect, take_out
-from nemo_rl_lora.config.run_draft import RunTranslation
+from nemo_rl_lora.config.run_draft import NoSuchRunError, RunTranslation
 from nemo_rl_lora.config.schema import field_at, leaves
+from nemo_rl_lora.config.their_keys import Theirs, nested, references_of
 from nemo_rl_lora.config.tree import flatten, lookup, plain, with_value, without
+from nemo_rl_lora.lora.other_tools import is_of_another_tool
 from nemo_rl_lora.scalars import as_number
 from nemo_rl_lora.shipped_files import SHIPPED_ROOT, existing
 
@@ -76,7 +86,7 @@ def load_config(path: Path | None, overrides: Sequence[str], driver: Driver, *, 
     """
     root = MASTERS[driver]
     file = path if path is not None else CONFIG_DIR / "quickstart" / f"{driver}.yaml"
-    _check_driver(file, _read(file).tree, driver)
+    _check_driver(file, driver)
     read = _read(file, root)
     tracked = without_parallel_sizes(without_replaced(read, overridden(read, overrides, root)))
     if precision is not None:
@@ -152,7 +162,17 @@ def run_of_another_tool(path: Path) -> RunTranslation | None:
     return _translated(path, read_file(existing(path, str(path))))
 
 
-def resolved_in_itself(document: Mapping[str, Any]) -> dict[str, Any]:
+def theirs_of(path: Path, document: Mapping[str, Any]) -> Theirs:
+    """The document of a file as another tool reads it: keys with slashes as keys below keys, and those of its
+    references replaced that can be resolved in it. The keys of any other file stay as they are written."""
+    tree = nested(document)
+    text = path.read_text(encoding="utf-8-sig")
+    is_theirs = not is_own(tree) and (tool_of(tree) is not None or is_of_another_tool(tree))
+    whole = tree if is_theirs else dict(document)
+    return Theirs(_resolved_in_itself(whole) if "${" in text else whole, references_of(text))
+
+
+def _resolved_in_itself(document: Mapping[str, Any]) -> dict[str, Any]:
     """The document with those of its references replaced that can be resolved in it."""
     register_resolvers()
     whole = OmegaConf.create(dict(document))
@@ -212,16 +232,18 @@ def _read_tracked(path: Path, chain: tuple[Path, ...], root: type[BaseModel] | N
 
 
 def _translated(path: Path, document: Mapping[str, Any]) -> RunTranslation | None:
-    if is_own(document):
+    if is_own(nested(document)):
         return None
+    theirs, key = theirs_of(path, document), f"--config={str(path)!r}"
     try:
-        run = run_of(resolved_in_itself(document))
+        run = run_of(theirs)
+    except NoSuchRunError as error:
+        tool = tool_of(theirs.document)
+        raise ConfigError(f"{key}: is a {tool} configuration, and has no counterpart here: {error}") from error
     except ValueError as error:
-        raise ConfigError(f"--config={str(path)!r}: is another tool's, and has no counterpart here: {error}") from error
-    if run is None and is_adapter_alone(document):
-        raise ConfigError(
-            f"--config={str(path)!r}: describes an adapter, and no run. Translate it with: {translate_command(path)}"
-        )
+        raise ConfigError(f"{key}: is a {tool_of(theirs.document)} configuration. {error}") from error
+    if run is None and is_adapter_alone(theirs.document):
+        raise ConfigError(f"{key}: describes an adapter, and no run. Translate it with: {translate_command(path)}")
     return run
 
 
@@ -268,15 +290,22 @@ def read_file(path: Path, inherited_by: Path | None = None) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def _check_driver(path: Path, tree: Mapping[str, Any], algorithm: Driver) -> None:
+def _check_driver(path: Path, algorithm: Driver) -> None:
     """A file of another driver is named as such, before its sections are called unknown."""
+    tree = _read(path).tree
     others = [other for other in MASTERS if other in tree and other != algorithm]
-    if others:
+    if not others:
+        return
+    if (run := run_of_another_tool(path)) is not None:
         raise ConfigError(
-            f"--config={str(path)!r}: has a section {others[0]!r}, which belongs to examples/run_{others[0]}.py, and "
-            f"{algorithm} was started. Start that driver, or give a file that inherits "
-            f"examples/configs/{_BASE_FILES[algorithm]}."
+            f"--config={str(path)!r}: is a {run.tool} configuration, which belongs to "
+            f"examples/run_{algorithm_of_run(run)}.py, and {algorithm} was started. Start that driver."
         )
+    raise ConfigError(
+        f"--config={str(path)!r}: has a section {others[0]!r}, which belongs to examples/run_{others[0]}.py, and "
+        f"{algorithm} was started. Start that driver, or give a file that inherits "
+        f"examples/configs/{_BASE_FILES[algorithm]}."
+    )
 
 
 def _resolved(tree: Mapping[str, Any], root: type[BaseModel]) -> dict[str, Any]:

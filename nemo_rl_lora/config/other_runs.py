@@ -16,36 +16,52 @@ import yaml
 
 from nemo_rl_lora.config.errors import show
 from nemo_rl_lora.config.run_draft import RunTranslation
+from nemo_rl_lora.config.their_keys import Theirs
+from nemo_rl_lora.config.theseus_run import TOOL as THESEUS
 from nemo_rl_lora.config.theseus_run import is_theseus, theseus_run
+from nemo_rl_lora.config.veomni_run import TOOL as VEOMNI
 from nemo_rl_lora.config.veomni_run import is_veomni, veomni_run
+from nemo_rl_lora.config.verl_run import TOOL as VERL
 from nemo_rl_lora.config.verl_run import is_verl, verl_run
 from nemo_rl_lora.lora.other_tools import is_of_another_tool
 
-_TOOLS: tuple[tuple[Callable[[Mapping[str, Any]], bool], Callable[[Mapping[str, Any]], RunTranslation]], ...] = (
-    (is_theseus, theseus_run),
-    (is_veomni, veomni_run),
-    (is_verl, verl_run),
+_TOOLS: tuple[tuple[str, Callable[[Mapping[str, Any]], bool], Callable[[Theirs], RunTranslation]], ...] = (
+    (THESEUS, is_theseus, theseus_run),
+    (VEOMNI, is_veomni, veomni_run),
+    (VERL, is_verl, verl_run),
 )
-_OWN_SECTIONS = ("policy", "sft", "dpo", "grpo", "eval")
+_OWN_SECTIONS = ("policy", "sft", "dpo", "grpo")
 _WIDTH = 110
 _MAX_REASONS = 3
 
 
-def run_of(document: Mapping[str, Any]) -> RunTranslation | None:
-    """The run of another tool's whole file; None where the document is none. ValueError where it has no counterpart."""
-    if is_own(document):
+def tool_of(document: Mapping[str, Any]) -> str | None:
+    """Whose whole file a document is, by its keys; None where it is nobody's of these, or this product's own."""
+    if any(section in document for section in _OWN_SECTIONS):
         return None
-    return next((translated(document) for knows, translated in _TOOLS if knows(document)), None)
+    return next((tool for tool, knows, _ in _TOOLS if knows(document)), None)
+
+
+def run_of(theirs: Theirs) -> RunTranslation | None:
+    """The run of another tool's whole file; None where the document is none.
+
+    NoSuchRunError where there is no such run here, any other ValueError for a mistake in the file.
+    """
+    found = tool_of(theirs.document)
+    return next((translated(theirs) for tool, _, translated in _TOOLS if tool == found), None)
 
 
 def is_own(document: Mapping[str, Any]) -> bool:
-    """Whether a document has a section that only this product's configurations, and NeMo RL's, have."""
-    return any(section in document for section in _OWN_SECTIONS)
+    """Whether a document has a section that only this product's configurations, and NeMo RL's, have. `eval` is
+    theseus's too."""
+    if any(section in document for section in _OWN_SECTIONS):
+        return True
+    return "eval" in document and tool_of(document) is None and not is_of_another_tool(document)
 
 
 def algorithm_of_run(run: RunTranslation) -> str:
     """The driver that the configuration is for."""
-    return next(section for section in _OWN_SECTIONS[1:] if section in run.tree)
+    return next(section for section in _OWN_SECTIONS if section != "policy" and section in run.tree)
 
 
 def refusal(file: Path, run: RunTranslation) -> str:

@@ -14,14 +14,14 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from nemo_rl_lora.config.lora import unified_from_spec
-from nemo_rl_lora.config.tree import flatten, with_value
+from nemo_rl_lora.config.their_keys import EMPTY, Theirs
+from nemo_rl_lora.config.tree import with_value
+from nemo_rl_lora.lora.dialects import parse_dtype
 from nemo_rl_lora.lora.other_tools import Translation, translate
-from nemo_rl_lora.scalars import as_number
 
 OPEN = "???"
 """A value that the user has to give; a configuration that holds it does not load."""
 NO_STEP_LIMIT = 1_000_000
-_EMPTY: tuple[Any, ...] = (None, {}, [])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,55 +41,8 @@ class RunTranslation:
         return not self.to_decide and not self.left_out
 
 
-class Theirs:
-    """The keys of another tool's file, dotted or with slashes, which knows those that were read."""
-
-    def __init__(self, document: Mapping[str, Any]) -> None:
-        self.document = _nested(document)
-        self._values = flatten(self.document)
-        self._read = set[str]()
-
-    def take(self, *keys: str, default: Any = None) -> Any:
-        """The value of the first of these keys that is written and not null, else the tool's default."""
-        found = default
-        for key in reversed(keys):
-            self.mark(key)
-            if (value := self._at(key)) is not None:
-                found = value
-        return found
-
-    def take_number(self, *keys: str, default: float | None = None) -> Any:
-        """The same of a number, also where it is written as text. ValueError where it is none."""
-        value = as_number(self.take(*keys, default=default))
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(f"{self.written(*keys)}={value!r}: must be a number. Correct it.")
-        return value
-
-    def written(self, *keys: str) -> str:
-        """The first of these keys that the file has, or the first of all."""
-        return next((key for key in keys if self._at(key) is not None), keys[0])
-
-    def has(self, key: str) -> bool:
-        """Whether something stands at or below a key that is not null."""
-        return self._at(key) not in _EMPTY
-
-    def mark(self, key: str) -> None:
-        """Count the key, and what stands below it, as read."""
-        self._read |= {name for name in self._values if name == key or name.startswith(f"{key}.")}
-
-    def unread(self) -> dict[str, Any]:
-        """What nobody asked for."""
-        return {key: value for key, value in self._values.items() if key not in self._read}
-
-    def switched_off(self) -> list[str]:
-        """The switches `enable` and `enabled` that are false: what stands beside them has no effect there."""
-        return [k for k, value in self._values.items() if value is False and k.endswith((".enable", ".enabled"))]
-
-    def _at(self, key: str) -> Any:
-        node: Any = self.document
-        for part in key.split("."):
-            node = node.get(part) if isinstance(node, Mapping) else None
-        return node
+class NoSuchRunError(ValueError):
+    """A run that has no counterpart here, however its file is written; its adapter may have one."""
 
 
 @dataclass(slots=True)
@@ -110,9 +63,8 @@ class Draft:
         self.set(key, value)
         self.to_decide.append(f"{key}: {what}")
 
-    def carry(self, ours: str, *keys: str, default: Any = None) -> Any:
+    def carry(self, ours: str, value: Any) -> Any:
         """Their value at our key, where the file or the tool's default has one."""
-        value = self.theirs.take(*keys, default=default)
         if value is not None:
             self.set(ours, value)
         return value
@@ -129,7 +81,7 @@ class Draft:
         quiet = {
             key
             for key, value in unread.items()
-            if value in _EMPTY or _is_harmless(key, value, harmless) or _is_below(key, off)
+            if value in EMPTY or _is_harmless(key, value, harmless) or _is_below(key, off)
         }
         return RunTranslation(
             tool=tool,
@@ -137,7 +89,7 @@ class Draft:
             to_decide=tuple(self.to_decide),
             differences=tuple(self.differences),
             left_out={key: value for key, value in unread.items() if key not in quiet},
-            without_effect=tuple(key for key in unread if key in quiet and unread[key] not in _EMPTY),
+            without_effect=tuple(key for key in unread if key in quiet and unread[key] not in EMPTY),
         )
 
 
@@ -156,6 +108,16 @@ def adapter_of(theirs: Theirs, *places: str, is_on: bool) -> Translation | None:
     for place in places:
         theirs.mark(place)
     return translate(theirs.document) if is_on else None
+
+
+def set_precision(draft: Draft, written: Mapping[str, Any]) -> None:
+    """`policy.precision` where their keys for it, all of which count, do not mean bfloat16."""
+    names = {parse_dtype(value) or "bfloat16" for value in written.values()}
+    if names == {"float32"}:
+        draft.set("policy.precision", "float32")
+    elif names - {"bfloat16", "bf16"}:
+        there = ", ".join(f"{key}={value}" for key, value in written.items())
+        draft.leave_open("policy.precision", f"float32 or bfloat16. There {there}", value="bfloat16")
 
 
 def set_schedule(
@@ -206,11 +168,3 @@ def _is_harmless(key: str, value: Any, harmless: Mapping[str, Sequence[Any] | No
 
 def _is_below(key: str, sections: set[str]) -> bool:
     return any(key.startswith(f"{section}.") for section in sections)
-
-
-def _nested(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document with keys such as `training/batch_size` as keys below keys."""
-    tree: dict[str, Any] = {}
-    for key, value in document.items():
-        tree = with_value(tree, str(key).split("/"), _nested(value) if isinstance(value, Mapping) else value)
-    return tree

@@ -15,10 +15,12 @@ from typing import Any
 import yaml
 
 from nemo_rl_lora.config.errors import ConfigError
-from nemo_rl_lora.config.load import algorithm_of, load_policy, read_file, read_tree, resolved_in_itself
+from nemo_rl_lora.config.load import algorithm_of, load_policy, read_file, read_tree, theirs_of
 from nemo_rl_lora.config.lora import LoraCfg, PeftCfg, UnifiedLora, lora_spec_from_policy, unified_from_spec
 from nemo_rl_lora.config.master import MASTERS
 from nemo_rl_lora.config.other_runs import as_yaml, run_of
+from nemo_rl_lora.config.run_draft import NoSuchRunError
+from nemo_rl_lora.config.their_keys import Theirs
 from nemo_rl_lora.config.tree import lookup, with_value
 from nemo_rl_lora.lora.names import names_fused_layer
 from nemo_rl_lora.lora.other_tools import Translation, is_of_another_tool, translate
@@ -29,12 +31,12 @@ _BLOCKS = (LoraCfg, PeftCfg, UnifiedLora)
 
 def translate_file(file: Path) -> str:
     """The run of the file as YAML, or else its adapter, under comments that say what it was and what it left out."""
-    document, reason = _document(file), ""
+    theirs, reason = _theirs(file), ""
     try:
-        if (run := run_of(document)) is not None:
+        if (run := run_of(theirs)) is not None:
             return as_yaml(file, run)
     except ValueError as error:
-        if not is_of_another_tool(document):
+        if not isinstance(error, NoSuchRunError) or not is_of_another_tool(theirs.document):
             raise ConfigError(f"{file}: {error}") from error
         reason = f"# Its adapter alone, since there is no such run here: {error}\n"
     found = read_adapter_description(file)
@@ -53,7 +55,7 @@ def translate_file(file: Path) -> str:
 
 def read_adapter_description(file: Path) -> Translation:
     """The one adapter that the file describes. Raises ConfigError."""
-    document = _document(file)
+    document = _theirs(file).document
     if is_of_another_tool(document):
         try:
             return translate(document, _modules_beside(file))
@@ -78,8 +80,8 @@ def _modules_beside(file: Path) -> Sequence[LinearModule]:
     return modules_of_tensors(read_adapter(file.parent)[0])
 
 
-def _document(file: Path) -> dict[str, Any]:
-    """The file's mapping, with those of its references replaced that can be resolved in it."""
+def _theirs(file: Path) -> Theirs:
+    """The file's mapping, as another tool reads it."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -90,7 +92,7 @@ def _document(file: Path) -> dict[str, Any]:
         document = read_file(file)
     if not isinstance(document, dict) or not document:
         raise ConfigError(f"{file}: holds no mapping. Give a configuration or an adapter_config.json.")
-    return resolved_in_itself(document) if "${" in text else document
+    return theirs_of(file, document)
 
 
 def _of_nemo_rl(file: Path, tree: Mapping[str, Any], *, is_whole: bool) -> Translation:

@@ -8,19 +8,22 @@ which has no counterpart: such a file is translated, and its batch is left to th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
+from nemo_rl_lora.config.dpo import DpoConfig
 from nemo_rl_lora.config.run_draft import (
     Draft,
+    NoSuchRunError,
     RunTranslation,
-    Theirs,
     adapter_of,
     set_adapter,
     set_length,
+    set_precision,
     set_schedule,
     set_validation,
     steps_of,
 )
+from nemo_rl_lora.config.their_keys import Theirs
 
 TOOL = "VeOmni"
 # VeOmni's own templates, which learn the header of the assistant's turn as well.
@@ -92,53 +95,58 @@ def is_veomni(document: Mapping[str, Any]) -> bool:
     return all(isinstance(document.get(section), Mapping) for section in ("model", "data", "train"))
 
 
-def veomni_run(document: Mapping[str, Any]) -> RunTranslation:
+def veomni_run(theirs: Theirs) -> RunTranslation:
     """The run of the file. ValueError for what is no text, or an adapter without a counterpart."""
-    theirs = Theirs(document)
     draft = Draft(theirs)
-    data_type = theirs.take("data.data_type", default="conversation")
+    data_type = theirs.take_text("data.data_type", default="conversation")
     if data_type not in ("conversation", "dpo", "plaintext"):
-        raise ValueError(f"data.data_type={data_type!r}: only text is trained here. There is no such run.")
+        raise NoSuchRunError(f"data.data_type={data_type!r}: only text is trained here. There is no such run.")
     algorithm = "dpo" if data_type == "dpo" else "sft"
     _set_model(draft, algorithm)
     _set_data(draft, data_type)
     _set_batches_and_length(draft, algorithm)
     _set_optimizer(draft)
-    set_validation(draft, algorithm, has_rows=theirs.has("data.eval_path"), period=_eval_steps(theirs))
+    period = theirs.take_count("train.eval_steps", default=0, least=-1)
+    set_validation(draft, algorithm, has_rows=theirs.has("data.eval_path"), period=period)
     _set_surroundings(draft)
-    draft.carry(f"{algorithm}.seed", "train.seed")
+    draft.carry(f"{algorithm}.seed", theirs.take_count("train.seed", least=0))
     if algorithm == "dpo":
-        draft.carry("dpo.reference_policy_kl_penalty", "dpo_config.beta", default=0.1)
-        draft.carry("dpo.label_smoothing", "dpo_config.label_smoothing")
-        draft.carry("dpo.loss_type", "dpo_config.loss_type")
+        draft.set("dpo.reference_policy_kl_penalty", theirs.take_number("dpo_config.beta", default=0.1, above=0))
+        draft.carry("dpo.label_smoothing", theirs.take_number("dpo_config.label_smoothing", least=0, below=0.5))
+        loss = theirs.take_text("dpo_config.loss_type", default="sigmoid")
+        if loss in get_args(DpoConfig.model_fields["loss_type"].annotation):
+            draft.set("dpo.loss_type", loss)
+        else:
+            draft.leave_open("dpo.loss_type", f"a loss of docs/configuration.md in place of {loss!r}")
     return draft.finish(TOOL, _HARMLESS)
 
 
 def _set_model(draft: Draft, algorithm: str) -> None:
     theirs = draft.theirs
-    if draft.carry("policy.model_name", "model.model_path") is None:
+    model = theirs.take_text("model.model_path")
+    if draft.carry("policy.model_name", model) is None:
         draft.leave_open("policy.model_name", "a local directory or a Hugging Face name; there the model starts anew")
-    draft.carry("policy.tokenizer.name", "model.tokenizer_path")
-    if theirs.take("model.config_path") not in (None, theirs.take("model.model_path")):
+    draft.carry("policy.tokenizer.name", theirs.take_text("model.tokenizer_path"))
+    if theirs.take_text("model.config_path") not in (None, model):
         draft.differs("model.config_path: the model's own config.json is taken here.")
-    is_on = theirs.has("model.lora_config")
-    set_adapter(draft, adapter_of(theirs, "model.lora_config", is_on=is_on))
+    theirs.take_mapping("model.lora_config")
+    set_adapter(draft, adapter_of(theirs, "model.lora_config", is_on=theirs.has("model.lora_config")))
     if algorithm == "dpo" and "adapter" in draft.tree["policy"]:
         draft.set("policy.adapter.reference", "base")
-    for place in ("model.accelerator.", "train.accelerator.", "train."):
-        if theirs.take(f"{place}gradient_checkpointing.enable") is True:
-            draft.set("policy.dtensor_cfg.activation_checkpointing", True)
-        if theirs.take(f"{place}fsdp_config.mixed_precision.enable") is False:
-            draft.set("policy.precision", "float32")
-    if theirs.take("train.enable_gradient_checkpointing") is True:
+    places = ("model.accelerator.", "train.accelerator.", "train.")
+    again = (*(f"{place}gradient_checkpointing.enable" for place in places), "train.enable_gradient_checkpointing")
+    if theirs.take_switch(*again) is True:
         draft.set("policy.dtensor_cfg.activation_checkpointing", True)
-    if theirs.take("train.enable_mixed_precision") is False:
+    mixed = [f"{place}fsdp_config.mixed_precision" for place in places]
+    if theirs.take_switch(*(f"{place}.enable" for place in mixed), "train.enable_mixed_precision") is False:
         draft.set("policy.precision", "float32")
+        return
+    set_precision(draft, {key: theirs.take_text(key) for place in mixed for key in theirs.keys(f"{place}.param_dtype")})
 
 
 def _set_data(draft: Draft, data_type: str) -> None:
     theirs = draft.theirs
-    text_key = theirs.take("data.text_keys")
+    text_key = theirs.take_text("data.text_keys")
     if data_type == "dpo":
         dataset = {"dataset_name": "BinaryPreferenceDataset", "chosen_key": text_key or "chosen"}
         draft.differs("Rows: `prompt`, `chosen` and `rejected`; give data.train.prompt_key where it is another.")
@@ -158,25 +166,25 @@ def _set_data(draft: Draft, data_type: str) -> None:
             draft.leave_open(f"data.{ours}.data_path", f"a file, a directory or a hub dataset in place of {path!r}")
         else:
             draft.set(f"data.{ours}.data_path", path)
-    template = theirs.take("model.chat_template", "data.chat_template")
+    template = theirs.take_text("model.chat_template", "data.chat_template")
     if template in _TEMPLATES and data_type != "dpo":
         draft.set("policy.tokenizer.chat_template", _TEMPLATES[template])
         draft.set("data.add_generation_prompt", False)
     elif template is not None:
         draft.differs(f"Chat template: the tokenizer's own, in place of VeOmni's {template!r}.")
-    draft.carry("policy.max_total_sequence_length", "data.max_seq_len", default=2048)
+    draft.set("policy.max_total_sequence_length", _length(theirs))
     draft.differs("A longer row keeps its beginning here, and its end there.")
 
 
 def _set_batches_and_length(draft: Draft, algorithm: str) -> None:
     theirs = draft.theirs
-    rows, micro = theirs.take_number("train.global_batch_size"), theirs.take_number("train.micro_batch_size", default=1)
-    length = theirs.take_number("data.max_seq_len", default=2048)
-    packs = [theirs.take(f"train.{key}") for key in ("rmpad", "rmpad_with_pos_ids")]  # before there was dyn_bsz
-    fills_tokens = theirs.take("train.dyn_bsz", default=packs != [False, False])
-    train_tokens = theirs.take_number("data.train_size", default=10_000_000)
-    epochs = theirs.take_number("train.num_train_epochs", default=1)
-    limit = theirs.take_number("train.max_steps")
+    rows, micro = theirs.take_count("train.global_batch_size"), theirs.take_count("train.micro_batch_size", default=1)
+    length = _length(theirs)
+    packs = [theirs.take_switch(f"train.{key}") for key in ("rmpad", "rmpad_with_pos_ids")]  # before there was dyn_bsz
+    fills_tokens = theirs.take_switch("train.dyn_bsz", default=packs != [False, False])
+    train_tokens = theirs.take_number("data.train_size", default=10_000_000, least=1)
+    epochs = theirs.take_count("train.num_train_epochs", default=1)
+    limit = theirs.take_count("train.max_steps")
     if rows is None:
         draft.leave_open("policy.train_global_batch_size", "rows of a step; there micro_batch_size x processes")
     elif fills_tokens:
@@ -203,10 +211,13 @@ def _set_batches_and_length(draft: Draft, algorithm: str) -> None:
 
 def _set_schedule(draft: Draft, steps: int | None) -> None:
     theirs = draft.theirs
-    name = theirs.take(*_optimizer_keys("lr_decay_style"), default="constant")
-    peak = theirs.take_number(*_optimizer_keys("lr"), default=5e-5)
-    lowest = theirs.take_number(*_optimizer_keys("lr_min"), default=1e-7)
-    warmup = theirs.take_number(*_optimizer_keys("lr_warmup_ratio"), default=0)
+    name = theirs.take_text(*_optimizer_keys("lr_decay_style"), default="constant")
+    peak = theirs.take_number(*_optimizer_keys("lr"), default=5e-5, least=0)
+    lowest = theirs.take_number(*_optimizer_keys("lr_min"), least=0)
+    warmup = theirs.take_number(*_optimizer_keys("lr_warmup_ratio"), default=0, least=0, most=1)
+    if lowest is not None and lowest > peak:
+        key = theirs.written(*_optimizer_keys("lr_min"))
+        raise ValueError(f"{key}={lowest}: is above the learning rate, {peak}. Correct one of them.")
     if name not in ("constant", "linear", "cosine"):
         draft.leave_open("policy.scheduler", f"a schedule of docs/configuration.md in place of {name!r}")
         return
@@ -215,7 +226,7 @@ def _set_schedule(draft: Draft, steps: int | None) -> None:
         name,
         warmup=warmup,
         total=steps,
-        min_lr_ratio=0.0 if name == "constant" else lowest / peak,
+        min_lr_ratio=0.0 if name == "constant" or not peak else min((1e-7 if lowest is None else lowest) / peak, 1.0),
         why_open="There it is the rows of data.train_path / train.global_batch_size, for each epoch",
     )
 
@@ -223,32 +234,39 @@ def _set_schedule(draft: Draft, steps: int | None) -> None:
 def _set_optimizer(draft: Draft) -> None:
     theirs = draft.theirs
     first = theirs.take("train.optimizer") if isinstance(theirs.document["train"].get("optimizer"), str) else "adamw"
-    kind = theirs.take(*_optimizer_keys("type"), "train.optimizer_type", default=first)
+    kind = theirs.take_text(*_optimizer_keys("type"), "train.optimizer_type", default=first)
+    lr = theirs.take_number(*_optimizer_keys("lr"), default=5e-5, least=0)
     if kind not in ("adamw", "anyprecision_adamw", "adamw_swap"):
         draft.leave_open(
             "policy.optimizer.kwargs.lr", f"a learning rate of AdamW, which trains here in place of {kind}"
         )
     else:
-        draft.carry("policy.optimizer.kwargs.lr", *_optimizer_keys("lr"), default=5e-5)
-    draft.carry("policy.optimizer.kwargs.weight_decay", *_optimizer_keys("weight_decay"), default=0)
-    draft.carry("policy.optimizer.kwargs.betas", *_optimizer_keys("betas"), default=[0.9, 0.95])
-    draft.carry("policy.max_grad_norm", *_optimizer_keys("max_grad_norm"), default=1.0)
+        draft.set("policy.optimizer.kwargs.lr", lr)
+    decay = theirs.take_number(*_optimizer_keys("weight_decay"), default=0, least=0)
+    draft.set("policy.optimizer.kwargs.weight_decay", decay)
+    draft.set("policy.optimizer.kwargs.betas", theirs.take_betas(*_optimizer_keys("betas"), default=(0.9, 0.95)))
+    clip = theirs.take_number(*_optimizer_keys("max_grad_norm"), default=1.0, above=0)
+    draft.set("policy.max_grad_norm", clip)
 
 
 def _set_surroundings(draft: Draft) -> None:
     """Where checkpoints and metrics go."""
-    draft.carry("checkpointing.checkpoint_dir", "train.checkpoint.output_dir", "train.output_dir")
-    draft.carry("checkpointing.save_period", "train.checkpoint.save_steps", "train.save_steps", default=0)
-    if epochs := draft.theirs.take("train.checkpoint.save_epochs", "train.save_epochs", default=1):
+    theirs = draft.theirs
+    draft.carry("checkpointing.checkpoint_dir", theirs.take_text("train.checkpoint.output_dir", "train.output_dir"))
+    steps = theirs.take_count("train.checkpoint.save_steps", "train.save_steps", default=0, least=-1)
+    draft.set("checkpointing.save_period", max(steps, 0))
+    epochs = theirs.take_count("train.checkpoint.save_epochs", "train.save_epochs", default=1, least=-1)
+    if epochs > 0:
         draft.set("checkpointing.save_epochs", epochs)
-    if draft.theirs.take("train.wandb.enable", "train.use_wandb") is True:
+    if theirs.take_switch("train.wandb.enable", "train.use_wandb") is True:
         draft.set("logger.wandb_enabled", True)
-        draft.carry("logger.wandb.project", "train.wandb.project", "train.wandb_project", default="VeOmni")
-        draft.carry("logger.wandb.name", "train.wandb.name", "train.wandb_name")
+        project = theirs.take_text("train.wandb.project", "train.wandb_project", default="VeOmni")
+        draft.set("logger.wandb.project", project)
+        draft.carry("logger.wandb.name", theirs.take_text("train.wandb.name", "train.wandb_name"))
 
 
-def _eval_steps(theirs: Theirs) -> int:
-    return theirs.take_number("train.eval_steps", default=0)
+def _length(theirs: Theirs) -> int:
+    return theirs.take_count("data.max_seq_len", default=2048, least=2)
 
 
 def _optimizer_keys(name: str) -> tuple[str, ...]:

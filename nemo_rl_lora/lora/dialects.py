@@ -28,6 +28,12 @@ def spec_from_keys(block: Mapping[str, Any], keys: Mapping[str, str], key_prefix
     A field in neither has LoraSpec's default. Fused Megatron layers among the targets mean one shared A.
     """
     fields = {name: block[key] for name, key in keys.items() if name not in overrides} | overrides
+    for name in ("targets", "excludes"):
+        if not isinstance(value := fields.get(name), str | list | tuple | None) or any(
+            not isinstance(each, str) for each in value or ()
+        ):
+            key = f"{key_prefix}.{keys.get(name, name)}"
+            raise ValueError(f"{key}={value!r}: must be a list of module names. Correct it.")
     if not isinstance(fields["targets"], str):
         fields["targets"] = tuple(fields["targets"])
         if any(names_fused_layer(target) for target in fields["targets"]):
@@ -65,7 +71,9 @@ def megatron_init(A_init: str) -> str:
 
 def gaussian_init(rank: Any) -> str:
     """A drawn with standard deviation 1 / rank. A rank that is none is left to LoraSpec to refuse, by its name."""
-    return f"normal({1 / rank!r})" if isinstance(rank, int) and rank > 0 else "xavier"
+    dim = as_number(rank)
+    is_rank = isinstance(dim, int) and not isinstance(dim, bool) and dim > 0
+    return f"normal({1 / dim!r})" if is_rank else "xavier"
 
 
 def parse_dtype(value: Any) -> Any:

@@ -115,7 +115,8 @@ def spec_from_veomni(block: Mapping[str, Any], key_prefix: str) -> LoraSpec:
     value = {field: settings[key] for field, key in keys.items()}
     key = {field: f"{key_prefix}.{name}" for field, name in keys.items()}
     if not value["targets"]:
-        raise ValueError(f"{key['targets']}={value['targets']!r}: adapts no module. List modules.")
+        shown = "<absent>" if value["targets"] is None else repr(value["targets"])
+        raise ValueError(f"{key['targets']}={shown}: adapts no module. List the modules.")
     found: dict[str, Any] = {
         "targets": _peft_targets(value["targets"], key["targets"]),
         "excludes": _peft_targets(value["excludes"] or (), key["excludes"]),
@@ -208,8 +209,7 @@ _Parser = Callable[[Mapping[str, Any], str], LoraSpec]
 _PLACES: tuple[tuple[str, tuple[str, ...], tuple[str, ...], _Parser], ...] = (
     ("PEFT adapter_config.json", ("",), ("peft_type",), spec_from_peft_config),
     ("VeOmni lora_config", ("model.lora_config", "lora_config", ""), ("lora_modules",), spec_from_veomni),
-    ("VeOmni lora_config", ("model.lora_config", "lora_config"), ("target_modules",), spec_from_veomni),
-    ("VeOmni lora_config", ("model.lora_config", "lora_config"), ("target_parameters",), spec_from_veomni),
+    ("VeOmni lora_config", ("model.lora_config", "lora_config"), (), spec_from_veomni),
     (
         "verl (Megatron)",
         ("actor_rollout_ref.model.lora", "critic.model.lora", "model.lora", "lora"),

@@ -212,7 +212,7 @@ def peft_names(value: Any, key: str) -> str | tuple[str, ...]:
     """PEFT's list of names, which match as suffixes like ours, or "all-linear". A string otherwise is a regex."""
     if value == ALL_LINEAR:
         return ALL_LINEAR
-    if isinstance(value, str) or value is None:
+    if not isinstance(value, list | tuple | set | frozenset):
         raise ValueError(f"{key}={value!r}: must be a list of module names. List the names that it stands for.")
     names = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
     if other := [name for name in names if not _means_the_same(str(name))]:

@@ -58,6 +58,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fused": _one_of("canonical", "shared"),
     "kernels": _one_of(True, False, "automodel"),
     "dtype": _one_of(*COMPUTE_DTYPES, None),
+    "use_rslora": (lambda x: isinstance(x, bool), "must be true or false. Correct it."),
+    "a2a": (lambda x: isinstance(x, bool), "must be true or false. Correct it."),
 }
 
 

@@ -3,10 +3,16 @@
 import pytest
 import yaml
 
+from nemo_rl_lora.config import other_runs
 from nemo_rl_lora.config.load import load_config
-from nemo_rl_lora.config.other_runs import run_of
+from nemo_rl_lora.config.their_keys import Theirs, nested
 from nemo_rl_lora.config.tree import flatten, merged, with_value
 from tests.config.other_files import FILES, write_file
+
+
+def run_of(document):
+    """The translation of a whole file with these keys."""
+    return other_runs.run_of(Theirs(document))
 
 
 @pytest.fixture
@@ -226,7 +232,7 @@ def test_theseus_numbers_are_carried(run):
 def test_theseus_keys_may_be_written_with_slashes(run, tmp_path):
     document = yaml.safe_load(write_file(tmp_path, "theseus").read_text())
     slashes = {key.replace(".", "/"): value for key, value in flatten(document).items()}
-    assert run_of(slashes).tree == run("theseus").tree
+    assert run_of(nested(slashes)).tree == run("theseus").tree
 
 
 def test_theseus_with_one_part_alone(run):
@@ -241,12 +247,15 @@ def test_theseus_with_one_part_alone(run):
     ("change", "said"),
     [
         ({"training__pre_lora_tokens": [100]}, r"training\.pre_lora_dataset=.*needs a list for each of the 1 numbers"),
-        ({"training__post_lora_tokens": [0]}, r"training\.post_lora_tokens=\[0\]: must be a list of numbers above 0"),
+        ({"training__post_lora_tokens": [0]}, r"training\.post_lora_tokens\.0=0: must be a number of at least 1"),
         ({"training__warmup_pct": 2}, r"training\.warmup_pct=2: must lie in \[0, 1\]"),
         ({"training__warmup_pct": "some"}, r"training\.warmup_pct='some': must be a number"),
         ({"optimization__lora__target_modules": ["embedding"]}, "no linear layer"),
         ({"optimization__lora__dropout": 0.1}, r"optimization\.lora\.dropout=0\.1: is no key known here"),
-        ({"training__post_lora_dataset": [["squad"]]}, r"sft\.phases\.2\.data\.0='squad': must be a mapping with name"),
+        (
+            {"training__post_lora_dataset": [["squad"]]},
+            r"training\.post_lora_dataset\.0\.0='squad': must be a mapping with name",
+        ),
     ],
 )
 def test_wrong_theseus_files_are_refused_by_name(run, change, said):
