@@ -605,8 +605,8 @@ def test_two_epochs_are_counted(phased):
         pytest.param(["policy.backend=dtensor"], id="dtensor"),
         pytest.param(["policy.backend=megatron"], id="megatron", marks=pytest.mark.slow),
         pytest.param(
-            ["policy.backend=megatron", "policy.megatron_cfg.tensor_model_parallel_size=2"],
-            id="megatron tp2",
+            ["policy.backend=megatron", "policy.megatron_cfg.pipeline_model_parallel_size=2"],
+            id="megatron pp2",
             marks=pytest.mark.slow,
         ),
     ],
@@ -617,19 +617,20 @@ def test_two_processes_cross_as_one_does_and_go_on_from_the_boundary(phased, tmp
 
     def run(place: str, *overrides: str):
         directory = tmp_path / place
-        shared = [lora, f"checkpointing.checkpoint_dir={directory}", "checkpointing.keep_top_k=null", *settings]
+        shared = [lora, f"checkpointing.checkpoint_dir={directory}", "checkpointing.keep_top_k=null", settings[0]]
         ended = run_driver(*arguments, *shared, *overrides, algorithm="sft")
         assert ended.code == 0, ended.err
         return directory
 
-    one, two = run("one"), run("two", "cluster.gpus_per_node=2")
+    in_two = ["cluster.gpus_per_node=2", *settings[1:]]
+    one, two = run("one"), run("two", *in_two)
     for name, tensor in adapter(one / "step_4").items():
         torch.testing.assert_close(adapter(two / "step_4")[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
     again = tmp_path / "again"
     shutil.copytree(two, again)
     shutil.rmtree(again / "step_4")
     shutil.rmtree(again / "base_of_phase_2")
-    run("again", "cluster.gpus_per_node=2")
+    run("again", *in_two)
     assert same(adapter(again / "step_4"), adapter(two / "step_4"))
     base = [weights_of(place / "base_of_phase_2" / "weights") for place in (again, two)]
     assert same(*base)
