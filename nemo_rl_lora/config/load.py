@@ -159,7 +159,8 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 def run_of_another_tool(path: Path) -> RunTranslation | None:
     """The translation of a whole file of VeOmni, verl or theseus; None for any other file. Raises ConfigError."""
-    return _translated(path, read_file(existing(path, str(path))))
+    file = existing(path, str(path))
+    return _translated(file, read_file(file))
 
 
 def theirs_of(path: Path, document: Mapping[str, Any]) -> Theirs:

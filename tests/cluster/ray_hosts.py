@@ -95,10 +95,12 @@ def num_steps_of(tiny: TinyRun, experiment: int = 1) -> int:
 def assert_nothing_is_left(host: Host, seconds: float = 150) -> None:
     """Until no process of a run is in the host, and no file of one."""
     deadline = time.monotonic() + seconds
-    while left := [line for line in host.commands() if re.search("RankProcess|_Host|run_sft|run_grpo", line)]:
+    while left := [
+        *(line for line in host.commands() if re.search("RankProcess|_Host|_Holder|run_sft|run_grpo", line)),
+        *(file for file in host.files() if "/nrl-" in file),  # removed as soon as their process has ended
+    ]:
         assert time.monotonic() < deadline, left
         time.sleep(0.5)
-    assert [file for file in host.files() if "/nrl-" in file] == []
 
 
 def _ended(commands: Sequence[subprocess.Popen[str]], seconds: float = 400) -> None:
