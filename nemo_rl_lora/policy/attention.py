@@ -9,7 +9,7 @@ Only full causal attention is served: no sliding window, no soft cap, no attenti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,14 +23,13 @@ from transformers import AttentionInterface
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.models.families import families_for, shortening_window
 from nemo_rl_lora.models.own_forward import unserved_argument
+from nemo_rl_lora.policy.cpu_attention import attend_on_cpu
 from nemo_rl_lora.policy.determinism import repeatable
 from nemo_rl_lora.policy.flash_segments import FlashPlan, attend_by_flash, plan_flash, takes
 from nemo_rl_lora.policy.microbatches import Segment
 from nemo_rl_lora.policy.upload import upload
 
 NAME = "nemo_rl_lora_segments"
-_SCORES_PER_CHUNK = 16 * 2**20  # 64 MiB of fp32 scores at a time
-_QUERIES_PER_RUN = 64  # of a segment, on a CPU: so much of what causal attention masks is computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,91 +183,6 @@ class _Permute(torch.autograd.Function):
         return grad, None, None, None
 
 
-class _Attend(torch.autograd.Function):
-    """softmax(q k^T) v with grouped heads, probabilities in fp32 and recomputed in the backward pass.
-
-    q: [S, KV, R*L, d], k and v: [S, KV, K, d]; blocked: [S or 1, L, K]. Query i looks at no key after K - L + i, so a
-    run of queries has scores only up to the keys of its last one.
-    """
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocked: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v, blocked)
-        ctx.scale = scale
-        out = torch.empty_like(q)
-        for run in _runs(q, k, blocked):
-            p = _probabilities(run.queries(q), run.keys(k), run.blocked, scale).to(q.dtype)
-            run.put(out, torch.matmul(p, run.keys(v)))
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        q, k, v, blocked = ctx.saved_tensors
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for run in _runs(q, k, blocked):
-            own_q, own_k, own_grad = run.queries(q), run.keys(k), run.queries(grad)
-            p32 = _probabilities(own_q, own_k, run.blocked, ctx.scale)
-            run.keys(grad_v).add_(torch.matmul(p32.to(q.dtype).transpose(-1, -2), own_grad))
-            grad_s = torch.matmul(own_grad, run.keys(v).transpose(-1, -2)).float().mul_(p32)
-            # softmax backward: p * (g - sum(p * g))
-            grad_s.addcmul_(p32, grad_s.sum(-1, keepdim=True), value=-1.0)
-            scores_grad = grad_s.mul_(ctx.scale).to(q.dtype)
-            run.put(grad_q, torch.matmul(scores_grad, own_k))
-            run.keys(grad_k).add_(torch.matmul(scores_grad.transpose(-1, -2), own_q))
-        return grad_q, grad_k, grad_v, None, None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Run:
-    """Queries whose scores are computed at once: some positions of some segments, with the keys that they may see."""
-
-    rows: slice  # of the S segments
-    positions: slice  # of the L queries of a segment
-    length: int  # L
-    num_keys: int
-    blocked: Tensor  # [rows or 1, positions, num_keys]
-
-    def queries(self, x: Tensor) -> Tensor:
-        """[rows, KV, R*positions, d] of x [S, KV, R*L, d]."""
-        return self._of(x).flatten(2, 3)
-
-    def put(self, x: Tensor, values: Tensor) -> None:
-        """The inverse: write `values` into x."""
-        own = self._of(x)
-        own.copy_(values.view(own.shape))
-
-    def keys(self, x: Tensor) -> Tensor:
-        """[rows, KV, num_keys, d] of x [S, KV, K, d]."""
-        return x[self.rows, :, : self.num_keys]
-
-    def _of(self, x: Tensor) -> Tensor:
-        num_segments, num_heads, _, head_dim = x.shape
-        return x.view(num_segments, num_heads, -1, self.length, head_dim)[self.rows, :, :, self.positions]
-
-
-def _runs(q: Tensor, k: Tensor, blocked: Tensor) -> Iterator[_Run]:
-    """All of the queries, in runs of up to _QUERIES_PER_RUN positions and _SCORES_PER_CHUNK scores."""
-    length, num_keys = blocked.shape[-2:]
-    for begin in range(0, length, _QUERIES_PER_RUN):
-        positions = slice(begin, min(begin + _QUERIES_PER_RUN, length))
-        seen = num_keys - length + positions.stop
-        repeats = q.shape[2] // length
-        scores_per_segment = q.shape[1] * repeats * (positions.stop - begin) * seen
-        step = max(1, _SCORES_PER_CHUNK // scores_per_segment)
-        for first in range(0, q.shape[0], step):
-            rows = slice(first, first + step)
-            own = blocked if blocked.shape[0] == 1 else blocked[rows]
-            yield _Run(rows=rows, positions=positions, length=length, num_keys=seen, blocked=own[:, positions, :seen])
-
-
-def _probabilities(q: Tensor, k: Tensor, blocked: Tensor, scale: float) -> Tensor:
-    scores = torch.matmul(q, k.transpose(-1, -2)).float().mul_(scale)
-    num_rows, num_heads, _, num_keys = scores.shape
-    shaped = scores.view(num_rows, num_heads, -1, blocked.shape[-2], num_keys)
-    shaped.masked_fill_(blocked[:, None, None], float("-inf"))
-    return torch.softmax(scores, dim=-1)
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor, scale: float) -> Tensor:
     """softmax(q k^T) v: q [S, KV, R*L, d], k and v [S, KV, K, d], blocked [S or 1, L, K] true where not to look."""
     if q.is_cuda:
@@ -277,7 +191,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor, scale: float) -> Te
             repeatable([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
         ):  # cuDNN builds a graph for every length
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return _Attend.apply(q, k, v, blocked, scale)
+    return attend_on_cpu(q, k, v, blocked, scale)
 
 
 def segment_attention(
