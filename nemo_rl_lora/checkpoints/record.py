@@ -67,7 +67,7 @@ _BUDGETS = ("train_mb_tokens", "logprob_mb_tokens")
 # How rows are cut into passes, for a run that has to take less memory; a size that the base files compute from one
 # below; how AdamW runs.
 _POLICY = (
-    *("backend", "deterministic"),
+    *("backend", "compile", "deterministic"),
     *("train_micro_batch_size", "logprob_batch_size"),
     *(f"{name}.{key}" for name in ("dynamic_batching", "sequence_packing") for key in _BUDGETS),
     *("make_sequence_length_divisible_by", "optimizer.kwargs.foreach", "optimizer.kwargs.fused"),

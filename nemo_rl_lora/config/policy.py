@@ -109,6 +109,9 @@ class PolicyConfig(ModelConfig):
     """On a GPU, take the algorithms that give the same bits each time, where torch has them, so that a continued run is
     the run that was not interrupted; what has none is named in the log. It costs time. On a CPU a run repeats without.
     No NeMo RL key."""
+    compile: Literal["auto"] | bool = "auto"
+    """true: torch.compile the decoder layers of the DTensor backend, which takes up to a minute at the start; auto:
+    false, until it is measured on a GPU. No NeMo RL key."""
     dtensor_cfg: DTensorConfig = DTensorConfig()
     """The DTensor backend."""
     megatron_cfg: MegatronConfig = MegatronConfig()

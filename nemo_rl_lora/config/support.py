@@ -148,6 +148,16 @@ def megatron_problems(config: MasterConfig) -> list[str]:
         *_context_problems(config),
         *_schedule_problems(config),
         *_a2a_problems(config),
+        *_compile_problems(config),
+    ]
+
+
+def _compile_problems(config: MasterConfig) -> list[str]:
+    if config.policy.compile is not True:
+        return []
+    return [
+        "policy.compile=True: the layers of the DTensor backend are compiled, and Megatron-Core's are not. Set it to "
+        "false, or policy.backend=dtensor."
     ]
 
 

@@ -34,6 +34,7 @@ from nemo_rl_lora.models.source import resolve_model
 from nemo_rl_lora.plan.advice import advice
 from nemo_rl_lora.plan.rank_parts import RankPart, rank_parts
 from nemo_rl_lora.policy.attention import layout_problems, supports_segments
+from nemo_rl_lora.policy.dtensor.compiled import compile_problems
 from nemo_rl_lora.policy.dtensor.limits import tensor_parallel_problems
 from nemo_rl_lora.policy.megatron.families import (
     adapter_problems,
@@ -151,7 +152,7 @@ def make_plan(config: MasterConfig, checks: Sequence[NamedCheck] = ()) -> Plan:
             *check_runnable(config),
             *_forward_problems(policy, shapes),
             *layout_problems(policy, shapes.config),
-            *(tensor_parallel_problems(policy.dtensor_cfg, shapes.config) if backend == "dtensor" else ()),
+            *(_dtensor_problems(policy, shapes.config) if backend == "dtensor" else ()),
             *_engine_problems(policy, spec, adapted, shapes),
             *megatron_problems,
             *device_problems(config, torch.cuda.device_count()),
@@ -159,6 +160,10 @@ def make_plan(config: MasterConfig, checks: Sequence[NamedCheck] = ()) -> Plan:
         ),
         unchecked=_unchecked(config, sizes, [name for name, _ in checks]),
     )
+
+
+def _dtensor_problems(policy: PolicyConfig, hf: Any) -> list[str]:
+    return [*tensor_parallel_problems(policy.dtensor_cfg, hf), *compile_problems(policy, hf)]
 
 
 def machine_problems(config: MasterConfig, plan: Plan) -> list[str]:

@@ -9,7 +9,7 @@ weights are DTensors here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,9 +101,13 @@ class ForwardPass(nn.Module):
         self.model.set_attn_implementation(self._attention)
 
     @torch.no_grad()
-    def verify(self, compute_dtype: torch.dtype = torch.float32) -> frozenset[str]:
+    def verify(
+        self,
+        compute_dtype: torch.dtype = torch.float32,
+        change_layers: Callable[[PreTrainedModel], None] | None = None,
+    ) -> frozenset[str]:
         """ValueError unless this computes what the model's own forward pass with its eager attention does. Returns the
-        names of the linear modules that the pass reached.
+        names of the linear modules that the pass reached. `change_layers` is called between the two.
 
         Each attention call is decided exactly, in fp64; padded rows get torch's fused attention where all are the
         model's own. Whatever else may be between the two, other processes included, shows in the hidden states and
@@ -126,6 +130,8 @@ class ForwardPass(nn.Module):
         if not self.flat:
             self._attention = fastest_of(self.model, calls)
         self.prepare()
+        if change_layers is not None:
+            change_layers(self.model)
         hidden = self(replace(both, rows=both.rows[:0]), width).float().cpu()
         logprobs = self(both, width).cpu()
         expected = torch.cat([own_hidden, own_hidden[:half]])

@@ -32,6 +32,7 @@ from nemo_rl_lora.patches.nemo_automodel import save_pretrained
 from nemo_rl_lora.patches.transformers import checkpoint_activations
 from nemo_rl_lora.policy.adapter_state import AdapterSwitch, draw_a, dropout_of
 from nemo_rl_lora.policy.attention import layout_problems, supports_segments
+from nemo_rl_lora.policy.dtensor.compiled import compile_layers
 from nemo_rl_lora.policy.dtensor.linear import copy_masters, install_adapters, named_adapters
 from nemo_rl_lora.policy.dtensor.loading import load_weights, reads_by_slices, refill_weights
 from nemo_rl_lora.policy.dtensor.own_part import own_part
@@ -74,7 +75,9 @@ class DTensorPolicy(TrainedPolicy):
             checkpoint_activations(self._model)
         self._forward = self._forward_pass(config, setup)
         partial_names = self._shard(config, setup)
-        reached = self._forward.verify(torch_dtype(config.precision))
+        reached = self._forward.verify(
+            torch_dtype(config.precision), compile_layers if config.compile is True else None
+        )
         if setup.spec is not None:
             refuse_unreached(adapted, reached, lora_block_key(config))
         self._forget_gathered()
