@@ -45,7 +45,6 @@ from nemo_rl_lora.checkpoints.record import (
     CONFIG_FILE,
     INFO_FILE,
     PHASE_BASE_PREFIX,
-    PhaseBegin,
     TrainingInfo,
     add_to_metrics,
     config_differences,
@@ -95,9 +94,9 @@ def is_finished(point: ResumePoint | None, max_steps: int, max_tokens: int | Non
     run with phases, whether the phase of that step did."""
     if point is None:
         return False
-    before = PhaseBegin(**(point.info.phase_begin or {"index": 0, "name": ""}))
-    num_tokens = point.info.counters.get("num_tokens", 0.0) - before.num_tokens
-    did_all = has_done_all(point.step - before.step, num_tokens, max_steps, max_tokens)
+    begin = point.info.begin
+    num_tokens = point.info.counters.get("num_tokens", 0.0) - begin.num_tokens
+    did_all = has_done_all(point.step - begin.step, num_tokens, max_steps, max_tokens)
     return did_all or point.info.reason == "threshold"
 
 
