@@ -39,7 +39,7 @@ from nemo_rl_lora.data.checked_rows import data_digests
 from nemo_rl_lora.data.loader import RowLoader
 from nemo_rl_lora.data.prompts import PromptSet, load_prompt_sets, longest_prompt
 from nemo_rl_lora.environments.protocol import Environment
-from nemo_rl_lora.environments.registry import check_prompts, make_environments
+from nemo_rl_lora.environments.registry import check_prompts, code_digests, make_environments
 from nemo_rl_lora.evaluation.ask import ask, group_requests, total_counts
 from nemo_rl_lora.evaluation.estimates import pass_at_k
 from nemo_rl_lora.generation.protocol import Generation
@@ -128,8 +128,7 @@ class Grpo(Algorithm[GrpoMaster]):
         return data_digests(self._train.sets, [] if self._validation is None else self._validation.sets)
 
     def reward_digests(self) -> dict[str, str]:
-        digests = {f"env.{name}": environment.code_digest() for name, environment in self.environments.items()}
-        return {key: digest for key, digest in digests.items() if digest is not None}
+        return code_digests(self.environments)
 
     def describe_data(self) -> str:
         num_validation = 0 if self._validation is None else len(self._validation)

@@ -56,7 +56,7 @@ class TrainingLoop:
         self._deadline = SaveDeadline(self._checkpointing.must_save_by_seconds, started=started)
         self._longest_seconds = 0.0  # of a step with the validation and the save that came with it
         self._validated_step = -1
-        self._begin = PhaseBegin(index=0, name="") if run.phase is None else run.phase.begin
+        self._begin = PhaseBegin() if run.phase is None else run.phase.begin
         if run.resume is not None:
             self._continue_from(run.resume)
         elif run.phase is not None:

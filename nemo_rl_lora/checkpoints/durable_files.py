@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from nemo_rl_lora.tensors import file_digest
 CHECKSUMS_FILE = "checksums.json"
 MARK_FILE = ".nemo-rl-lora"
 TMP_PREFIX = "tmp_"
+REPLACED_PREFIX = f"{TMP_PREFIX}old_"  # of what has a name, while the new one gets it
 LOW_SPACE_BYTES = 64 * 1024
 
 
@@ -157,6 +158,26 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def written_whole(final: Path, on_full_disk: Callable[[], Exception] | None = None) -> Iterator[Path]:
+    """An unfinished directory to fill. After the block it is flushed and gets the name `final`, from what may have it;
+    where anything fails it is removed. `on_full_disk`: what to raise then where the disk is full."""
+    unfinished = final.with_name(f"{TMP_PREFIX}{final.name}")
+    try:
+        unfinished = make_unfinished(unfinished)
+        yield unfinished
+        flush_tree(unfinished)
+        put_in_place(unfinished, final, REPLACED_PREFIX)
+        flush(final.parent)
+    except BaseException as error:
+        is_for_space = is_full(error, final.parent)  # which the removal may give back
+        with contextlib.suppress(OSError):
+            remove_unfinished(unfinished)
+        if is_for_space and on_full_disk is not None:
+            raise on_full_disk() from error
+        raise
 
 
 def make_unfinished(path: Path) -> Path:

@@ -131,8 +131,8 @@ def package_versions() -> dict[str, str]:
 class PhaseBegin:
     """Which of `sft.phases` a step is part of, and where that phase began. Recorded, and never told from the step."""
 
-    index: int
-    name: str
+    index: int = 0
+    name: str = ""
     step: int = 0
     num_tokens: float = 0.0
     schedule_step: int = 0  # where the schedule of its learning rate began
@@ -159,12 +159,17 @@ class TrainingInfo:
     clock: str | None = None  # at which the chat template's clock stands; None where it reads none
     train_mb_tokens: Mapping[str, Any] | None = None  # what `auto` was found to be, on what; None where it was not
     seeds: Mapping[str, int] = field(default_factory=dict)  # by dotted key; filled in when saved
-    phase_begin: Mapping[str, Any] | None = None  # a PhaseBegin; None where the run has no phases
+    phase_begin: PhaseBegin | None = None  # None where the run has no phases
     reason: SaveReason = "period"
     has_optimizer: bool = True
     versions: Mapping[str, str] = field(default_factory=package_versions)
     saved_at: str = ""
     format_version: int = FORMAT_VERSION
+
+    @property
+    def begin(self) -> PhaseBegin:
+        """Where the phase of the step began; a run without phases is one phase, from step 0."""
+        return self.phase_begin or PhaseBegin()
 
 
 def write_records(directory: Path, info: TrainingInfo, config: Mapping[str, Any], *, has_optimizer: bool) -> None:
@@ -199,6 +204,8 @@ def read_info(directory: Path) -> TrainingInfo:
             f"{FORMAT_VERSION}. Use the version that wrote it, or start with checkpointing.load_path=none."
         )
     try:
+        if record.get("phase_begin") is not None:
+            record["phase_begin"] = PhaseBegin(**record["phase_begin"])
         return TrainingInfo(**record)
     except TypeError as error:
         raise DamagedError(directory, INFO_FILE, f"does not have the fields of a checkpoint ({error})") from error

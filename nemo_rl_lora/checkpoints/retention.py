@@ -55,7 +55,7 @@ def base_beside(step: Path, name: str | None = None) -> Path | None:
     None to read it from the step's record. None where there is none, or where it is gone."""
     if name is None:
         with contextlib.suppress(DamagedError, ValueError):
-            name = (read_info(step).phase_begin or {}).get("base")
+            name = read_info(step).begin.base
     places = [] if name is None else [step.absolute().parent / name, step.absolute().parent.parent / name]
     return next((place.resolve() for place in places if (place / PHASE_RECORD_FILE).is_file()), None)
 

@@ -10,7 +10,6 @@ It does not know what a policy is, starts no thread, and prints nothing.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -18,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +25,23 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from nemo_rl_lora.checkpoints.durable_files import (
+    REPLACED_PREFIX,
     TMP_PREFIX,
     DamagedError,
     finish,
-    flush,
-    flush_tree,
-    is_full,
     is_unfinished,
     link_tree,
-    make_unfinished,
     probe_directory,
-    put_in_place,
     remove_unfinished,
     renew_checksum,
     verify_files,
     write_checksums,
+    written_whole,
 )
 from nemo_rl_lora.checkpoints.record import (
     CONFIG_FILE,
     INFO_FILE,
     PHASE_BASE_PREFIX,
-    PhaseBegin,
     TrainingInfo,
     add_to_metrics,
     config_differences,
@@ -70,7 +66,6 @@ logger = logging.getLogger(__name__)
 OPTIMIZER_DIRECTORY = "policy/optimizer"
 LOCK_FILE = ".lock"
 STEP_PREFIX = "step_"
-_REPLACED_PREFIX = f"{TMP_PREFIX}old_"
 _NUM_DIFFERENCES_SHOWN = 8
 
 
@@ -95,9 +90,9 @@ def is_finished(point: ResumePoint | None, max_steps: int, max_tokens: int | Non
     run with phases, whether the phase of that step did."""
     if point is None:
         return False
-    before = PhaseBegin(**(point.info.phase_begin or {"index": 0, "name": ""}))
-    num_tokens = point.info.counters.get("num_tokens", 0.0) - before.num_tokens
-    did_all = has_done_all(point.step - before.step, num_tokens, max_steps, max_tokens)
+    begin = point.info.begin
+    num_tokens = point.info.counters.get("num_tokens", 0.0) - begin.num_tokens
+    did_all = has_done_all(point.step - begin.step, num_tokens, max_steps, max_tokens)
     return did_all or point.info.reason == "threshold"
 
 
@@ -164,9 +159,9 @@ class Checkpointer:
         self.check(required_bytes=required_bytes)
         self._take_lock()
         for stale in filter(is_unfinished, self._directory.glob(f"{TMP_PREFIX}*")):
-            final = stale.with_name(stale.name.removeprefix(_REPLACED_PREFIX))
+            final = stale.with_name(stale.name.removeprefix(REPLACED_PREFIX))
             is_named = _step_of(final) is not None or final.name.startswith(PHASE_BASE_PREFIX)
-            if stale.name.startswith(_REPLACED_PREFIX) and is_named and not os.path.lexists(final):
+            if stale.name.startswith(REPLACED_PREFIX) and is_named and not os.path.lexists(final):
                 finish(stale, final)  # the run ended after it took the name away, and before it gave it to the new one
             else:
                 logger.warning(f"removing {stale}, left by a run that ended while it was saving")
@@ -285,28 +280,16 @@ class Checkpointer:
         """
         assert self._config.enabled, "save() with checkpointing.enabled=false"
         final = self._directory / f"{STEP_PREFIX}{info.step}"
-        temporary = self._directory / f"{TMP_PREFIX}{STEP_PREFIX}{info.step}"
         self.set_aside_other_steps()
         logger.info(f"saving {final}")
-        try:
-            temporary = make_unfinished(temporary)
-            write(temporary)
+        with written_whole(final, partial(self._no_space, info.step)) as unfinished:
+            write(unfinished)
             if not self._config.save_optimizer:
-                shutil.rmtree(temporary / OPTIMIZER_DIRECTORY, ignore_errors=True)
-            write_records(temporary, info, self._resolved, has_optimizer=self._config.save_optimizer)
-            write_checksums(temporary)
-            flush_tree(temporary)
+                shutil.rmtree(unfinished / OPTIMIZER_DIRECTORY, ignore_errors=True)
+            write_records(unfinished, info, self._resolved, has_optimizer=self._config.save_optimizer)
+            write_checksums(unfinished)
             if os.path.lexists(final) and not records_step(final, info.step):
                 set_aside(self._directory, [final])
-            put_in_place(temporary, final, _REPLACED_PREFIX)
-            flush(self._directory)
-        except BaseException as error:
-            full = is_full(error, self._directory)
-            with contextlib.suppress(OSError):
-                remove_unfinished(temporary)
-            if full:
-                raise self._no_space(info.step) from error
-            raise
         self.saved = final
         logger.info(f"saved {final}")
         refuse_without_metric(info, self._config)
@@ -319,19 +302,13 @@ class Checkpointer:
         replaced as by a save, by one of the same files; where that fails it stays as it is, with a warning."""
         if not self._config.enabled or path.is_symlink() or path.resolve().parent != self._directory.resolve():
             return
-        temporary = self._directory / f"{TMP_PREFIX}{path.name}"
         try:
-            temporary = make_unfinished(temporary)
-            link_tree(path, temporary)
-            add_to_metrics(temporary, metrics)
-            renew_checksum(temporary, INFO_FILE)
-            flush_tree(temporary)
-            put_in_place(temporary, path, _REPLACED_PREFIX)
-            flush(self._directory)
+            with written_whole(path) as unfinished:
+                link_tree(path, unfinished)
+                add_to_metrics(unfinished, metrics)
+                renew_checksum(unfinished, INFO_FILE)
         except OSError as error:
             logger.warning(f"{path}: what was measured after it was saved could not be added to it ({error})")
-            with contextlib.suppress(OSError):
-                remove_unfinished(temporary)
 
     def _resume_paths(self) -> list[Path]:
         """The step to continue from, and those before it, newest first; empty for a new run."""

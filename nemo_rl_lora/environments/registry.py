@@ -39,6 +39,12 @@ def make_environments(names: Iterable[str], config: EnvConfig) -> dict[str, Envi
     return {name: make_environment(name, config) for name in dict.fromkeys(names)}
 
 
+def code_digests(environments: Mapping[str, Environment]) -> dict[str, str]:
+    """Of the user's code that scores, by the key that names it."""
+    digests = {f"env.{name}": environment.code_digest() for name, environment in environments.items()}
+    return {key: digest for key, digest in digests.items() if digest is not None}
+
+
 def check_prompts(environments: Mapping[str, Environment], prompts: Iterable[Prompt]) -> None:
     """Let each prompt's environment check its row. Raises ValueError for the first that cannot be scored."""
     for name, some in groupby(prompts, key=lambda prompt: prompt.environment):

@@ -14,6 +14,7 @@ from typing import Any
 
 from nemo_rl_lora.config.evaluation import EvaluateConfig
 from nemo_rl_lora.config.master import MasterConfig
+from nemo_rl_lora.environments.registry import code_digests
 from nemo_rl_lora.evaluation.ask import validation_sampling
 from nemo_rl_lora.evaluation.estimates import Estimate
 from nemo_rl_lora.evaluation.results import Result, ask_model, summarise
@@ -125,9 +126,9 @@ class Evaluations(tuple[Evaluation, ...]):
 
     def reward_digests(self) -> dict[str, str]:
         """Of the user's code that scores, by the key that names it."""
-        environments = {name: found for evaluation in self for name, found in evaluation.task.environments.items()}
-        digests = {f"env.{name}": environment.code_digest() for name, environment in environments.items()}
-        return {key: digest for key, digest in digests.items() if digest is not None}
+        return code_digests(
+            {name: found for evaluation in self for name, found in evaluation.task.environments.items()}
+        )
 
     def close(self) -> None:
         """End what their environments started."""

@@ -36,33 +36,33 @@ from nemo_rl_lora.checkpoints.record import package_versions
 from nemo_rl_lora.checkpoints.steps import STEP_PREFIX, step_directories
 from nemo_rl_lora.export.inputs import (
     ADAPTER_FLAG,
-    BASE_FILES,
     AdapterInput,
     Base,
     check_alone,
     find_adapter,
     fit_to_base,
-    known_files,
     open_base,
 )
 from nemo_rl_lora.export.logits import compare_logits
-from nemo_rl_lora.export.merged import TMP_PREFIX, Adapter, Export, ExportError, PlannedTensor, Work, write_merged
+from nemo_rl_lora.export.merged import (
+    TMP_PREFIX,
+    Adapter,
+    Export,
+    ExportError,
+    PlannedTensor,
+    Work,
+    planned_shards,
+    write_merged,
+)
+from nemo_rl_lora.export.surroundings import BASE_FILES, CODE, copy_files, known_files, write_config
 from nemo_rl_lora.export.verify import READS_BACK_OTHERWISE, verify_merged
 from nemo_rl_lora.lora.files import ADAPTER_FILE, read_adapter, write_adapter
-from nemo_rl_lora.tensors import (
-    DTYPES,
-    MAX_SHARD_BYTES,
-    MERGEABLE,
-    Shard,
-    plan_shards,
-    write_index,
-)
+from nemo_rl_lora.tensors import DTYPES, MAX_SHARD_BYTES, Shard, write_index
 
 logger = logging.getLogger(__name__)
 
 OUTPUT_FLAG = "--hf-ckpt-path"
 REPORT_FILE = "export_report.json"
-_CODE = "auto_map"  # names Python code that a directory brings along, which is not exported
 _OLD_PREFIX = f"{TMP_PREFIX}old_"  # of an earlier export's name, while the new one gets it
 _SPARE_BYTES = 1 << 20  # configurations, index, report
 
@@ -101,7 +101,7 @@ def export(request: ExportRequest) -> list[Export]:
         return exports
     if base is not None and request.verify_logits:
         _refuse_logits_without_means(base, works)
-    shards = () if base is None else _plan(base, request)
+    shards = () if base is None else planned_shards(base.tensors, request.dtype, request.max_shard_bytes)
     num_bytes = sum(shard.num_bytes for shard in shards) + _SPARE_BYTES if shards else 0
     probe_directory(works[0].export.output.parent, OUTPUT_FLAG, required_bytes=num_bytes * len(works))
     with contextlib.ExitStack() as leftovers:
@@ -230,18 +230,6 @@ def _refuse_logits_without_means(base: Base, works: Sequence[Work]) -> None:
             )
 
 
-def _plan(base: Base, request: ExportRequest) -> Shards:
-    planned: list[PlannedTensor] = []
-    for source in base.tensors.values():
-        stored, num_bytes = source.dtype, source.num_bytes
-        if request.dtype is not None and source.dtype in MERGEABLE:
-            stored, item_bytes = DTYPES[request.dtype]
-            num_bytes = source.num_elements * item_bytes
-        entry = PlannedTensor(name=source.name, dtype=stored, shape=source.shape, num_bytes=num_bytes, source=source)
-        planned.append(entry)
-    return plan_shards(planned, request.max_shard_bytes)
-
-
 def _merge(request: ExportRequest, base: Base, shards: Shards, works: Sequence[Work]) -> None:
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
@@ -329,7 +317,7 @@ def _left_out(adapter: AdapterInput, base: Base | None) -> list[str]:
     warnings = list[str]()
     if names := adapter.not_of_a_tokenizer:
         warnings.append(f"{adapter.tokenizer} holds {', '.join(names)}, no files of a tokenizer, which are left out.")
-    if base is not None and _CODE in (dict(base.config) | dict(adapter.config_overrides)):
+    if base is not None and CODE in (dict(base.config) | dict(adapter.config_overrides)):
         warnings.append("the base's config.json names Python code of its own (auto_map), which is not exported.")
     return warnings
 
@@ -337,38 +325,15 @@ def _left_out(adapter: AdapterInput, base: Base | None) -> list[str]:
 def _copy_surroundings(work: Work, base: Base, request: ExportRequest, shards: Shards) -> None:
     """Configuration, generation configuration and tokenizer: the base's, the tokenizer as the run used it."""
     target = work.export.temporary
-    _copy(base.directory, known_files(base.directory, *BASE_FILES), target)
-    config = dict(base.config) | dict(work.adapter.config_overrides)
-    config.pop(_CODE, None)
-    if request.dtype is not None:
-        config.pop("torch_dtype", None)
-        config["dtype"] = request.dtype
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    copy_files(base.directory, known_files(base.directory, *BASE_FILES), target)
+    write_config(target, {**base.config, **work.adapter.config_overrides}, request.dtype)
     _copy_runs_tokenizer(work.adapter, target)
     write_index(target, shards)
 
 
 def _copy_runs_tokenizer(adapter: AdapterInput, target: Path) -> None:
     if adapter.tokenizer is not None:
-        _copy(adapter.tokenizer, known_files(adapter.tokenizer), target)
-
-
-def _copy(directory: Path, files: Sequence[Path], target: Path) -> None:
-    for path in files:
-        place = target / path.relative_to(directory)
-        place.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, place)
-        if path.name == "tokenizer_config.json" and isinstance(config := _read_json(path), dict) and _CODE in config:
-            del config[_CODE]
-            place.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> Any:
-    """What a file holds; None where that is no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
+        copy_files(adapter.tokenizer, known_files(adapter.tokenizer), target)
 
 
 def _copy_adapter(work: Work, request: ExportRequest) -> None:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from nemo_rl_lora.export.inputs import BASE_FILES, known_files
+from nemo_rl_lora.export.merged import planned_shards
+from nemo_rl_lora.export.surroundings import BASE_FILES, copy_files, known_files, write_config
 from nemo_rl_lora.tensors import (
-    DTYPES,
     MERGEABLE,
-    TensorEntry,
     TensorReader,
     TensorWriter,
-    plan_shards,
     row_blocks,
     stored_tensors,
     torch_dtype,
@@ -26,22 +23,13 @@ from nemo_rl_lora.tensors import (
 def write_frozen(source: Path, tokenizer: Path, target: Path, dtype: str) -> Mapping[str, float]:
     """Fill an empty directory with the model of another one, each weight rounded once to `dtype`, and a tokenizer. What
     the rounding changed: the largest difference, and its L2 norm relative to that of the weights."""
-    tensors = stored_tensors(source)
-    shards = plan_shards(
-        TensorEntry(
-            name=tensor.name,
-            dtype=DTYPES[dtype].stored if tensor.dtype in MERGEABLE else tensor.dtype,
-            shape=tensor.shape,
-            num_bytes=tensor.num_elements * DTYPES[dtype].num_bytes if tensor.dtype in MERGEABLE else tensor.num_bytes,
-        )
-        for tensor in tensors.values()
-    )
+    shards = planned_shards(stored_tensors(source), dtype)
     largest, squared_error, squared_norm = 0.0, 0.0, 0.0
     with TensorReader() as reader:
         for shard in shards:
             with contextlib.closing(TensorWriter(target / shard.file_name, shard.tensors)) as writer:
                 for entry in shard.tensors:
-                    stored = tensors[entry.name]
+                    stored = entry.source
                     for start, stop in row_blocks(stored):
                         if stored.dtype not in MERGEABLE:
                             writer.write(reader.read_block(stored, start, stop))
@@ -55,12 +43,7 @@ def write_frozen(source: Path, tokenizer: Path, target: Path, dtype: str) -> Map
                         writer.write(rounded)
                 writer.finish()
     write_index(target, shards)
-    for directory, files in ((source, known_files(source, *BASE_FILES)), (tokenizer, known_files(tokenizer))):
-        for path in files:
-            place = target / path.relative_to(directory)
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, place)
-    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
-    (target / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+    copy_files(source, known_files(source, *BASE_FILES), target)
+    copy_files(tokenizer, known_files(tokenizer), target)
+    write_config(target, json.loads((source / "config.json").read_text(encoding="utf-8")), dtype)
     return {"largest_rounding_error": largest, "relative_rounding_error": (squared_error / squared_norm) ** 0.5}

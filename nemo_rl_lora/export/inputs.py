@@ -20,6 +20,7 @@ from torch import Tensor
 from nemo_rl_lora.checkpoints.durable_files import CHECKSUMS_FILE, read_json_file, refuse_damaged
 from nemo_rl_lora.checkpoints.record import CONFIG_FILE, INFO_FILE, PHASE_WEIGHTS, read_config, step_of_adapter
 from nemo_rl_lora.checkpoints.retention import base_beside
+from nemo_rl_lora.export.surroundings import BASE_FILES, CODE, known_files
 from nemo_rl_lora.lora.files import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -39,12 +40,6 @@ from nemo_rl_lora.tensors import MERGEABLE, StoredTensor, file_digest, stored_te
 ADAPTER_FLAG = "--adapter-ckpt"
 MODEL_FLAG = "--hf-model-name"
 BASE_FLAG = "--base-ckpt"
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "normalizer.json", "*.model", "*.tiktoken"),
-    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
-)
-BASE_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.\d+\..+")
 
 
@@ -186,7 +181,7 @@ def open_base(model_name: str | None, base_directory: Path | None, adapter: Adap
     from nemo_rl_lora.models.load import described_model
     from nemo_rl_lora.models.stored import check_weights
 
-    overrides = {key: value for key, value in adapter.config_overrides.items() if key != "auto_map"}  # which names code
+    overrides = {key: value for key, value in adapter.config_overrides.items() if key != CODE}
     check_weights(source.path, described_model(source.path, overrides, flag), label=flag, overrides=overrides)
     return Base(
         name=name or str(base_directory),
@@ -290,11 +285,6 @@ def _run_policy(step: Path) -> Mapping[str, Any]:
     if not isinstance(policy, dict | None) or not isinstance((policy or {}).get("hf_config_overrides"), dict | None):
         raise ValueError(f"{step / CONFIG_FILE}: holds no configuration of a run. Use another step.")
     return policy or {}
-
-
-def known_files(directory: Path, *more: str) -> list[Path]:
-    """The files of a directory that a tokenizer is known to consist of, and `more`."""
-    return sorted({path for pattern in (*_TOKENIZER_FILES, *more) for path in directory.glob(pattern)})
 
 
 def _names(directory: Path) -> set[str]:

@@ -21,6 +21,8 @@ from nemo_rl_lora.lora.files import ADAPTER_FILE, adapter_tensor_name, read_adap
 from nemo_rl_lora.lora.merge import Survival, merged_weight
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.tensors import (
+    DTYPES,
+    MAX_SHARD_BYTES,
     MERGEABLE,
     Shard,
     StoredTensor,
@@ -28,6 +30,7 @@ from nemo_rl_lora.tensors import (
     TensorReader,
     TensorWriter,
     file_tensors,
+    plan_shards,
     row_blocks,
     torch_dtype,
 )
@@ -108,6 +111,22 @@ class Work:
     files: list[WrittenFile] = field(default_factory=list)
     num_changed: dict[str, int] = field(default_factory=dict)  # adapted weight -> elements unlike the base's
     survival: Survival = field(default_factory=Survival)  # of the update, in the dtypes that were written
+
+
+def planned_shards(
+    tensors: Mapping[str, StoredTensor], dtype: str | None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Sequence[Shard[PlannedTensor]]:
+    """The files that a model's tensors are written to. `dtype`, of tensors.COMPUTE_DTYPES, is that of all weights that
+    can be merged; None: as each is stored."""
+    planned: list[PlannedTensor] = []
+    for source in tensors.values():
+        stored, num_bytes = source.dtype, source.num_bytes
+        if dtype is not None and source.dtype in MERGEABLE:
+            stored, item_bytes = DTYPES[dtype]
+            num_bytes = source.num_elements * item_bytes
+        entry = PlannedTensor(name=source.name, dtype=stored, shape=source.shape, num_bytes=num_bytes, source=source)
+        planned.append(entry)
+    return plan_shards(planned, max_shard_bytes)
 
 
 def write_merged(

@@ -155,7 +155,7 @@ class Portion:
     def microbatches(self) -> list[Microbatch]:
         """The microbatches, whose `rows` are indices into this portion's batch."""
         lengths, prompts = self.batch.sequence_length.tolist(), self.batch.prompt_length.tolist()
-        return [_layout(self.batch, lengths, prompts, cut.units, cut.round_to) for cut in self.cuts]
+        return [_layout(self.batch, lengths, prompts, cut) for cut in self.cuts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,7 +285,7 @@ def _first_fit_decreasing(units: Sequence[_Unit], limit: int) -> list[list[_Unit
     return bins
 
 
-def _layout(batch: Batch, lengths: list[int], prompts: list[int], units: Sequence[_Unit], round_to: int) -> Microbatch:
+def _layout(batch: Batch, lengths: list[int], prompts: list[int], cut: _Cut) -> Microbatch:
     segments: list[Segment] = []
     tokens: list[Tensor] = []
     positions: list[Tensor] = []
@@ -302,7 +302,7 @@ def _layout(batch: Batch, lengths: list[int], prompts: list[int], units: Sequenc
         size += end - begin
         return where
 
-    for unit in units:
+    for unit in cut.units:
         first = unit.rows[0]
         shared = unit.shared and len(unit.rows) > 1 and prompts[first] > 0
         prompt_at = add(first, 0, prompts[first], None) if shared else None
@@ -315,7 +315,7 @@ def _layout(batch: Batch, lengths: list[int], prompts: list[int], units: Sequenc
                 flat_of_row.append(prompt_at)
             else:
                 flat_of_row.append(torch.cat([prompt_at, add(row, prompts[row], lengths[row], parent)]))
-    num_padding = -size % round_to if units else round_to  # as in _Cut
+    num_padding = cut.num_tokens - size
     if num_padding:
         segments.append(Segment(start=size, length=num_padding, parent=None))
         tokens.append(torch.zeros(num_padding, dtype=torch.int64))

@@ -7,12 +7,12 @@ beside the steps, is there whole or not at all. The loss on fixed rows is measur
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import gc
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,7 @@ import torch
 from nemo_rl_lora.algorithms.algorithm import Run
 from nemo_rl_lora.algorithms.loop import RunResult
 from nemo_rl_lora.algorithms.sft import Sft
-from nemo_rl_lora.checkpoints.durable_files import (
-    TMP_PREFIX,
-    flush,
-    flush_tree,
-    is_full,
-    make_unfinished,
-    put_in_place,
-    remove_unfinished,
-)
+from nemo_rl_lora.checkpoints.durable_files import written_whole
 from nemo_rl_lora.checkpoints.record import PHASE_RECORD_FILE, PHASE_WEIGHTS, read_info
 from nemo_rl_lora.checkpoints.steps import CheckpointWriteError
 from nemo_rl_lora.config.phases import AtEnd
@@ -138,32 +130,26 @@ def _make_base(at_end: AtEnd, step: Path, start: PhaseStart, target: Path) -> Ma
     ValueError where the name is taken by anything else; CheckpointWriteError on a full disk.
     """
     refuse_what_is_in_the_way(target)
-    policy, temporary = start.config.policy, make_unfinished(target.with_name(f"{TMP_PREFIX}{target.name}"))
-    try:
-        weights = temporary / PHASE_WEIGHTS
+    policy = start.config.policy
+    with written_whole(target, partial(_no_space, step, target)) as unfinished:
+        weights = unfinished / PHASE_WEIGHTS
         if at_end == "inject":
             weights.mkdir()
             found = write_frozen(step / "policy" / "weights", step / "policy" / "tokenizer", weights, policy.precision)
         else:
             found = _merged(step, start.source.path, weights, policy.precision)
         record = {"step": read_info(step).step, "index": start.index + 1, "made_by": at_end, **found}
-        (temporary / PHASE_RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        flush_tree(temporary)
-        put_in_place(temporary, target, f"{TMP_PREFIX}old_")
-        flush(target.parent)
-    except BaseException as error:
-        full = is_full(error, target.parent)
-        with contextlib.suppress(OSError):
-            remove_unfinished(temporary)
-        if full:
-            raise CheckpointWriteError(
-                errno.ENOSPC,
-                f"checkpointing.checkpoint_dir={str(target.parent)!r}: no space left to make {target.name}, what the "
-                f"next phase builds on. The newest checkpoint is {step}. Free some space, or lower "
-                f"checkpointing.keep_top_k, and give the same command again to continue.",
-            ) from error
-        raise
+        (unfinished / PHASE_RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return found
+
+
+def _no_space(step: Path, target: Path) -> CheckpointWriteError:
+    return CheckpointWriteError(
+        errno.ENOSPC,
+        f"checkpointing.checkpoint_dir={str(target.parent)!r}: no space left to make {target.name}, what the next "
+        f"phase builds on. The newest checkpoint is {step}. Free some space, or lower checkpointing.keep_top_k, and "
+        "give the same command again to continue.",
+    )
 
 
 def _merged(step: Path, base: Path, target: Path, dtype: str) -> Mapping[str, float]:

@@ -124,16 +124,14 @@ def _finished(start: Start) -> RunResult | None:
     if start.resume is None or not start.is_finished:
         return None
     step, path, loop = start.resume.step, start.resume.path, start.config.algorithm
-    if start.phase is not None:
-        sys.stdout.write(
-            f"The run in {path} is finished: {step} steps in {start.phase.begin.index + 1} phases. For another run set "
-            "checkpointing.checkpoint_dir or checkpointing.load_path=none.\n"
-        )
-        return RunResult(outcome="was finished", is_complete=True, step=step, checkpoint=path, log_directory=None)
-    budget = "" if start.algorithm.loop.max_num_tokens is None else f" and {loop}.max_num_tokens"
+    if start.phase is None:
+        budget = "" if start.algorithm.loop.max_num_tokens is None else f" and {loop}.max_num_tokens"
+        done = f"{step} steps. For more steps raise {loop}.max_num_steps{budget}; for"
+    else:
+        done = f"{step} steps in {start.phase.begin.index + 1} phases. For"
     sys.stdout.write(
-        f"The run in {path} is finished: {step} steps. For more steps raise {loop}.max_num_steps{budget}; "
-        "for another run set checkpointing.checkpoint_dir or checkpointing.load_path=none.\n"
+        f"The run in {path} is finished: {done} another run set checkpointing.checkpoint_dir or "
+        "checkpointing.load_path=none.\n"
     )
     return RunResult(outcome="was finished", is_complete=True, step=step, checkpoint=path, log_directory=None)
 
@@ -239,12 +237,13 @@ def show_plan(config: MasterConfig) -> int:
     starts, console = starts_of(config), Console()
     plans = [plan_of(start) for start in starts]
     phases = [start for start in starts if isinstance(start, PhaseStart)]
-    problems = [*phase_problems(config), *(problem for plan in plans for problem in plan.problems)]
+    own = phase_problems(config)
+    problems = [*own, *(problem for plan in plans for problem in plan.problems)]
     if phases and not problems:
         console.print(render_phases(phase_plans(phases, plans)))
     for start, plan in zip(starts, plans, strict=True):
         console.print(*([Text(f"\n{start.label}")] if start.label else []), render_plan(plan), sep="\n")
-    for problem in phase_problems(config):
+    for problem in own:
         console.print(Text(f"Stops this run: {problem}"), soft_wrap=True)
     return EXIT_CONFIG if problems else EXIT_OK
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -160,7 +160,7 @@ class PhaseStart(Start):
 
     def continues(self, point: ResumePoint) -> None:
         """The phase is that of a step of the run. ValueError where what it builds on is gone."""
-        self._begin = PhaseBegin(**(point.info.phase_begin or asdict(self._begin)))
+        self._begin = point.info.phase_begin or self._begin
         if self._begin.base is not None:
             base = base_beside(point.path, self._begin.base)
             if base is None:
@@ -208,7 +208,7 @@ class PhaseStart(Start):
 
 def index_of(point: ResumePoint | None) -> int:
     """The phase that a step is part of; the first for a new run."""
-    return 0 if point is None or point.info.phase_begin is None else int(point.info.phase_begin["index"])
+    return 0 if point is None else point.info.begin.index
 
 
 def phase_starts(config: SftMaster) -> list[PhaseStart]:

@@ -406,14 +406,9 @@ def starts_of(config: MasterConfig) -> list[Start]:
     return [Start(config)]
 
 
-def plan_run(config: MasterConfig) -> Plan:
-    """What this run, which has no phases, would do, and everything that stops it. ValueError where there is no model to
-    plan with; it says everything else that is wrong, too."""
-    return plan_of(Start(config))
-
-
 def plan_of(start: Start) -> Plan:
-    """The same of a phase too."""
+    """What a run, or a phase of one, would do, and everything that stops it. ValueError where there is no model to plan
+    with; it says everything else that is wrong, too."""
     try:
         return make_plan(start.config, [(name, partial(check, start)) for name, check in PREFLIGHT])
     except ValueError as error:

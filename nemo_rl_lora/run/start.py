@@ -121,7 +121,7 @@ def _origin(start: Start) -> TrainingInfo:
         data_digests=start.algorithm.data_digests(),
         reward_digests=start.reward_digests,
         clock=start.clock,
-        phase_begin=None if start.phase is None else asdict(start.phase.begin),
+        phase_begin=None if start.phase is None else start.phase.begin,
     )
 
 

@@ -1,12 +1,23 @@
-"""Which configurations belong to one run, those of an older version among them."""
+"""Which configurations belong to one run, those of an older version among them; where a step says that it stands."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from nemo_rl_lora.checkpoints.record import FREE_KEYS, FREE_SECTIONS, TrainingInfo, config_differences
+from nemo_rl_lora.checkpoints.durable_files import DamagedError
+from nemo_rl_lora.checkpoints.record import (
+    FREE_KEYS,
+    FREE_SECTIONS,
+    INFO_FILE,
+    PhaseBegin,
+    TrainingInfo,
+    config_differences,
+    read_info,
+    write_records,
+)
 from nemo_rl_lora.checkpoints.steps import Checkpointer
 from nemo_rl_lora.config.load import load_config, resolved_tree
 
@@ -159,3 +170,20 @@ def test_an_adapter_of_an_older_file_with_keys_without_effect_is_read():
     older = saved(*WAYS["lora_cfg"])
     older["policy"]["dtensor_cfg"]["cpu_offload"] = False
     assert config_differences(older, saved(*WAYS["peft"])) == {}
+
+
+@pytest.mark.parametrize("begin", [None, PhaseBegin(index=1, name="b", step=4, num_tokens=9.5, base="base_of_phase_2")])
+def test_where_a_phase_began_is_read_as_it_was_written(tmp_path, begin):
+    write_records(tmp_path, TrainingInfo(step=5, phase="sft", phase_begin=begin), {}, has_optimizer=True)
+    found = read_info(tmp_path)
+    assert found.phase_begin == begin
+    assert found.begin == (begin or PhaseBegin(index=0, name="", step=0, num_tokens=0.0, base=None))
+
+
+@pytest.mark.parametrize("other", [{"odd": 1}, {"phase_begin": {"odd": 1}}, {"phase_begin": 3}])
+def test_a_record_of_other_fields_is_damaged(tmp_path, other):
+    write_records(tmp_path, TrainingInfo(step=5, phase="sft"), {}, has_optimizer=True)
+    path = tmp_path / INFO_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | other))
+    with pytest.raises(DamagedError, match="does not have the fields of a checkpoint"):
+        read_info(tmp_path)

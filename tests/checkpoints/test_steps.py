@@ -1,5 +1,6 @@
 """Step directories: whole or absent, ranked, found again, refused where they do not fit."""
 
+import contextlib
 import errno
 import json
 import os
@@ -332,6 +333,7 @@ def _killed_while_it_adds(directory: Path, at: str) -> None:
 
 def test_metrics_that_cannot_be_added_are_said_and_the_step_stays(tmp_path, monkeypatch, caplog):
     path = checkpointer(tmp_path / "run").save(info(1, metrics={"train:loss": 2.0}), write_policy)
+    caplog.clear()  # of what a save says where an earlier test has set up logging
 
     checkpointer(tmp_path / "other").add_metrics(path, {"val:loss": 1.0})  # another run's
     assert metrics_of(path) == {"train:loss": 2.0}
@@ -652,6 +654,17 @@ def test_a_full_disk_is_recognised_through_the_errors_of_libraries(tiny_disk, li
 
     with pytest.raises(CheckpointWriteError, match="no space left"):
         checkpointer(tiny_disk / "run").save(info(1), write)
+
+
+def test_a_full_disk_is_recognised_before_what_filled_it_is_removed(tiny_disk):
+    def write(path):
+        with contextlib.suppress(OSError):
+            (path / "weights").write_bytes(b"x" * 300_000)
+        raise RuntimeError("unexpected position")  # as a library may say it, without a reason
+
+    with pytest.raises(CheckpointWriteError, match="no space left"):
+        checkpointer(tiny_disk / "run").save(info(1), write)
+    assert list((tiny_disk / "run").iterdir()) == []
 
 
 @pytest.mark.parametrize("killed", [False, True])

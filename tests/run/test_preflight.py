@@ -10,7 +10,7 @@ from filelock import FileLock
 from nemo_rl_lora.checkpoints.steps import LOCK_FILE
 from nemo_rl_lora.config.load import load_config
 from nemo_rl_lora.run.drivers import train
-from nemo_rl_lora.run.preflight import Start, check_start, plan_run
+from nemo_rl_lora.run.preflight import Start, check_start, plan_of
 from tests.driver import run_driver
 
 WRONG = {
@@ -25,6 +25,10 @@ WRONG = {
 }
 
 
+def planned(config):
+    return plan_of(Start(config))
+
+
 @pytest.mark.parametrize("overrides", WRONG.values(), ids=WRONG.keys())
 def test_a_plan_shows_what_a_start_raises(tiny_run, tmp_path, overrides):
     (tmp_path / "file").write_text("")
@@ -32,7 +36,7 @@ def test_a_plan_shows_what_a_start_raises(tiny_run, tmp_path, overrides):
 
     with pytest.raises(ValueError) as caught:
         check_start(config)
-    assert plan_run(config).problems == tuple(str(caught.value).splitlines())
+    assert planned(config).problems == tuple(str(caught.value).splitlines())
 
 
 def test_a_start_says_every_problem_at_once_and_takes_nothing(tiny_run, tmp_path):
@@ -60,7 +64,7 @@ def test_a_start_says_every_problem_at_once_and_takes_nothing(tiny_run, tmp_path
 def test_without_a_model_the_rest_is_said_all_the_same(tiny_run, tmp_path):
     overrides = [f"policy.model_name={tmp_path}/none", "policy.dtensor_cfg.context_parallel_size=2"]
     config = load_config(None, tiny_run.arguments(*overrides), "grpo")
-    for start in (check_start, plan_run):
+    for start in (check_start, planned):
         with pytest.raises(ValueError, match=r"(?s)^policy\.model_name=.*\npolicy\.dtensor_cfg\.context_parallel"):
             start(config)
 
@@ -78,7 +82,7 @@ def test_without_a_model_the_rest_is_said_all_the_same(tiny_run, tmp_path):
     ],
 )
 def test_a_metric_that_no_validation_has_is_refused(tiny_run, overrides, said):
-    problems = plan_run(load_config(None, tiny_run.arguments(*overrides), "grpo")).problems
+    problems = planned(load_config(None, tiny_run.arguments(*overrides), "grpo")).problems
     assert any(said in problem for problem in problems), problems
 
 
@@ -98,7 +102,7 @@ def test_a_plan_says_that_the_checkpoints_directory_is_in_use(tiny_run, held):
     config = load_config(None, tiny_run.arguments(), "grpo")
     check_start(config).checkpointer.close()
     with FileLock(tiny_run.checkpoints / LOCK_FILE) if held else contextlib.nullcontext():
-        problems = plan_run(config).problems
+        problems = planned(config).problems
     assert [problem.partition(" (process")[0] for problem in problems] == [
         f"checkpointing.checkpoint_dir='{tiny_run.checkpoints}': is in use by a run that is still alive"
     ] * held
@@ -106,13 +110,13 @@ def test_a_plan_says_that_the_checkpoints_directory_is_in_use(tiny_run, held):
 
 def test_a_plan_says_that_a_checkpoint_does_not_fit_on_the_disk(tiny_run, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=2**40, used=2**40, free=1000))
-    (problem,) = plan_run(load_config(None, tiny_run.arguments("policy.dtensor_cfg.lora_cfg.dim=4"), "grpo")).problems
+    (problem,) = planned(load_config(None, tiny_run.arguments("policy.dtensor_cfg.lora_cfg.dim=4"), "grpo")).problems
     assert "has 1,000 bytes free, and one checkpoint needs" in problem
 
 
 def test_a_plan_shows_every_problem_once(tiny_run, tmp_path):
     overrides = ["policy.tokenizer.name=none/none", f"checkpointing.load_path={tmp_path}/none"]
-    problems = plan_run(load_config(None, tiny_run.arguments(*overrides), "grpo")).problems
+    problems = planned(load_config(None, tiny_run.arguments(*overrides), "grpo")).problems
 
     assert [problem.split(":")[0].split("=")[0] for problem in problems] == [
         "policy.tokenizer.name",

@@ -42,15 +42,6 @@ def served(request, tmp_path_factory):
     gc.collect()
 
 
-@pytest.fixture
-def versions():
-    """Numbers that no other test of the engine had."""
-    return iter(range(next(_TENS) * 10, 10**6))
-
-
-_TENS = iter(range(1, 10**6))
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_a_sync_is_caught_and_named(served, fault, versions):
     mode, policy, engine, generation = served

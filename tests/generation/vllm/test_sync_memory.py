@@ -43,15 +43,6 @@ def served(request, tmp_path_factory):
     gc.collect()
 
 
-@pytest.fixture
-def versions():
-    """Numbers that no other test of the engine had."""
-    return iter(range(next(_TENS) * 10, 10**6))
-
-
-_TENS = iter(range(1, 10**6))
-
-
 @pytest.mark.parametrize("targets", [ALL_LINEAR, ("q_proj", "up_proj"), None], ids=["adapters", "few", "all weights"])
 def test_a_sync_needs_memory_for_a_layer_and_not_for_the_model(served, targets, versions):
     policy, generation, _ = served
@@ -84,15 +75,21 @@ def lying(ref, other_shape=True):
     return replace(ref, tensors=tensors, handed=tensors.handed)
 
 
+def answers_of_the_first_draw(policy, generation, version):
+    """What is sampled from the first adapters, served as this version. The policy then has its second ones."""
+    policy.targets = ALL_LINEAR
+    policy.draw(1)
+    generation.sync_weights(policy.publish(version, "merged"))
+    (answers,) = generate(generation, ASKED)
+    policy.draw(2)
+    return answers
+
+
 @pytest.mark.parametrize("other_shape", [True, False], ids=["shape", "dtype"])
 def test_a_sync_that_breaks_off_serves_no_version_until_the_next_one(served, other_shape, versions):
     policy, generation, by_file = served
-    policy.targets = ALL_LINEAR
-    policy.draw(1)
     first = next(versions)
-    generation.sync_weights(policy.publish(first, "merged"))
-    (before,) = generate(generation, ASKED)
-    policy.draw(2)
+    before = answers_of_the_first_draw(policy, generation, first)
     ref, other = lying(policy.publish(next(versions), "merged"), other_shape), next(versions)
     said = rf"weights of version {ref.version}: '{AMID}' has shape .* as announced"
     if by_file:  # the file is written before an engine is touched
@@ -119,12 +116,8 @@ def test_a_sync_that_breaks_off_serves_no_version_until_the_next_one(served, oth
 
 def test_a_file_that_changed_on_its_way_is_refused_before_anything_is_touched(served, versions, tmp_path):
     policy, generation, _ = served
-    policy.targets = ALL_LINEAR
-    policy.draw(1)
     first = next(versions)
-    generation.sync_weights(policy.publish(first, "merged"))
-    (before,) = generate(generation, ASKED)
-    policy.draw(2)
+    before = answers_of_the_first_draw(policy, generation, first)
     ref = policy.publish(next(versions), "merged")
     infos = [
         replace(info, shape=(info.shape[0] - 1, info.shape[1])) if info.name == AMID else info for info in ref.manifest
