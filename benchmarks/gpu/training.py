@@ -57,6 +57,7 @@ def kernels(machine: Machine) -> Iterator[Check]:
     settings: dict[str, Literal["automodel"] | bool] = {"off": False, "ours": True, "automodel": "automodel"}
     for name, use_triton in settings.items():
         yield measurement(f"{LLAMA_1B.name}, {name}", partial(kernels_step, machine, use_triton))
+    yield measurement(f"{LLAMA_1B.name}, compiled layers", partial(compiled_step, machine))
 
 
 def megatron(machine: Machine) -> Iterator[Check]:
@@ -69,12 +70,22 @@ def sft_tokens(machine: Machine) -> int:
 
 
 def sft_step(
-    machine: Machine, shape: Shape, *, rows_of_microbatch: int, use_triton: Literal["automodel"] | bool = False
+    machine: Machine,
+    shape: Shape,
+    *,
+    rows_of_microbatch: int,
+    use_triton: Literal["automodel"] | bool = False,
+    compiled: bool = False,
 ) -> dict[str, Fact]:
     num_tokens = sft_tokens(machine)
     config = shape.config(toy=not machine.has_gpu)
     policy = dtensor_policy(
-        machine, config, num_tokens, microbatch_tokens=rows_of_microbatch * num_tokens, use_triton=use_triton
+        machine,
+        config,
+        num_tokens,
+        microbatch_tokens=rows_of_microbatch * num_tokens,
+        use_triton=use_triton,
+        compiled=compiled,
     )
     return step_facts(machine, config, policy, full_rows(config, SFT_ROWS, num_tokens, prompt_tokens=1), SftLoss())
 
@@ -87,6 +98,13 @@ def kernels_step(machine: Machine, use_triton: Literal["automodel"] | bool) -> d
 
         pinned.configure()
     return sft_step(machine, LLAMA_1B, rows_of_microbatch=SFT_ROWS, use_triton=use_triton)
+
+
+def compiled_step(machine: Machine) -> dict[str, Fact]:
+    """`policy.compile`, beside the one that is off."""
+    if not machine.has_gpu:
+        return {"skipped": "no GPU: compiling takes longer than all else of a toy"}
+    return sft_step(machine, LLAMA_1B, rows_of_microbatch=SFT_ROWS, compiled=True)
 
 
 def grpo_step(machine: Machine, checkpointing: bool) -> dict[str, Fact]:
@@ -174,6 +192,7 @@ def policy_inputs(
     microbatch_tokens: int,
     backend: Backend = "dtensor",
     use_triton: Literal["automodel"] | bool = False,
+    compiled: bool = False,
     dtensor_cfg: Mapping[str, Any] | None = None,
 ) -> tuple[PolicyConfig, PolicySetup]:
     """What a policy is built from: packed microbatches of this many tokens, everything else as it is by default."""
@@ -182,6 +201,7 @@ def policy_inputs(
             "model_name": "random",
             "backend": backend,
             "max_total_sequence_length": num_tokens,
+            "compile": compiled,
             "sequence_packing": {
                 "enabled": True,
                 "train_mb_tokens": microbatch_tokens,

@@ -34,6 +34,7 @@ from nemo_rl_lora.models.source import resolve_model
 from nemo_rl_lora.plan.advice import advice
 from nemo_rl_lora.plan.rank_parts import RankPart, rank_parts
 from nemo_rl_lora.policy.attention import layout_problems, supports_segments
+from nemo_rl_lora.policy.dtensor.compiled import KEY as COMPILE_KEY
 from nemo_rl_lora.policy.dtensor.compiled import compile_problems
 from nemo_rl_lora.policy.dtensor.limits import tensor_parallel_problems
 from nemo_rl_lora.policy.megatron.families import (
@@ -291,6 +292,8 @@ def _effects(
         effects.append(_searched(key))
     if spec is not None and config.policy.active_backend == "dtensor":
         effects.insert(0, _kernels(config.policy, spec))
+    if config.policy.compile != "auto" and config.policy.active_backend == "dtensor":
+        effects.append(_compiled(config.policy.compile))
     if config.policy.active_backend == "megatron":
         effects += _megatron_effects(config, has_experts=bool(shapes.stacked))
     if config.policy.generation is not None:
@@ -331,6 +334,11 @@ def _expert_effects(megatron: MegatronConfig) -> list[Effect]:
         reason="as asked for" if cuda else "the other one runs on CUDA alone",
     )
     return [balancing, dispatcher]
+
+
+def _compiled(asked: bool) -> Effect:
+    reason = "in the first passes, which takes up to a minute" if asked else "not asked for"
+    return Effect(key=COMPILE_KEY, requested=_on_off(asked), effective=_on_off(asked), reason=reason)
 
 
 def _kernels(policy: PolicyConfig, spec: LoraSpec) -> Effect:

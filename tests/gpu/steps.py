@@ -59,10 +59,12 @@ CHECKPOINTED = Case(
     layout="activation checkpointing",
     settings={backend: {f"{backend}_cfg": {"activation_checkpointing": True}} for backend in BACKENDS},
 )
+COMPILED = Case(family="llama", algorithm="sft", layout="compiled", settings={"dtensor": {"compile": True}})
 ALL_CASES = (
     *(Case(family=f, algorithm=a) for f in ("llama", "qwen2", "qwen3") for a in ("sft", "dpo", "grpo")),
     PACKED,
     CHECKPOINTED,
+    COMPILED,
 )
 CPU_CASES = (
     Case(family="llama", algorithm="sft"),

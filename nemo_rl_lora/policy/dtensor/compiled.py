@@ -8,6 +8,7 @@ torch's for the next one.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -21,11 +22,19 @@ from nemo_rl_lora.policy import attention
 from nemo_rl_lora.policy.attention import supports_segments
 from nemo_rl_lora.policy.dtensor.linear import AdapterLinear
 
+logger = logging.getLogger(__name__)
+
 KEY = "policy.compile"
+# With and without gradients, of the first layer (whose input has none) and the others, in each phase of a run; above
+# its limit, 8 by itself, torch compiles no more, and says so.
+_FORMS_OF_A_LAYER = 64
 
 
 def compile_layers(model: PreTrainedModel) -> None:
     """Have each decoder layer compiled when it is called next; parameters, their names and hooks stay as they are."""
+    logger.info(f"{KEY}=True: the decoder layers are compiled in the first passes, which takes up to a minute")
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _FORMS_OF_A_LAYER)  # pyright: ignore
     AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.segment_attention))
     layer_names = set(model._no_split_modules or ())
     for module in model.modules():

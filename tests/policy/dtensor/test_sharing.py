@@ -48,6 +48,7 @@ _CASES = [
     Case(name="dp2 sent, dpo", number=2, family="qwen2", sizes={"load": "broadcast"}, spec=LORA, loss="dpo"),
     Case(name="dp2 recomputed, sft", number=2, family="qwen3", sizes={RECOMPUTED: True}, spec=LORA, loss="sft"),
     Case(name="dp2 offloaded", number=2, sizes={"cpu_offload": True}, layout=SORTED, spec=LORA),
+    Case(name="dp2 compiled", number=2, sizes={}, layout={**PACKED, "compile": True}, spec=LORA),
     Case(name="dp2 padded", number=2, family="mistral", sizes={}, spec=LORA),
     Case(name="dp2, bf16", number=2, family="qwen3", sizes={}, layout=BF16, spec=LORA, **ROUNDED),
     Case(name="tp2", number=2, family="qwen2", sizes={TP: 2}, spec=LORA),

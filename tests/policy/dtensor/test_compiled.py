@@ -1,0 +1,102 @@
+"""`policy.compile`: compiled layers train as those that are not, for any number of tokens, or are refused by name."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import LlamaConfig, MistralConfig
+
+from nemo_rl_lora.algorithms.losses.policy import make_policy_loss
+from nemo_rl_lora.config.loss_fn import LossFnConfig
+from nemo_rl_lora.config.policy import PolicyConfig
+from nemo_rl_lora.policy.dtensor.compiled import compile_problems
+from tests.driver import adapter, same
+from tests.policy.batches import make_groups_batch
+from tests.policy.dtensor.test_policy import LAYOUTS, make_policy, relative, spec
+from tests.policy.megatron.twins import gradients, random_adapter, set_masters
+from tests.policy.test_pairs import make_batch
+
+pytestmark = pytest.mark.timeout(1200)  # a C++ compiler runs a dozen times
+LORA = "policy.dtensor_cfg.lora_cfg"
+DROPPED = spec(dropout=0.2, dropout_position="post")
+CASES = [
+    pytest.param("llama", spec(), LAYOUTS["packed, shared"], id="packed"),
+    pytest.param("qwen2", spec(), LAYOUTS["token budget"], id="token budget", marks=pytest.mark.slow),
+    pytest.param("qwen3", DROPPED, LAYOUTS["one row"], id="dropout", marks=pytest.mark.slow),
+    pytest.param("llama", spec(), LAYOUTS["checkpointed"], id="checkpointed", marks=pytest.mark.slow),
+    pytest.param("llama", None, LAYOUTS["packed, shared"], id="all weights", marks=pytest.mark.slow),
+]
+GRPO = make_policy_loss(LossFnConfig(reference_policy_kl_penalty=0.0))
+
+
+@pytest.mark.parametrize(("family", "chosen", "layout"), CASES)
+def test_compiled_layers_train_as_those_that_are_not(tiny_model, family, chosen, layout):
+    """Three steps of other numbers of tokens, on adapters whose B is not zero. fp32 rounding in another order; of a
+    master, what AdamW makes of it in three steps. The steps after the first find all that they need compiled."""
+    batches = [
+        make_groups_batch(),
+        make_batch([(5, 20), (5, 31), (9, 3)], groups=[0, 0, 1]),
+        make_batch([(4, 7)], groups=[0]),
+    ]
+    results, num_graphs = [], []
+    for compiled in (False, True):
+        before = counters["stats"]["unique_graphs"]
+        policy = make_policy(tiny_model(family), spec=chosen, compile=compiled, max_grad_norm=None, **layout)
+        if chosen is not None:
+            set_masters(policy, random_adapter(policy))
+        found = []
+        for batch in batches:
+            logprobs = policy.logprobs(batch)
+            output = policy.train_step(batch, GRPO)
+            found.append((logprobs, output.loss, gradients(policy)))
+            num_graphs.append(counters["stats"]["unique_graphs"] - before)
+        if chosen is not None:
+            found.append((policy.reference_logprobs(batches[0]), 0.0, {}))
+        results.append(found)
+    assert num_graphs[:3] == [0, 0, 0]
+    assert num_graphs[3] > 0
+    assert num_graphs[3:] == [num_graphs[3]] * 3
+    for (logprobs, loss, of_masters), (own_logprobs, own_loss, own_gradients) in zip(*results, strict=True):
+        torch.testing.assert_close(own_logprobs, logprobs, atol=1e-5, rtol=0)
+        assert own_loss == pytest.approx(loss, abs=1e-5)
+        assert {name for name in of_masters if relative(own_gradients[name], of_masters[name]) > 1e-4} == set()
+
+
+def test_what_is_not_compiled_is_refused_by_name(monkeypatch, tmp_path):
+    llama, tp = LlamaConfig(), {"dtensor_cfg": {"tensor_parallel_size": 2}}
+    assert problems(llama) == []
+    assert problems(llama, compile="auto", **tp) == problems(llama, compile=False, **tp) == []
+    (said,) = problems(llama, **tp)
+    assert said.startswith("policy.compile=True: layers are not compiled where tensor-parallel ranks share them")
+    (said,) = problems(MistralConfig(sliding_window=8))
+    assert said.startswith("policy.compile=True: only layers with full causal attention are compiled, which mistral ")
+    monkeypatch.setenv("CXX", str(tmp_path / "no_such_compiler"))
+    (said,) = problems(llama)
+    assert said == (
+        f"policy.compile=True: torch.compile needs a compiler, and there is no {tmp_path / 'no_such_compiler'}. "
+        "Install one, or set policy.compile=false."
+    )
+
+
+def problems(model_config, **policy) -> list[str]:
+    settings = {"model_name": "tiny", "compile": True, "max_total_sequence_length": 64, **policy}
+    return compile_problems(PolicyConfig.model_validate(settings), model_config)
+
+
+@pytest.mark.slow  # a compiled policy: above
+def test_a_compiled_run_continues_as_it_would_have_gone_on(tiny_sft):
+    settings = ("policy.compile=true", "sft.max_num_epochs=9", "checkpointing.save_period=1")
+    whole = tiny_sft(*settings, "sft.max_num_steps=3")
+    assert whole.code == 0, whole.err
+    expected = adapter(tiny_sft.checkpoints / "step_3")
+    shutil.rmtree(tiny_sft.checkpoints / "step_3")
+    continued = tiny_sft(*settings, "sft.max_num_steps=3")
+    assert continued.code == 0, continued.err
+    assert same(adapter(tiny_sft.checkpoints / "step_3"), expected)
+    assert max(float(tensor.abs().max()) for name, tensor in expected.items() if "lora_B" in name) > 0
+    megatron = tiny_sft("policy.compile=true", "policy.backend=megatron", f"{LORA}.enabled=false", "policy.lora.dim=4")
+    assert megatron.code == 2
+    assert "policy.compile=True: the layers of the DTensor backend are compiled, and Megatron-Core's" in megatron.err
