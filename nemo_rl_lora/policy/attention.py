@@ -184,14 +184,20 @@ class _Permute(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor, scale: float) -> Tensor:
-    """softmax(q k^T) v: q [S, KV, R*L, d], k and v [S, KV, K, d], blocked [S or 1, L, K] true where not to look."""
-    if q.is_cuda:
-        mask = ~blocked[:, None].repeat(1, 1, q.shape[2] // blocked.shape[1], 1)
-        with sdpa_kernel(
-            repeatable([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-        ):  # cuDNN builds a graph for every length
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return attend_on_cpu(q, k, v, blocked, scale)
+    """softmax(scale * q k^T) v [S, L, H, d]: q [S, L, H, d], k and v [S, K, KV, d], blocked [S or 1, L, K] true where
+    not to look, as cpu_attention.py has it."""
+    if not q.is_cuda:
+        return attend_on_cpu(q, k, v, blocked, scale)
+    num_heads, num_kv = q.shape[2], k.shape[2]
+    heads_as_rows = q.unflatten(2, (num_kv, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [S, KV, heads * L, d]
+    mask = ~blocked[:, None].repeat(1, 1, num_heads // num_kv, 1)
+    with sdpa_kernel(
+        repeatable([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    ):  # cuDNN builds a graph for every length
+        out = F.scaled_dot_product_attention(
+            heads_as_rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
+        )
+    return out.unflatten(2, (num_heads // num_kv, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def segment_attention(
@@ -221,26 +227,20 @@ def segment_attention(
         _Permute.apply(x.to(dtype)[0].transpose(0, 1).contiguous(), plan.padded_from_flat, plan.flat_from_padded, None)
         for x in (query, key, value)
     )  # [M, heads, d]
-    num_kv, repeats = k.shape[1], q.shape[1] // k.shape[1]
     keys: list[Tensor] = []
     values: list[Tensor] = []
     outputs: list[Tensor] = []
     for bucket in plan.buckets:
         num, length = bucket.num_segments, bucket.length
         part = slice(bucket.start, bucket.start + num * length)
-        own_k = k[part].view(num, length, num_kv, head_dim).transpose(1, 2)
-        own_v = v[part].view(num, length, num_kv, head_dim).transpose(1, 2)
+        own_q, own_k, own_v = (x[part].view(num, length, -1, head_dim) for x in (q, k, v))
         keys.append(own_k)
         values.append(own_v)
         if bucket.parent_bucket is not None:
             assert bucket.parent_row is not None
-            own_k = torch.cat([keys[bucket.parent_bucket].index_select(0, bucket.parent_row), own_k], dim=2)
-            own_v = torch.cat([values[bucket.parent_bucket].index_select(0, bucket.parent_row), own_v], dim=2)
-        bucket_q = q[part].view(num, length, num_kv, repeats, head_dim).permute(0, 2, 3, 1, 4)
-        bucket_q = bucket_q.reshape(num, num_kv, repeats * length, head_dim)
-        out = attend(bucket_q, own_k, own_v, bucket.blocked, scale)
-        out = out.view(num, num_kv, repeats, length, head_dim).permute(0, 3, 1, 2, 4)
-        outputs.append(out.reshape(num * length, num_kv * repeats, head_dim))
+            own_k = torch.cat([keys[bucket.parent_bucket].index_select(0, bucket.parent_row), own_k], dim=1)
+            own_v = torch.cat([values[bucket.parent_bucket].index_select(0, bucket.parent_row), own_v], dim=1)
+        outputs.append(attend(own_q, own_k, own_v, bucket.blocked, scale).flatten(0, 1))
     padded = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     flat = _Permute.apply(padded, plan.flat_from_padded, plan.padded_from_flat, plan.is_padding)
     return flat[None], None

@@ -22,10 +22,10 @@ _QUERIES_PER_RUN = 64  # of a segment: so much of what causal attention masks is
 
 
 def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor, scale: float) -> Tensor:
-    """softmax(scale * q k^T) v [S, KV, R*L, d] with grouped heads, whose gradients are not differentiable again.
+    """softmax(scale * q k^T) v [S, L, H, d] with grouped heads, whose gradients are not differentiable again.
 
-    q: [S, KV, R*L, d], R query heads for each of k and v: [S, KV, K, d]; blocked: [S or 1, L, K], true where a query
-    must not look. Query i looks at no key after K - L + i, and where K is L at all keys up to that.
+    q: [S, L, H, d]; k and v: [S, K, KV, d], a head of which serves H / KV heads of q; blocked: [S or 1, L, K], true
+    where a query must not look. Query i looks at no key after K - L + i, and where K is L at all keys up to that.
     """
     return _Attend.apply(q, k, v, blocked, scale)
 
@@ -36,17 +36,18 @@ class _Attend(torch.autograd.Function):
         out, lse = _flash(q, k, v, blocked, scale)
         ctx.save_for_backward(q, k, v, out, lse, blocked)
         ctx.scale = scale
-        return out
+        return out.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, blocked = ctx.saved_tensors
+        *inputs, out, lse, blocked = ctx.saved_tensors
+        q, k, v, grad = (x.transpose(1, 2) for x in (*inputs, grad))
         size, scale = q.shape[-1], ctx.scale
         grad_sum = torch.linalg.vecdot(grad.to(lse.dtype), out.to(lse.dtype))
         q, grad = _with_columns(q, lse / scale), _with_columns(grad, grad_sum)
         k, v = (torch.cat([x, x.new_ones(*x.shape[:-1], q.shape[-1] - size)], dim=-1) for x in (k, v))
-        grad_q, grad_k, grad_v = (torch.zeros_like(x[..., :size]) for x in (q, k, v))
+        grad_q, grad_k, grad_v = (x.new_zeros(*x.shape[:-1], size) for x in (q, k, v))
         for run in _runs(q, k, blocked):
             own_q, own_grad, own_k, own_v = run.queries(q), run.queries(grad), run.keys(k), run.keys(v)
             p = _scaled_product(own_q, own_k.transpose(1, 2), scale).exp_()
@@ -55,20 +56,17 @@ class _Attend(torch.autograd.Function):
             grad_s = torch.bmm(own_grad, own_v.transpose(1, 2)).mul_(p)
             run.put(grad_q, _scaled_product(grad_s, own_k[..., :size], scale))
             _add_product(run.keys(grad_k), grad_s.transpose(1, 2), own_q[..., :size], scale)
-        return grad_q, grad_k, grad_v, None, None
+        return *(x.transpose(1, 2) for x in (grad_q, grad_k, grad_v)), None, None
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The output, and the log-sum-exp of each query's scores [S, KV, R*L], in fp32 or fp64."""
-    num_segments, num_kv, _, size = q.shape
-    length, num_keys = blocked.shape[-2:]
-    is_causal, mask = num_keys == length, None
+    """The output [S, H, L, d], and the log-sum-exp of each query's scores [S, H, L], in fp32 or fp64."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    is_causal, mask = k.shape[2] == q.shape[2], None
     if not is_causal:
         mask = torch.zeros(blocked.shape, dtype=q.dtype).masked_fill_(blocked, float("-inf"))[:, None]
-    heads = q.view(num_segments, -1, length, size)
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = found(heads, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
-    return out.reshape(q.shape), lse.reshape(num_segments, num_kv, -1)
+    return found(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
 
 
 def _with_columns(x: Tensor, subtracted: Tensor) -> Tensor:
@@ -91,16 +89,16 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0)
 class _Run:
     """Queries whose scores are computed at once: some positions of some segments, with the keys that they may see.
 
-    Segments and their KV heads are one dimension here, the first one.
+    A product's first dimension is that of segments and their KV heads, and the query heads of one are rows of it.
     """
 
     rows: slice  # of the S segments
     positions: slice  # of the L queries of a segment
-    length: int  # L
     num_above: int  # keys before the segment's own, those of its parent
+    num_kv: int
 
     def queries(self, x: Tensor) -> Tensor:
-        """[rows*KV, R*positions, d] of x [S, KV, R*L, d]."""
+        """[rows*KV, heads*positions, d] of x [S, H, L, d]."""
         return self._of(x).flatten(2, 3).flatten(0, 1)
 
     def put(self, x: Tensor, values: Tensor) -> None:
@@ -121,8 +119,8 @@ class _Run:
             shaped[..., keys].masked_fill_(own[:, None, self.positions, keys], 0.0)
 
     def _of(self, x: Tensor) -> Tensor:
-        num_segments, num_heads, _, size = x.shape
-        return x.view(num_segments, num_heads, -1, self.length, size)[self.rows, :, :, self.positions]
+        """[rows, KV, heads, positions, d]"""
+        return x[self.rows, :, self.positions].unflatten(1, (self.num_kv, -1))
 
 
 def _runs(q: Tensor, k: Tensor, blocked: Tensor) -> Iterator[_Run]:
@@ -130,8 +128,8 @@ def _runs(q: Tensor, k: Tensor, blocked: Tensor) -> Iterator[_Run]:
     length, num_keys = blocked.shape[-2:]
     for begin in range(0, length, _QUERIES_PER_RUN):
         positions = slice(begin, min(begin + _QUERIES_PER_RUN, length))
-        num_queries = k.shape[1] * q.shape[2] // length * (positions.stop - begin)
-        step = max(1, _SCORES_PER_CHUNK // (num_queries * (num_keys - length + positions.stop)))
+        num_scores = q.shape[1] * (positions.stop - begin) * (num_keys - length + positions.stop)
+        step = max(1, _SCORES_PER_CHUNK // num_scores)
         for first in range(0, q.shape[0], step):
             rows = slice(first, min(first + step, q.shape[0]))
-            yield _Run(rows=rows, positions=positions, length=length, num_above=num_keys - length)
+            yield _Run(rows=rows, positions=positions, num_above=num_keys - length, num_kv=k.shape[1])

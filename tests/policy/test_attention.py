@@ -101,15 +101,17 @@ def errors_of_attention(length, num_keys, dtype, size=1.0):
     """Of the output and of the gradients of q, k and v: the norm of the error, by that of a dense softmax in fp64."""
     generator = torch.Generator().manual_seed(0)
     num, heads, repeats, width = 5, 3, 2, 64
-    shapes = ((num, heads, repeats * length, width), *2 * ((num, heads, num_keys, width),))
+    shapes = ((num, length, heads * repeats, width), *2 * ((num, num_keys, heads, width),))
     inputs = [size * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     q, k, v = (x.to(dtype).requires_grad_() for x in inputs)
     blocked = torch.ones(num, length, num_keys, dtype=torch.bool).triu(num_keys - length + 1)
     for row in range(num):  # padding of the parent's keys
         blocked[row, :, num_keys - length - row : num_keys - length] = row < num_keys - length
     q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
-    scores = (q64 @ k64.transpose(-1, -2) / 8).view(num, heads, repeats, length, num_keys)
-    dense = scores.masked_fill(blocked[:, None, None], -math.inf).softmax(-1).view(num, heads, -1, num_keys) @ v64
+    of_each = [x.repeat_interleave(repeats, dim=2) for x in (k64, v64)]  # head of q
+    scores = torch.einsum("sqhd,skhd->shqk", q64, of_each[0]) / 8
+    p = scores.masked_fill(blocked[:, None], -math.inf).softmax(-1)
+    dense = torch.einsum("shqk,skhd->sqhd", p, of_each[1])
     found = attention.attend(q, k, v, blocked, 1 / 8)
     grad = torch.randn(dense.shape, generator=generator, dtype=torch.float64).to(dtype)
     expected = dense, *torch.autograd.grad(dense, (q64, k64, v64), grad.double())

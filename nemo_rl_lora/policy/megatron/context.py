@@ -68,17 +68,13 @@ def context_attention(query: Tensor, key: Tensor, value: Tensor, plan: ContextPl
         gather_from_sequence_parallel_region(x.contiguous(), group=plan.group).index_select(0, order)
         for x in (key, value)
     )
-    num_kv, head_dim = key.shape[1:]
     out = []
     for piece in plan.pieces:
         q, k, v = query[piece.own], key[piece.seen], value[piece.seen]
         num_queries, num_keys = q.shape[0], k.shape[0]
         blocked = torch.ones(1, num_queries, num_keys, dtype=torch.bool, device=q.device)
         blocked = blocked.triu(num_keys - num_queries + 1)
-        q = q.view(num_queries, num_kv, -1, head_dim).permute(1, 2, 0, 3).reshape(1, num_kv, -1, head_dim)
-        k, v = (x.transpose(0, 1)[None].contiguous() for x in (k, v))
-        attended = attend(q, k, v, blocked, head_dim**-0.5).view(num_kv, -1, num_queries, head_dim)
-        out.append(attended.permute(2, 0, 1, 3).reshape(num_queries, -1, head_dim))
+        out.append(attend(q[None], k[None], v[None], blocked, q.shape[-1] ** -0.5)[0])
     return torch.cat(out)
 
 

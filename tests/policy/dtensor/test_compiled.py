@@ -9,8 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, MistralConfig
 
-from nemo_rl_lora.algorithms.losses.policy import make_policy_loss
-from nemo_rl_lora.config.loss_fn import LossFnConfig
+from nemo_rl_lora.algorithms.losses.likelihood import SftLoss
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.policy.dtensor.compiled import compile_problems
 from tests.driver import adapter, same
@@ -29,13 +28,12 @@ CASES = [
     pytest.param("llama", spec(), LAYOUTS["checkpointed"], id="checkpointed", marks=pytest.mark.slow),
     pytest.param("llama", None, LAYOUTS["packed, shared"], id="all weights", marks=pytest.mark.slow),
 ]
-GRPO = make_policy_loss(LossFnConfig(reference_policy_kl_penalty=0.0))
 
 
 @pytest.mark.parametrize(("family", "chosen", "layout"), CASES)
 def test_compiled_layers_train_as_those_that_are_not(tiny_model, family, chosen, layout):
-    """Three steps of other numbers of tokens, on adapters whose B is not zero. fp32 rounding in another order; of a
-    master, what AdamW makes of it in three steps. The steps after the first find all that they need compiled."""
+    """Three steps of other numbers of tokens, on adapters whose B is not zero: fp32 sums in another order, and after
+    the first step what AdamW made of that. The steps after the first find all that they need compiled."""
     batches = [
         make_groups_batch(),
         make_batch([(5, 20), (5, 31), (9, 3)], groups=[0, 0, 1]),
@@ -50,7 +48,7 @@ def test_compiled_layers_train_as_those_that_are_not(tiny_model, family, chosen,
         found = []
         for batch in batches:
             logprobs = policy.logprobs(batch)
-            output = policy.train_step(batch, GRPO)
+            output = policy.train_step(batch, SftLoss())
             found.append((logprobs, output.loss, gradients(policy)))
             num_graphs.append(counters["stats"]["unique_graphs"] - before)
         if chosen is not None:
@@ -59,9 +57,11 @@ def test_compiled_layers_train_as_those_that_are_not(tiny_model, family, chosen,
     assert num_graphs[:3] == [0, 0, 0]
     assert num_graphs[3] > 0
     assert num_graphs[3:] == [num_graphs[3]] * 3
-    for (logprobs, loss, of_masters), (own_logprobs, own_loss, own_gradients) in zip(*results, strict=True):
-        torch.testing.assert_close(own_logprobs, logprobs, atol=1e-5, rtol=0)
-        assert own_loss == pytest.approx(loss, abs=1e-5)
+    for step, (expected, own) in enumerate(zip(*results, strict=True)):
+        (logprobs, loss, of_masters), (own_logprobs, own_loss, own_gradients) = expected, own
+        bound = 1e-5 if step == 0 else 1e-4
+        torch.testing.assert_close(own_logprobs, logprobs, atol=bound, rtol=0)
+        assert own_loss == pytest.approx(loss, abs=bound)
         assert {name for name in of_masters if relative(own_gradients[name], of_masters[name]) > 1e-4} == set()
 
 
