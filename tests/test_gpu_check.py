@@ -9,10 +9,12 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from nemo_rl_lora.policy import low_rank
 from tests.gpu import attention, generation, kernels, runs, steps
 from tests.gpu.checks import Machine
 
@@ -160,3 +162,15 @@ def test_on_a_gpu_every_case_is_a_check_of_its_own_name(tmp_path):
         for backend in ("dtensor", "megatron"):
             assert sum(name.startswith(f"{algorithm} on {backend} in float32") for name in ran) >= 2
             assert sum(name.startswith(f"{algorithm} on {backend}") for name in names["tests.gpu.steps"]) >= 6
+
+
+@pytest.mark.parametrize("dtype", list(kernels.BOUNDS))
+def test_layers_at_once_are_judged_by_the_formula(dtype):
+    """On torch's products; and where one of them forgets the scale."""
+
+    def forgetful(x, w, scale, *, dtype):
+        return low_rank.project(x, w, 1.0, dtype=dtype)
+
+    wrong = SimpleNamespace(project=forgetful, expand=low_rank.expand, reduce=low_rank.reduce)
+    assert kernels.joined_beside_formula(dtype, low_rank, "cpu").ok
+    assert not kernels.joined_beside_formula(dtype, wrong, "cpu").ok

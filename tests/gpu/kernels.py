@@ -6,15 +6,17 @@ of them takes a minute for each new shape; it fits in the shared memory of compu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from types import ModuleType
 
 import torch
 import triton
+from torch import Tensor
 
 from nemo_rl_lora.kernels import logprobs, low_rank
-from nemo_rl_lora.policy.adapted_linear import adapted_linear
+from nemo_rl_lora.policy.adapted_linear import Branch, Factor, Layer, adapted_linear, adapted_linears
 from tests.gpu.checks import Answer, Check, Machine, relative, skipped, within
 from tests.policy.dtensor.kernel_cases import (
     Case,
@@ -62,6 +64,10 @@ def checks(machine: Machine) -> Iterator[Check]:
     for size, dtype, inner in OWN_CASES:
         case = case_of(size, dtype, inner)
         yield Check(name=f"ours, {described(case)}", ask=partial(beside_formula, case, own_counters, 2))
+    for dtype in BOUNDS:
+        yield Check(
+            name=f"ours, {dtype}, q, k and v at once", ask=partial(joined_beside_formula, dtype, low_rank, "cuda")
+        )
     yield Check(name="ours, one input twice", ask=repeats)
     for dtype in (torch.bfloat16, torch.float32):
         for vocabulary in VOCABULARIES:
@@ -115,6 +121,41 @@ def beside_formula(case: Case, counters: Callable[[], Mapping[str, CountedKernel
     if set(launches.values()) != {num_launches}:
         return Answer(ok=False, facts={**answer.facts, "wrong": f"{num_launches} of each kernel, not {launches}"})
     return answer
+
+
+def joined_beside_formula(dtype: str, products: ModuleType, device: str) -> Answer:
+    """Three layers of one x as one operation: x A^T is one product, of the rows of all three A."""
+    generator = torch.Generator().manual_seed(4)
+    shapes = [(600, 1024), (3 * 16, 1024)]
+    for width in (1024, 256, 256):
+        shapes += [(width, 1024), (width, 16), (600, width)]
+    x, a, *rest = (torch.randn(shape, generator=generator) / 8 for shape in shapes)
+    exact, leaves = _joined(torch.float64, x, a, rest)
+    own, own_leaves = _joined(getattr(torch, dtype), x.to(device), a.to(device), [t.to(device) for t in rest], products)
+    pairs = zip((*own, *(leaf.grad for leaf in own_leaves)), (*exact, *(leaf.grad for leaf in leaves)), strict=True)
+    names = [
+        *(f"y of {layer}" for layer in "qkv"),
+        *(f"gradient of {of}" for of in ("x", "A", "q's B", "k's B", "v's B")),
+    ]
+    return within(
+        BOUNDS[dtype], {name: relative(found, wanted) for name, (found, wanted) in zip(names, pairs, strict=True)}
+    )
+
+
+def _joined(
+    dtype: torch.dtype, x: Tensor, a: Tensor, rest: Sequence[Tensor], products: ModuleType | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of the layers, and what has gradients: x, A and each B. Without products: the formula."""
+    rounded = [tensor.bfloat16().to(dtype) for tensor in (x, a, *rest)]  # so that no side has other inputs
+    x, a, weights, all_b, d_ys = rounded[0], rounded[1], rounded[2::3], rounded[3::3], rounded[4::3]
+    leaves = [leaf.requires_grad_() for leaf in (x, a, *all_b)]
+    if products is None:
+        outs = [x @ w.T + 2.0 * (x @ own_a.T) @ b.T for w, own_a, b in zip(weights, a.split(16), all_b, strict=True)]
+    else:
+        layers = [Layer(w, None, Factor.of(b, dtype)) for w, b in zip(weights, all_b, strict=True)]
+        outs = adapted_linears(x, layers, Branch(a=Factor.of(a, dtype), scale=2.0, products=products))
+    torch.autograd.backward(outs, d_ys)
+    return outs, leaves
 
 
 def repeats() -> Answer:
