@@ -94,7 +94,7 @@ def test_on_a_gpu_every_measurement_has_a_name_of_its_own(main, load, tmp_path):
         "grpo_4b": 2,
         "decoding": 8,
         "sft_small": 2,
-        "kernels": 3,
+        "kernels": 4,
         "megatron": 1,
     }
     assert {name.split(", ")[-1] for name in listed["decoding"]} == {"64 rows", "256 rows", "without CUDA graphs"}

@@ -16,7 +16,7 @@ from typing import Any
 
 from nemo_rl_lora.algorithms.algorithm import Algorithm, Run, StepDone
 from nemo_rl_lora.algorithms.phase import Phase
-from nemo_rl_lora.checkpoints.record import PhaseBegin, SaveReason
+from nemo_rl_lora.checkpoints.record import WITHOUT_PHASES, SaveReason
 from nemo_rl_lora.checkpoints.step_digests import tensor_digests, token_digest
 from nemo_rl_lora.checkpoints.steps import CheckpointWriteError, ResumePoint, SaveDeadline, has_done_all
 from nemo_rl_lora.distributed.lost import ProcessesLost
@@ -56,7 +56,7 @@ class TrainingLoop:
         self._deadline = SaveDeadline(self._checkpointing.must_save_by_seconds, started=started)
         self._longest_seconds = 0.0  # of a step with the validation and the save that came with it
         self._validated_step = -1
-        self._begin = PhaseBegin() if run.phase is None else run.phase.begin
+        self._begin = WITHOUT_PHASES if run.phase is None else run.phase.begin
         if run.resume is not None:
             self._continue_from(run.resume)
         elif run.phase is not None:

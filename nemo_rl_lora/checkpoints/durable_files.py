@@ -161,14 +161,19 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def written_whole(final: Path, on_full_disk: Callable[[], Exception] | None = None) -> Iterator[Path]:
+def written_whole(
+    final: Path, on_full_disk: Callable[[], Exception] | None = None, make_way: Callable[[], None] | None = None
+) -> Iterator[Path]:
     """An unfinished directory to fill. After the block it is flushed and gets the name `final`, from what may have it;
-    where anything fails it is removed. `on_full_disk`: what to raise then where the disk is full."""
+    where anything fails it is removed. `on_full_disk`: what to raise then where the disk is full. `make_way` is called
+    before the name is given."""
     unfinished = final.with_name(f"{TMP_PREFIX}{final.name}")
     try:
         unfinished = make_unfinished(unfinished)
         yield unfinished
         flush_tree(unfinished)
+        if make_way is not None:
+            make_way()
         put_in_place(unfinished, final, REPLACED_PREFIX)
         flush(final.parent)
     except BaseException as error:

@@ -131,13 +131,16 @@ def package_versions() -> dict[str, str]:
 class PhaseBegin:
     """Which of `sft.phases` a step is part of, and where that phase began. Recorded, and never told from the step."""
 
-    index: int = 0
-    name: str = ""
+    index: int
+    name: str
     step: int = 0
     num_tokens: float = 0.0
     schedule_step: int = 0  # where the schedule of its learning rate began
     schedule_tokens: float = 0.0
     base: str | None = None  # a directory beside the steps: what earlier phases made; None: the run's own model
+
+
+WITHOUT_PHASES = PhaseBegin(index=0, name="")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +172,7 @@ class TrainingInfo:
     @property
     def begin(self) -> PhaseBegin:
         """Where the phase of the step began; a run without phases is one phase, from step 0."""
-        return self.phase_begin or PhaseBegin()
+        return self.phase_begin or WITHOUT_PHASES
 
 
 def write_records(directory: Path, info: TrainingInfo, config: Mapping[str, Any], *, has_optimizer: bool) -> None:

@@ -282,14 +282,17 @@ class Checkpointer:
         final = self._directory / f"{STEP_PREFIX}{info.step}"
         self.set_aside_other_steps()
         logger.info(f"saving {final}")
-        with written_whole(final, partial(self._no_space, info.step)) as unfinished:
+
+        def make_way() -> None:
+            if os.path.lexists(final) and not records_step(final, info.step):
+                set_aside(self._directory, [final])
+
+        with written_whole(final, partial(self._no_space, info.step), make_way) as unfinished:
             write(unfinished)
             if not self._config.save_optimizer:
                 shutil.rmtree(unfinished / OPTIMIZER_DIRECTORY, ignore_errors=True)
             write_records(unfinished, info, self._resolved, has_optimizer=self._config.save_optimizer)
             write_checksums(unfinished)
-            if os.path.lexists(final) and not records_step(final, info.step):
-                set_aside(self._directory, [final])
         self.saved = final
         logger.info(f"saved {final}")
         refuse_without_metric(info, self._config)

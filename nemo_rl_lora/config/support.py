@@ -5,6 +5,8 @@ It reads the configuration, and of the machine only whether there is a GPU; no m
 
 from __future__ import annotations
 
+import os
+
 from nemo_rl_lora.config.cluster_rules import cluster_problems
 from nemo_rl_lora.config.engine_rules import engine_problems
 from nemo_rl_lora.config.generation import chosen_engine
@@ -24,6 +26,7 @@ def check_runnable(config: MasterConfig) -> list[str]:
     """One paragraph for each setting that this version cannot run; empty where it can."""
     return [
         *(megatron_problems(config) if config.policy.active_backend == "megatron" else []),
+        *_compile_problems(config),
         *cluster_problems(config),
         *_world_problems(config),
         *engine_problems(config.policy.generation),
@@ -31,6 +34,32 @@ def check_runnable(config: MasterConfig) -> list[str]:
         *(_ahead_problems(config) if isinstance(config, GrpoMaster) else []),
         *unused_key_problems(config),
     ]
+
+
+def _compile_problems(config: MasterConfig) -> list[str]:
+    """Why layers are not compiled that were to be, whatever the model."""
+    policy, key = config.policy, "policy.compile"
+    if policy.compile is not True:
+        return []
+    if policy.active_backend == "megatron":
+        return [
+            f"{key}=True: the layers of the DTensor backend are compiled, and Megatron-Core's are not. Set it to "
+            f"false, or policy.backend=dtensor."
+        ]
+    problems = [
+        f"{key}=True: {name}=1 in the environment turns torch.compile off. Unset it, or set {key}=false."
+        for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
+        if os.environ.get(name) == "1"
+    ]
+    if (generation := policy.generation) is None or config.cluster.num_processes > 1:
+        return problems
+    is_beside = chosen_engine(generation.backend)[0] == "vllm" and generation.colocated.enabled
+    if is_beside and generation.vllm_cfg.enforce_eager:
+        problems.append(
+            f"{key}=True: policy.generation.vllm_cfg.enforce_eager=true turns torch.compile off in vLLM's process, "
+            f"which is this one. Set that to false, or policy.generation.colocated.enabled to false, or {key} to false."
+        )
+    return problems
 
 
 def _evaluation_problems(config: MasterConfig) -> list[str]:
@@ -148,16 +177,6 @@ def megatron_problems(config: MasterConfig) -> list[str]:
         *_context_problems(config),
         *_schedule_problems(config),
         *_a2a_problems(config),
-        *_compile_problems(config),
-    ]
-
-
-def _compile_problems(config: MasterConfig) -> list[str]:
-    if config.policy.compile is not True:
-        return []
-    return [
-        "policy.compile=True: the layers of the DTensor backend are compiled, and Megatron-Core's are not. Set it to "
-        "false, or policy.backend=dtensor."
     ]
 
 

@@ -39,7 +39,7 @@ def multiply_once_for_all_rows() -> None:
 
 def compile_nothing() -> None:
     """`enforce_eager` leaves parts that are compiled all the same, for half a minute. Turns torch.compile off in this
-    process, which is the trainer's where the engine is colocated; nothing else here compiles."""
+    process, which is the trainer's where the engine is colocated; policy.compile is refused then."""
     from torch import _dynamo
 
     _dynamo.config.disable = True

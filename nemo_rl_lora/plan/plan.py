@@ -34,9 +34,7 @@ from nemo_rl_lora.models.source import resolve_model
 from nemo_rl_lora.plan.advice import advice
 from nemo_rl_lora.plan.rank_parts import RankPart, rank_parts
 from nemo_rl_lora.policy.attention import layout_problems, supports_segments
-from nemo_rl_lora.policy.dtensor.compiled import KEY as COMPILE_KEY
-from nemo_rl_lora.policy.dtensor.compiled import compile_problems
-from nemo_rl_lora.policy.dtensor.limits import tensor_parallel_problems
+from nemo_rl_lora.policy.dtensor.limits import COMPILE_KEY, compile_problems, tensor_parallel_problems
 from nemo_rl_lora.policy.megatron.families import (
     adapter_problems,
     parallel_problems,

@@ -47,7 +47,8 @@ class _Attend(torch.autograd.Function):
         grad_sum = torch.linalg.vecdot(grad.to(lse.dtype), out.to(lse.dtype))
         q, grad = _with_columns(q, lse / scale), _with_columns(grad, grad_sum)
         k, v = (torch.cat([x, x.new_ones(*x.shape[:-1], q.shape[-1] - size)], dim=-1) for x in (k, v))
-        grad_q, grad_k, grad_v = (x.new_zeros(*x.shape[:-1], size) for x in (q, k, v))
+        grad_q = q.new_zeros(*q.shape[:-1], size)
+        grad_k, grad_v = (lse.new_zeros(*k.shape[:-1], size) for _ in range(2))  # sums over the runs, in fp32
         for run in _runs(q, k, blocked):
             own_q, own_grad, own_k, own_v = run.queries(q), run.queries(grad), run.keys(k), run.keys(v)
             p = _scaled_product(own_q, own_k.transpose(1, 2), scale).exp_()
@@ -56,17 +57,33 @@ class _Attend(torch.autograd.Function):
             grad_s = torch.bmm(own_grad, own_v.transpose(1, 2)).mul_(p)
             run.put(grad_q, _scaled_product(grad_s, own_k[..., :size], scale))
             _add_product(run.keys(grad_k), grad_s.transpose(1, 2), own_q[..., :size], scale)
-        return *(x.transpose(1, 2) for x in (grad_q, grad_k, grad_v)), None, None
+        return *(x.to(q.dtype).transpose(1, 2) for x in (grad_q, grad_k, grad_v)), None, None
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The output [S, H, L, d], and the log-sum-exp of each query's scores [S, H, L], in fp32 or fp64."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    is_causal, mask = k.shape[2] == q.shape[2], None
-    if not is_causal:
-        mask = torch.zeros(blocked.shape, dtype=q.dtype).masked_fill_(blocked, float("-inf"))[:, None]
-    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return found(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if k.shape[2] == q.shape[2]:
+        return attend(q, k, v, 0.0, True, scale=scale)
+    outs, sums = [], []
+    for rows, part in _row_parts(blocked):
+        mask = torch.zeros(part.shape, dtype=q.dtype).masked_fill_(part, float("-inf"))[:, None]
+        out, lse = attend(q[rows], k[rows], v[rows], 0.0, False, attn_mask=mask, scale=scale)
+        outs.append(out)
+        sums.append(lse)
+    return (outs[0], sums[0]) if len(outs) == 1 else (torch.cat(outs), torch.cat(sums))
+
+
+def _row_parts(blocked: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Segments by as many as have _SCORES_PER_CHUNK places in `blocked` [S or 1, L, K], and these places."""
+    if blocked.shape[0] == 1:
+        yield slice(None), blocked
+        return
+    step = max(1, _SCORES_PER_CHUNK // blocked[0].numel())
+    for first in range(0, blocked.shape[0], step):
+        rows = slice(first, first + step)
+        yield rows, blocked[rows]
 
 
 def _with_columns(x: Tensor, subtracted: Tensor) -> Tensor:
@@ -82,7 +99,10 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    total.baddbmm_(left, right, alpha=scale)
+    if total.dtype == left.dtype:
+        total.baddbmm_(left, right, alpha=scale)
+    else:
+        total.add_(torch.bmm(left, right), alpha=scale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

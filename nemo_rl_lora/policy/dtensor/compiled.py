@@ -9,66 +9,62 @@ torch's for the next one.
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import sys
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch._dynamo.exc import TorchDynamoException
 from transformers import AttentionInterface, PreTrainedModel
 
-from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.policy import attention
-from nemo_rl_lora.policy.attention import supports_segments
+from nemo_rl_lora.policy.dtensor.limits import COMPILE_KEY
 from nemo_rl_lora.policy.dtensor.linear import AdapterLinear
 
 logger = logging.getLogger(__name__)
 
-KEY = "policy.compile"
 # With and without gradients, of the first layer (whose input has none) and the others, in each phase of a run; above
 # its limit, 8 by itself, torch compiles no more, and says so.
 _FORMS_OF_A_LAYER = 64
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Have each decoder layer compiled when it is called next; parameters, their names and hooks stay as they are."""
-    logger.info(f"{KEY}=True: the decoder layers are compiled in the first passes, which takes up to a minute")
-    dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, _FORMS_OF_A_LAYER)  # pyright: ignore
+    """Have each decoder layer compiled when it is called next; parameters, their names and hooks stay as they are.
+
+    ValueError by the key's name, then, where that fails.
+    """
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logger.info(f"{COMPILE_KEY}=True: the decoder layers are compiled in the first passes, up to a minute")
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _FORMS_OF_A_LAYER)
+    if torch.are_deterministic_algorithms_enabled():
+        inductor: Any = import_module("torch._inductor.config")
+        inductor.deterministic = True  # else it chooses some kernels by timing them
     AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.segment_attention))
+    adapted = torch.compiler.disable(AdapterLinear.forward)
     layer_names = set(model._no_split_modules or ())
     for module in model.modules():
         if isinstance(module, AdapterLinear):
-            module.__dict__["forward"] = torch.compiler.disable(module.forward)
+            module.__dict__["forward"] = MethodType(adapted, module)
         elif type(module).__name__ in layer_names:
             module.compile(dynamic=True)
+            assert module._compiled_call_impl is not None
+            module._compiled_call_impl = _named(module._compiled_call_impl)
 
 
-def compile_problems(policy: PolicyConfig, model_config: Any) -> list[str]:
-    """A paragraph for each reason why the layers of a model, by its transformers config, cannot be compiled."""
-    if policy.compile is not True:
-        return []
-    problems, instead = [], f"Set {KEY}=false"
-    if (number := policy.dtensor_cfg.tensor_parallel_size) > 1:
-        problems.append(
-            f"{KEY}=True: layers are not compiled where tensor-parallel ranks share them, and "
-            f"policy.dtensor_cfg.tensor_parallel_size is {number}. {instead}, or tensor_parallel_size to 1."
-        )
-    if not supports_segments(model_config, policy.max_total_sequence_length):
-        problems.append(
-            f"{KEY}=True: only layers with full causal attention are compiled, which {model_config.model_type} does "
-            f"not have at this length (or with attention dropout). {instead}."
-        )
-    if not any(map(shutil.which, _compilers())):
-        problems.append(
-            f"{KEY}=True: torch.compile needs a compiler, and there is no {' or '.join(_compilers())}. Install one, or "
-            f"set {KEY}=false."
-        )
-    return problems
+def _named(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(compiled)
+    def call(*arguments: Any, **more: Any) -> Any:
+        try:
+            return compiled(*arguments, **more)
+        except TorchDynamoException as error:
+            cause = getattr(error, "inner_exception", error)
+            reason = " ".join([f"{type(cause).__name__}:", *str(cause).strip().splitlines()[:1]])
+            raise ValueError(
+                f"{COMPILE_KEY}=True: torch.compile failed ({reason}). Set {COMPILE_KEY}=false."
+            ) from error
 
-
-def _compilers() -> list[str]:
-    """Programs of which torch.compile needs one: of C++ for a CPU; Triton compiles its launcher, which is C."""
-    if torch.cuda.is_available():
-        return [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    return [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+    return call

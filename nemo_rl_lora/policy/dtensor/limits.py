@@ -1,12 +1,24 @@
-"""What tensor parallelism of the DTensor backend cannot split, from a model's config.json alone."""
+"""What tensor parallelism of the DTensor backend cannot split, and what it does not compile, from a model's config.json
+and this machine alone."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+import sysconfig
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from nemo_rl_lora.config.dtensor import DTensorConfig
+from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.models.families import families_for
+from nemo_rl_lora.policy.attention import supports_segments
+
+COMPILE_KEY = "policy.compile"
 
 
 def tensor_parallel_problems(sizes: DTensorConfig, model_config: Any) -> list[str]:
@@ -50,3 +62,38 @@ def read_custom_plan(path: str) -> dict[str, Any]:
     if not isinstance(plan, dict):
         raise ValueError(f"{key}: is a {type(plan).__name__}. A plan is a dict of module names and parallel styles.")
     return plan
+
+
+def compile_problems(policy: PolicyConfig, model_config: Any) -> list[str]:
+    """A paragraph for each reason why the layers of a model, by its transformers config, cannot be compiled."""
+    if policy.compile is not True:
+        return []
+    problems, instead = [], f"Set {COMPILE_KEY}=false"
+    if (number := policy.dtensor_cfg.tensor_parallel_size) > 1:
+        problems.append(
+            f"{COMPILE_KEY}=True: layers are not compiled where tensor-parallel ranks share them, and "
+            f"policy.dtensor_cfg.tensor_parallel_size is {number}. {instead}, or tensor_parallel_size to 1."
+        )
+    if not supports_segments(model_config, policy.max_total_sequence_length):
+        problems.append(
+            f"{COMPILE_KEY}=True: only layers with full causal attention are compiled, which {model_config.model_type} "
+            f"does not have at this length (or with attention dropout). {instead}."
+        )
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        problems.append(
+            f"{COMPILE_KEY}=True: torch.compile needs the headers of Python {sys.version_info.major}."
+            f"{sys.version_info.minor}, and they are not installed. Install them, or set {COMPILE_KEY}=false."
+        )
+    if not any(map(shutil.which, _compilers())):
+        problems.append(
+            f"{COMPILE_KEY}=True: torch.compile needs a compiler, and there is no {' or '.join(_compilers())}. Install "
+            f"one, or set {COMPILE_KEY}=false."
+        )
+    return problems
+
+
+def _compilers() -> list[str]:
+    """Programs of which torch.compile needs one: of C++ for a CPU; Triton compiles its launcher, which is C."""
+    if torch.cuda.is_available():
+        return [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    return [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
