@@ -8,6 +8,16 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch._dynamo
+from transformers import LlamaConfig
+
+from nemo_rl_lora.config.policy import PolicyConfig
+from nemo_rl_lora.policy.dtensor.limits import compile_problems
+
+
+def why_nothing_compiles() -> str | None:
+    """Why this machine cannot compile; None where it can."""
+    policy = PolicyConfig(model_name="tiny", compile=True)
+    return next(iter(compile_problems(policy, LlamaConfig())), None)
 
 
 @contextmanager

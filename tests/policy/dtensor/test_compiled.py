@@ -13,7 +13,7 @@ from nemo_rl_lora.algorithms.losses.likelihood import SftLoss
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.policy.dtensor.limits import compile_problems
 from tests.driver import adapter, same
-from tests.dynamo import torch_compiles
+from tests.dynamo import torch_compiles, why_nothing_compiles
 from tests.policy.batches import make_groups_batch
 from tests.policy.dtensor.test_policy import LAYOUTS, make_policy, spec
 from tests.policy.megatron.twins import gradients, random_adapter, set_masters
@@ -32,6 +32,8 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def compiling():
+    if reason := why_nothing_compiles():
+        pytest.skip(reason)
     torch._dynamo.reset()  # what tests before have compiled
     with torch_compiles():
         yield
