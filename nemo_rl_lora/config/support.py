@@ -51,7 +51,13 @@ def _compile_problems(config: MasterConfig) -> list[str]:
         for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
         if os.environ.get(name) == "1"
     ]
-    if (generation := policy.generation) is None or config.cluster.num_processes > 1:
+    if (number := config.cluster.num_processes) > 1:
+        problems.append(
+            f"{key}=True: layers are compiled where one process has them whole, and {number} processes share them. Set "
+            f"it to false."
+        )
+        return problems
+    if (generation := policy.generation) is None:
         return problems
     is_beside = chosen_engine(generation.backend)[0] == "vllm" and generation.colocated.enabled
     if is_beside and generation.vllm_cfg.enforce_eager:

@@ -16,7 +16,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch._dynamo.exc import TorchDynamoException
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -36,8 +35,7 @@ def compile_layers(model: PreTrainedModel) -> None:
 
     ValueError by the key's name, then, where that fails.
     """
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        logger.info(f"{COMPILE_KEY}=True: the decoder layers are compiled in the first passes, up to a minute")
+    logger.info(f"{COMPILE_KEY}=True: the decoder layers are compiled in the first passes, which takes up to a minute")
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, _FORMS_OF_A_LAYER)
     if torch.are_deterministic_algorithms_enabled():

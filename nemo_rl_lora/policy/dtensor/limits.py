@@ -68,16 +68,11 @@ def compile_problems(policy: PolicyConfig, model_config: Any) -> list[str]:
     """A paragraph for each reason why the layers of a model, by its transformers config, cannot be compiled."""
     if policy.compile is not True:
         return []
-    problems, instead = [], f"Set {COMPILE_KEY}=false"
-    if (number := policy.dtensor_cfg.tensor_parallel_size) > 1:
-        problems.append(
-            f"{COMPILE_KEY}=True: layers are not compiled where tensor-parallel ranks share them, and "
-            f"policy.dtensor_cfg.tensor_parallel_size is {number}. {instead}, or tensor_parallel_size to 1."
-        )
+    problems = []
     if not supports_segments(model_config, policy.max_total_sequence_length):
         problems.append(
             f"{COMPILE_KEY}=True: only layers with full causal attention are compiled, which {model_config.model_type} "
-            f"does not have at this length (or with attention dropout). {instead}."
+            f"does not have at this length (or with attention dropout). Set {COMPILE_KEY}=false."
         )
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
         problems.append(

@@ -77,12 +77,10 @@ def test_compiled_layers_train_as_those_that_are_not(tiny_model, family, chosen,
 
 
 def test_what_is_not_compiled_is_refused_by_name(monkeypatch, tmp_path):
-    llama, tp = LlamaConfig(), {"dtensor_cfg": {"tensor_parallel_size": 2}}
+    llama, mistral = LlamaConfig(), MistralConfig(sliding_window=8)
     assert problems(llama) == []
-    assert problems(llama, compile="auto", **tp) == problems(llama, compile=False, **tp) == []
-    (said,) = problems(llama, **tp)
-    assert said.startswith("policy.compile=True: layers are not compiled where tensor-parallel ranks share them")
-    (said,) = problems(MistralConfig(sliding_window=8))
+    assert problems(mistral, compile="auto") == problems(mistral, compile=False) == []
+    (said,) = problems(mistral)
     assert said.startswith("policy.compile=True: only layers with full causal attention are compiled, which mistral ")
     for name in ("CC", "CXX"):
         monkeypatch.setenv(name, str(tmp_path / "no_such_compiler"))
@@ -105,6 +103,10 @@ REFUSED = {
     "vLLM beside": (
         ["policy.generation.backend=vllm", "policy.generation.vllm_cfg.enforce_eager=true"],
         "policy.generation.vllm_cfg.enforce_eager=true turns torch.compile off in vLLM's process, which is this one.",
+    ),
+    "two processes": (
+        ["cluster.gpus_per_node=2"],
+        "layers are compiled where one process has them whole, and 2 processes share them.",
     ),
     "environment": ([], "TORCH_COMPILE_DISABLE=1 in the environment turns torch.compile off."),
 }

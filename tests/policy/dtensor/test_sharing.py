@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from tests.dynamo import why_nothing_compiles
 from tests.policy.dtensor.test_policy import spec
 from tests.policy.parallel_ranks import Case
 from tests.policy.sharing import (
@@ -49,7 +48,6 @@ _CASES = [
     Case(name="dp2 sent, dpo", number=2, family="qwen2", sizes={"load": "broadcast"}, spec=LORA, loss="dpo"),
     Case(name="dp2 recomputed, sft", number=2, family="qwen3", sizes={RECOMPUTED: True}, spec=LORA, loss="sft"),
     Case(name="dp2 offloaded", number=2, sizes={"cpu_offload": True}, layout=SORTED, spec=LORA),
-    Case(name="dp2 compiled", number=2, sizes={}, layout={**PACKED, "compile": True}, spec=LORA),
     Case(name="dp2 padded", number=2, family="mistral", sizes={}, spec=LORA),
     Case(name="dp2, bf16", number=2, family="qwen3", sizes={}, layout=BF16, spec=LORA, **ROUNDED),
     Case(name="tp2", number=2, family="qwen2", sizes={TP: 2}, spec=LORA),
@@ -78,11 +76,7 @@ _CASES = [
     Case(name="replicate2 tp2, all weights", number=4, family="qwen3", sizes={REPLICATE: 2, TP: 2}, spec=None),
     Case(name="dp2 tp2 sp, all weights", number=4, sizes={TP: 2, SP: True}, layout=PACKED, spec=None),
 ]
-CASES = [
-    replace(case, backend="dtensor")
-    for case in _CASES
-    if not case.layout.get("compile") or why_nothing_compiles() is None
-]
+CASES = [replace(case, backend="dtensor") for case in _CASES]
 DEFAULT = {"dp2", "tp2 sp, dropout after", "dp2, all weights", "dp2 tp2 sp"}
 
 
