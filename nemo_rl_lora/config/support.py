@@ -5,8 +5,6 @@ It reads the configuration, and of the machine only whether there is a GPU; no m
 
 from __future__ import annotations
 
-import os
-
 from nemo_rl_lora.config.cluster_rules import cluster_problems
 from nemo_rl_lora.config.engine_rules import engine_problems
 from nemo_rl_lora.config.generation import chosen_engine
@@ -46,26 +44,20 @@ def _compile_problems(config: MasterConfig) -> list[str]:
             f"{key}=True: the layers of the DTensor backend are compiled, and Megatron-Core's are not. Set it to "
             f"false, or policy.backend=dtensor."
         ]
-    problems = [
-        f"{key}=True: {name}=1 in the environment turns torch.compile off. Unset it, or set {key}=false."
-        for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
-        if os.environ.get(name) == "1"
-    ]
     if (number := config.cluster.num_processes) > 1:
-        problems.append(
+        return [
             f"{key}=True: layers are compiled where one process has them whole, and {number} processes share them. Set "
             f"it to false."
-        )
-        return problems
+        ]
     if (generation := policy.generation) is None:
-        return problems
+        return []
     is_beside = chosen_engine(generation.backend)[0] == "vllm" and generation.colocated.enabled
-    if is_beside and generation.vllm_cfg.enforce_eager:
-        problems.append(
-            f"{key}=True: policy.generation.vllm_cfg.enforce_eager=true turns torch.compile off in vLLM's process, "
-            f"which is this one. Set that to false, or policy.generation.colocated.enabled to false, or {key} to false."
-        )
-    return problems
+    if not (is_beside and generation.vllm_cfg.enforce_eager):
+        return []
+    return [
+        f"{key}=True: policy.generation.vllm_cfg.enforce_eager=true turns torch.compile off in vLLM's process, which "
+        f"is this one. Set that to false, or policy.generation.colocated.enabled to false, or {key} to false."
+    ]
 
 
 def _evaluation_problems(config: MasterConfig) -> list[str]:

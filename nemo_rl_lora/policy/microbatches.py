@@ -132,7 +132,7 @@ class _Cut:
     def num_tokens(self) -> int:
         """Its flat length."""
         size = sum(unit.num_tokens for unit in self.units)
-        return size + -size % self.round_to if self.units else max(self.round_to, 2)  # one token compiles anew
+        return size + -size % self.round_to if self.units else self.round_to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

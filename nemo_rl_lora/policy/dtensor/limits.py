@@ -68,7 +68,12 @@ def compile_problems(policy: PolicyConfig, model_config: Any) -> list[str]:
     """A paragraph for each reason why the layers of a model, by its transformers config, cannot be compiled."""
     if policy.compile is not True:
         return []
-    problems = []
+    problems = [
+        f"{COMPILE_KEY}=True: {name}=1 in the environment turns torch.compile off. Unset it, or set "
+        f"{COMPILE_KEY}=false."
+        for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
+        if os.environ.get(name) == "1"
+    ]
     if not supports_segments(model_config, policy.max_total_sequence_length):
         problems.append(
             f"{COMPILE_KEY}=True: only layers with full causal attention are compiled, which {model_config.model_type} "

@@ -32,10 +32,10 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def compiling():
-    if reason := why_nothing_compiles():
-        pytest.skip(reason)
     torch._dynamo.reset()  # what tests before have compiled
     with torch_compiles():
+        if reason := why_nothing_compiles():
+            pytest.skip(reason)
         yield
 
 
