@@ -7,6 +7,8 @@ from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch: else parts of vLLM are compiled, for half a minute an engine. Tests of torch.compile: tests/dynamo.py.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 from pathlib import Path
 

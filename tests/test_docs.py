@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import yaml
 
 from nemo_rl_lora.run import cli
 from tests.driver import Ended, TinyRun, run_driver
+from tests.dynamo import torch_compiles, why_nothing_compiles
 from tests.evaluation.evaluation_runs import run_eval, save_peft_adapter
 from tests.tiny_models import make_vllm_llama
 
@@ -240,7 +242,11 @@ def train(algorithm, command: Command, place: Place) -> None:
     if algorithm == "dpo":
         arguments.append("policy.max_total_sequence_length=2048")  # pairs are not cut
         arguments += [f"policy.dynamic_batching.{kind}_mb_tokens=4096" for kind in ("train", "logprob")]
-    assert_trained(algorithm, run_driver(*arguments, algorithm=algorithm), place)
+    with torch_compiles() if "policy.compile=true" in arguments else nullcontext():
+        if "policy.compile=true" in arguments and (reason := why_nothing_compiles()):
+            pytest.skip(reason)
+        ended = run_driver(*arguments, algorithm=algorithm)
+    assert_trained(algorithm, ended, place)
     assert_peft_loads(place)
     if any(argument.endswith("train_mb_tokens=auto") for argument in arguments):
         info = json.loads((place.root / "results" / "step_1" / "training_info.json").read_text())

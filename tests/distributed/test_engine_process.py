@@ -7,8 +7,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # before torch: else parts of vLLM are compiled, for half a minute
-
 import pytest
 import torch
 

@@ -7,8 +7,6 @@ import time
 from collections import Counter
 from functools import partial
 
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # before torch: else parts of vLLM are compiled, for half a minute
-
 import pytest
 import torch
 

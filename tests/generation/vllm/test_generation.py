@@ -3,9 +3,6 @@
 import gc
 import os
 
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # before torch: else parts of vLLM are compiled, for half a minute
-
-
 import pytest
 import torch
 

@@ -1,12 +1,9 @@
 """New weights for completions that are open: which tokens are whose, and what each was computed from."""
 
 import gc
-import os
 import threading
 import time
 from dataclasses import replace
-
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # before torch: else parts of vLLM are compiled, for half a minute
 
 import pytest
 import torch

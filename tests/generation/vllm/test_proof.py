@@ -1,9 +1,6 @@
 """Faults inside a real engine, while it reports the right version: each is caught, and named."""
 
 import gc
-import os
-
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # before torch: else parts of vLLM are compiled, for half a minute
 
 import pytest
 import torch

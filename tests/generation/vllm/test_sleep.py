@@ -1,9 +1,5 @@
 """An engine that shares a GPU sleeps while the policy trains. On a CPU vLLM takes the same calls, and frees nothing."""
 
-import os
-
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # before torch: else parts of vLLM are compiled, for half a minute
-
 import pytest
 import torch
 

@@ -1,11 +1,8 @@
 """What a sync of merged weights to vLLM holds at a time: those of a layer; and what one that breaks off leaves."""
 
 import gc
-import os
 from dataclasses import replace
 from functools import partial
-
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # before torch: else parts of vLLM are compiled, for half a minute
 
 import pytest
 import torch
