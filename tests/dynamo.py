@@ -1,4 +1,4 @@
-"""torch.compile in a process of tests, some of which turn it off."""
+"""torch.compile in a process of tests, for which it is off."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from nemo_rl_lora.policy.dtensor.limits import compile_problems
 def why_nothing_compiles() -> str | None:
     """Why this machine cannot compile; None where it can."""
     policy = PolicyConfig(model_name="tiny", compile=True)
-    return next(iter(compile_problems(policy, LlamaConfig())), None)
+    with torch_compiles():
+        return next(iter(compile_problems(policy, LlamaConfig())), None)
 
 
 @contextmanager
 def torch_compiles() -> Iterator[None]:
-    """As in a process of its own: not as tests of vLLM, and vLLM itself where it compiles nothing, leave it."""
+    """As in a process of its own: not as tests/conftest.py, and vLLM where it compiles nothing, leave it."""
     kept = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
     with patch.dict(os.environ, kept, clear=True), torch._dynamo.config.patch(disable=False):
         yield

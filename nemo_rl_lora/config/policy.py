@@ -110,8 +110,8 @@ class PolicyConfig(ModelConfig):
     the run that was not interrupted; what has none is named in the log. It costs time. On a CPU a run repeats without.
     No NeMo RL key."""
     compile: Literal["auto"] | bool = "auto"
-    """true: torch.compile the decoder layers of the DTensor backend in one process, which takes up to a minute at the
-    start; auto: false, until it is measured on a GPU. No NeMo RL key."""
+    """true: torch.compile the decoder layers of the DTensor backend, which takes up to a minute at the start; auto:
+    false, until it is measured on a GPU. No NeMo RL key."""
     dtensor_cfg: DTensorConfig = DTensorConfig()
     """The DTensor backend."""
     megatron_cfg: MegatronConfig = MegatronConfig()

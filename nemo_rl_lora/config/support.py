@@ -44,13 +44,13 @@ def _compile_problems(config: MasterConfig) -> list[str]:
             f"{key}=True: the layers of the DTensor backend are compiled, and Megatron-Core's are not. Set it to "
             f"false, or policy.backend=dtensor."
         ]
-    if (number := config.cluster.num_processes) > 1:
+    if policy.dtensor_cfg.sequence_parallel and policy.dtensor_cfg.tensor_parallel_size > 1:
         return [
-            f"{key}=True: layers are compiled where one process has them whole, and {number} processes share them. Set "
-            f"it to false."
+            f"{key}=True: torch.compile fails on sequences that tensor-parallel ranks share. Set it to false, or "
+            f"policy.dtensor_cfg.sequence_parallel to false."
         ]
-    if (generation := policy.generation) is None:
-        return []
+    if (generation := policy.generation) is None or config.cluster.num_processes > 1:
+        return []  # where several processes train, none of them is vLLM's
     is_beside = chosen_engine(generation.backend)[0] == "vllm" and generation.colocated.enabled
     if not (is_beside and generation.vllm_cfg.enforce_eager):
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from nemo_rl_lora.algorithms.losses.likelihood import SftLoss
 from nemo_rl_lora.algorithms.losses.policy import make_policy_loss
@@ -20,6 +22,7 @@ from nemo_rl_lora.policy.dtensor.policy import DTensorPolicy
 from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
 from nemo_rl_lora.policy.trained import TrainedPolicy
 from nemo_rl_lora.types import Batch
+from tests.dynamo import torch_compiles
 from tests.policy.dtensor.test_policy import make_policy
 from tests.policy.test_pairs import preference_loss
 
@@ -80,7 +83,8 @@ def policy_of(case: Case, model: Path, sizes: dict[str, Any], *, keep_reference:
 
 def run_case(case: Case, inputs: Inputs, out: Path, sizes: dict[str, Any]):
     """Log-probabilities, three optimizer steps with their gradients, and the files of a checkpoint in `out`."""
-    batch = inputs.batch
+    torch._dynamo.reset()  # what cases before have compiled
+    batch, graphs = inputs.batch, counters["stats"]["unique_graphs"]
     policy = policy_of(case, inputs.model, sizes, keep_reference=case.loss == "grpo")
     if inputs.adapter is not None:
         tensors, _ = read_adapter(inputs.adapter)
@@ -99,6 +103,7 @@ def run_case(case: Case, inputs: Inputs, out: Path, sizes: dict[str, Any]):
     for _ in range(NUM_STEPS):
         step = policy.train_step(batch, loss_of(case.loss))
         found["steps"].append((step, dict(policy._trained.canonical(gradient_of))))
+    assert counters["stats"]["unique_graphs"] > graphs or not case.layout.get("compile")
     found["moments"] = moments_of(policy)
     policy.save(out)
     if dist.is_initialized():
@@ -140,7 +145,8 @@ def run_cases(rank: int, cases: list[Case], inputs: dict[str, Inputs], meeting: 
         if rank == 0:
             out.mkdir()
         try:
-            found = run_case(case, inputs[case.name], out, case.sizes)
+            with torch_compiles() if case.layout.get("compile") else nullcontext():
+                found = run_case(case, inputs[case.name], out, case.sizes)
         except BaseException as error:
             error.add_note(f"in {case}")
             raise

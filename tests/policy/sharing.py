@@ -101,7 +101,12 @@ def find(
                 case=case,
                 inputs=inputs[case.name],
                 shared=torch.load(meeting / case.name / "found.pt", weights_only=False),
-                alone=run_case(case, inputs[case.name], tmp_path_factory.mktemp("alone"), {}),
+                alone=run_case(
+                    replace(case, layout=case.layout | {"compile": False}),
+                    inputs[case.name],
+                    tmp_path_factory.mktemp("alone"),
+                    {},
+                ),
                 checkpoint=meeting / case.name,
             )
     return results

@@ -16,6 +16,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch._dynamo.exc import TorchDynamoException
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -35,9 +36,12 @@ def compile_layers(model: PreTrainedModel) -> None:
 
     ValueError by the key's name, then, where that fails.
     """
-    logger.info(f"{COMPILE_KEY}=True: the decoder layers are compiled in the first passes, which takes up to a minute")
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logger.info(f"{COMPILE_KEY}=True: the decoder layers are compiled in the first passes, up to a minute")
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, _FORMS_OF_A_LAYER)
+    functorch: Any = import_module("torch._functorch.config")
+    functorch.force_non_lazy_backward_lowering = True  # with the forward pass, where a failure can be named
     if torch.are_deterministic_algorithms_enabled():
         inductor: Any = import_module("torch._inductor.config")
         inductor.deterministic = True  # else it chooses some kernels by timing them
@@ -47,7 +51,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, AdapterLinear):
             module.__dict__["forward"] = MethodType(adapted, module)
-        elif type(module).__name__ in layer_names:
+        elif not layer_names.isdisjoint(base.__name__ for base in type(module).__mro__):  # FSDP2 makes subclasses
             module.compile(dynamic=True)
             assert module._compiled_call_impl is not None
             module._compiled_call_impl = _named(module._compiled_call_impl)

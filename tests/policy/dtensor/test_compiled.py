@@ -104,9 +104,13 @@ REFUSED = {
         ["policy.generation.backend=vllm", "policy.generation.vllm_cfg.enforce_eager=true"],
         "policy.generation.vllm_cfg.enforce_eager=true turns torch.compile off in vLLM's process, which is this one.",
     ),
-    "two processes": (
-        ["cluster.gpus_per_node=2"],
-        "layers are compiled where one process has them whole, and 2 processes share them.",
+    "sequences shared": (
+        [
+            "cluster.gpus_per_node=2",
+            "policy.dtensor_cfg.tensor_parallel_size=2",
+            "++policy.dtensor_cfg.sequence_parallel=true",
+        ],
+        "torch.compile fails on sequences that tensor-parallel ranks share.",
     ),
     "environment": ([], "TORCH_COMPILE_DISABLE=1 in the environment turns torch.compile off."),
 }

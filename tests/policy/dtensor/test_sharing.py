@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from tests.dynamo import why_nothing_compiles
 from tests.policy.dtensor.test_policy import spec
 from tests.policy.parallel_ranks import Case
 from tests.policy.sharing import (
@@ -36,6 +37,7 @@ MODELS = {
 TP, REPLICATE, SP = "tensor_parallel_size", "dp_replicate_size", "sequence_parallel"
 RECOMPUTED, PLAN = "activation_checkpointing", "custom_parallel_plan"
 OWN_PLAN = "tests.policy.dtensor.plans.mlp_alone"
+COMPILED = {**PACKED, "compile": True}
 SORTED = {"dynamic_batching": {"enabled": True, "train_mb_tokens": 64, "logprob_mb_tokens": 64}}
 LORA = spec()
 BEFORE, AFTER = (spec(dropout=0.2, dropout_position=position, dim=3) for position in ("pre", "post"))
@@ -48,6 +50,9 @@ _CASES = [
     Case(name="dp2 sent, dpo", number=2, family="qwen2", sizes={"load": "broadcast"}, spec=LORA, loss="dpo"),
     Case(name="dp2 recomputed, sft", number=2, family="qwen3", sizes={RECOMPUTED: True}, spec=LORA, loss="sft"),
     Case(name="dp2 offloaded", number=2, sizes={"cpu_offload": True}, layout=SORTED, spec=LORA),
+    Case(name="dp2 compiled", number=2, family="qwen3", sizes={RECOMPUTED: True}, layout=COMPILED, spec=LORA),
+    Case(name="dp2 compiled, all weights", number=2, family="qwen2", sizes={}, layout=COMPILED, spec=None),
+    Case(name="tp2 compiled", number=2, sizes={TP: 2}, layout=COMPILED, spec=AFTER),
     Case(name="dp2 padded", number=2, family="mistral", sizes={}, spec=LORA),
     Case(name="dp2, bf16", number=2, family="qwen3", sizes={}, layout=BF16, spec=LORA, **ROUNDED),
     Case(name="tp2", number=2, family="qwen2", sizes={TP: 2}, spec=LORA),
@@ -76,7 +81,11 @@ _CASES = [
     Case(name="replicate2 tp2, all weights", number=4, family="qwen3", sizes={REPLICATE: 2, TP: 2}, spec=None),
     Case(name="dp2 tp2 sp, all weights", number=4, sizes={TP: 2, SP: True}, layout=PACKED, spec=None),
 ]
-CASES = [replace(case, backend="dtensor") for case in _CASES]
+CASES = [
+    replace(case, backend="dtensor")
+    for case in _CASES
+    if not case.layout.get("compile") or why_nothing_compiles() is None
+]
 DEFAULT = {"dp2", "tp2 sp, dropout after", "dp2, all weights", "dp2 tp2 sp"}
 
 
