@@ -15,7 +15,11 @@ from nemo_rl_lora.config.errors import did_you_mean
 
 
 class MathEnvConfig(Section):
-    """Compare the last mathematical expression of a completion with the row's answer (math-verify)."""
+    """Compare a completion's final answer with the row's answer."""
+
+    math_verify_impl: Literal["hf_math_verify", "dapo_math_verify"] = "hf_math_verify"
+    """hf_math_verify: the last mathematical expression, as mathematics (math-verify); dapo_math_verify: what follows
+    the last "Answer:", as text in one spelling, in the driver's process."""
 
     num_workers: Annotated[int, Field(ge=1)] = 1
     """Most processes that verify at the same time; never more than there are cores."""

@@ -44,12 +44,7 @@ class MathEnvironment(Environment):
         places: dict[str, list[str]] = {}  # of the rows that have an answer
         num_rows = 0
         for prompt in prompts:
-            gold, num_rows = _gold(prompt), num_rows + 1
-            if not gold:
-                raise ValueError(
-                    f"env.math: {prompt.named} has answer={prompt.row.get('answer')!r}. Correct the row, or set "
-                    f"data.train.output_key to the key that holds the expected answer."
-                )
+            gold, num_rows = answer_of(prompt), num_rows + 1
             if not _PLAIN_NUMBER.fullmatch(gold):
                 places.setdefault(gold, []).append(prompt.named)
         read = list(places)[:_MOST_READ_FIRST]
@@ -73,7 +68,7 @@ class MathEnvironment(Environment):
     def score(
         self, prompts: Sequence[Prompt], texts: Sequence[str], token_ids: Sequence[Sequence[int]] | None = None
     ) -> Scores:
-        verdicts = self._verify([_gold(prompt) for prompt in prompts], texts)
+        verdicts = self._verify([answer_of(prompt) for prompt in prompts], texts)
         return Scores(
             rewards=tuple(verdict.reward for verdict in verdicts),
             metrics={
@@ -96,6 +91,12 @@ class MathEnvironment(Environment):
         return in_order(verdict, len(texts), self._num_workers)
 
 
-def _gold(prompt: Prompt) -> str:
+def answer_of(prompt: Prompt) -> str:
+    """The answer that a row expects. ValueError where it has none."""
     answer = prompt.row.get("answer")
-    return "" if answer is None else str(answer).strip()
+    if answer is None or not (text := str(answer).strip()):
+        raise ValueError(
+            f"env.math: {prompt.named} has answer={answer!r}. Correct the row, or set data.train.output_key to the key "
+            f"that holds the expected answer."
+        )
+    return text

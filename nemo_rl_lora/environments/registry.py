@@ -12,6 +12,10 @@ from nemo_rl_lora.types import Prompt
 
 def make_environment(name: str, config: EnvConfig) -> Environment:
     """The environment that `env.<name>` describes. Raises ValueError for a name that is not there."""
+    if name == "math" and config.math.math_verify_impl == "dapo_math_verify":
+        from nemo_rl_lora.environments.answer_line import AnswerLineEnvironment
+
+        return AnswerLineEnvironment()
     if name == "math":
         from nemo_rl_lora.environments.math import MathEnvironment
 
