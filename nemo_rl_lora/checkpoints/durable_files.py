@@ -2,7 +2,8 @@
 found.
 
 Contract: every error names the file, or the configuration key, and the way out. It knows nothing of what the
-files hold. A directory is removed only where a mark inside says that it is unfinished and this product's.
+files hold. A directory is removed only where a mark inside says that it is unfinished and this product's; what others
+put into a finished one is moved out before.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -19,10 +21,13 @@ from typing import Any
 
 from nemo_rl_lora.tensors import file_digest
 
+logger = logging.getLogger(__name__)
+
 CHECKSUMS_FILE = "checksums.json"
 MARK_FILE = ".nemo-rl-lora"
 TMP_PREFIX = "tmp_"
 REPLACED_PREFIX = f"{TMP_PREFIX}old_"  # of what has a name, while the new one gets it
+KEPT_PREFIX = "kept_from_"  # of what others put into a directory that went
 LOW_SPACE_BYTES = 64 * 1024
 
 
@@ -70,7 +75,7 @@ def probe_directory(directory: Path, key: str, *, required_bytes: int = 0) -> No
 
 def write_checksums(directory: Path) -> None:
     """Write checksums.json: sha256 and size of every file in the directory."""
-    sums = {name: _digest(directory / name) for name in _file_names(directory)}
+    sums = {name: _digest(directory / name) for name in file_names(directory)}
     (directory / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
 
 
@@ -135,7 +140,8 @@ def read_json_file(directory: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _file_names(directory: Path) -> list[str]:
+def file_names(directory: Path) -> list[str]:
+    """The files of a directory and of those in it, but for the mark."""
     files = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     return sorted(name for name in files if name != MARK_FILE)
 
@@ -237,8 +243,43 @@ def finish(unfinished: Path, final: Path) -> None:
 
 
 def remove_whole(path: Path) -> None:
-    """Remove a step so that no half of it is ever found under its name."""
+    """Remove a directory with checksums so that no half of it is ever found under its name. What others put into it
+    stays beside it."""
+    keep_what_others_wrote(path)
     _remove(_rename_unfinished(path, f"{TMP_PREFIX}removed_{path.name}"))
+
+
+def keep_what_others_wrote(directory: Path, written: Iterable[str] | None = None) -> None:
+    """Move the files of a directory that are not `written`, None: by its checksums.json, to `kept_from_<name>` beside
+    it, with a warning. To be called before the directory goes."""
+    if written is None:
+        written = ()
+        with contextlib.suppress(DamagedError):
+            written = read_json_file(directory, CHECKSUMS_FILE)
+    others = _written_by_others(directory, {directory / name for name in (*written, CHECKSUMS_FILE, MARK_FILE)})
+    if not others:
+        return
+    place = _free(directory.with_name(f"{KEPT_PREFIX}{directory.name}"))
+    for path in others:
+        target = place / path.relative_to(directory)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    names = ", ".join(path.relative_to(directory).as_posix() for path in others[:8])
+    logger.warning(f"{directory}: what it held besides its own files was moved to {place}: {names}")
+
+
+def _written_by_others(directory: Path, written: set[Path]) -> list[Path]:
+    """What lies in a directory and is neither written nor leads to what is, nor an empty directory."""
+    on_the_way = {parent for path in written for parent in path.parents}
+    found, to_look_into = list[Path](), [directory]
+    while to_look_into:
+        for path in sorted(to_look_into.pop().iterdir()):
+            is_directory = path.is_dir() and not path.is_symlink()
+            if is_directory and path in on_the_way:
+                to_look_into.append(path)
+            elif any(not inside.is_dir() for inside in path.rglob("*")) if is_directory else path not in written:
+                found.append(path)
+    return found
 
 
 def _rename_unfinished(path: Path, name: str) -> Path:

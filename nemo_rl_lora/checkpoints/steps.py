@@ -30,6 +30,7 @@ from nemo_rl_lora.checkpoints.durable_files import (
     DamagedError,
     finish,
     is_unfinished,
+    keep_what_others_wrote,
     link_tree,
     probe_directory,
     remove_unfinished,
@@ -284,7 +285,9 @@ class Checkpointer:
         logger.info(f"saving {final}")
 
         def make_way() -> None:
-            if os.path.lexists(final) and not records_step(final, info.step):
+            if records_step(final, info.step) and not final.is_symlink():
+                keep_what_others_wrote(final)
+            elif os.path.lexists(final):
                 set_aside(self._directory, [final])
 
         with written_whole(final, partial(self._no_space, info.step), make_way) as unfinished:

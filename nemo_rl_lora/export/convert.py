@@ -24,9 +24,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from nemo_rl_lora.checkpoints.durable_files import (
+    file_names,
     flush,
     flush_tree,
     is_unfinished,
+    keep_what_others_wrote,
     make_unfinished,
     probe_directory,
     put_in_place,
@@ -56,8 +58,8 @@ from nemo_rl_lora.export.merged import (
 )
 from nemo_rl_lora.export.surroundings import BASE_FILES, CODE, copy_files, known_files, write_config
 from nemo_rl_lora.export.verify import READS_BACK_OTHERWISE, verify_merged
-from nemo_rl_lora.lora.files import ADAPTER_FILE, read_adapter, write_adapter
-from nemo_rl_lora.tensors import DTYPES, MAX_SHARD_BYTES, Shard, write_index
+from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, read_adapter, write_adapter
+from nemo_rl_lora.tensors import DTYPES, INDEX_FILE, MAX_SHARD_BYTES, Shard, write_index
 
 logger = logging.getLogger(__name__)
 
@@ -188,8 +190,8 @@ def _refuse_place(request: ExportRequest, output: Path, temporary: Path) -> None
         )
     if not exists:
         return
-    if not output.is_dir():
-        problem = "is a file. Name a directory that does not exist yet."
+    if not output.is_dir() or (request.overwrite and output.is_symlink()):
+        problem = "is a file or a link. Name a directory that does not exist yet."
     elif not (request.overwrite or request.all_steps):
         problem = "exists already. Name another directory, or replace this one with --overwrite."
     elif any(output.iterdir()) and not (output / REPORT_FILE).is_file():
@@ -376,9 +378,25 @@ def _publish(export: Export, report: dict[str, Any]) -> None:
     """Write the report, flush, and give the directory its name."""
     found = package_versions()
     versions = {name: found[name] for name in ("nemo-rl-lora", "torch", "safetensors")}
-    export.report = {"format_version": 1, **report, "versions": versions}
+    written = [*file_names(export.temporary), REPORT_FILE]
+    export.report = {"format_version": 1, **report, "written": written, "versions": versions}
     text = json.dumps(export.report, indent=2, allow_nan=False)
     (export.temporary / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
     flush_tree(export.temporary)
+    if export.output.is_dir():
+        keep_what_others_wrote(export.output, _written(export.output))
     put_in_place(export.temporary, export.output, _OLD_PREFIX)
     flush(export.output.parent)
+
+
+def _written(output: Path) -> list[str]:
+    """The files that an earlier export wrote; where its report does not list them, those of known names."""
+    report: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
+    known = known_files(output, *BASE_FILES, INDEX_FILE, ADAPTER_CONFIG_FILE)
+    names = [
+        *(path.relative_to(output).as_posix() for path in known),
+        *(file["name"] for file in report.get("files", ())),
+    ]
+    return report.get("written", [*names, REPORT_FILE])

@@ -22,7 +22,7 @@ import torch
 from nemo_rl_lora.algorithms.algorithm import Run
 from nemo_rl_lora.algorithms.loop import RunResult
 from nemo_rl_lora.algorithms.sft import Sft
-from nemo_rl_lora.checkpoints.durable_files import written_whole
+from nemo_rl_lora.checkpoints.durable_files import keep_what_others_wrote, write_checksums, written_whole
 from nemo_rl_lora.checkpoints.record import PHASE_RECORD_FILE, PHASE_WEIGHTS, read_info
 from nemo_rl_lora.checkpoints.steps import CheckpointWriteError
 from nemo_rl_lora.config.phases import AtEnd
@@ -131,7 +131,12 @@ def _make_base(at_end: AtEnd, step: Path, start: PhaseStart, target: Path) -> Ma
     """
     refuse_what_is_in_the_way(target)
     policy = start.config.policy
-    with written_whole(target, partial(_no_space, step, target)) as unfinished:
+
+    def make_way() -> None:
+        if target.is_dir():
+            keep_what_others_wrote(target)
+
+    with written_whole(target, partial(_no_space, step, target), make_way) as unfinished:
         weights = unfinished / PHASE_WEIGHTS
         if at_end == "inject":
             weights.mkdir()
@@ -140,6 +145,7 @@ def _make_base(at_end: AtEnd, step: Path, start: PhaseStart, target: Path) -> Ma
             found = _merged(step, start.source.path, weights, policy.precision)
         record = {"step": read_info(step).step, "index": start.index + 1, "made_by": at_end, **found}
         (unfinished / PHASE_RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_checksums(unfinished)
     return found
 
 

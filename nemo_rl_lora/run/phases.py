@@ -264,7 +264,7 @@ def _expected_lr(
 
 def refuse_what_is_in_the_way(base: Path) -> None:
     """ValueError where the name of what a phase's end makes is taken by something that no run made."""
-    if os.path.lexists(base) and not (base / PHASE_RECORD_FILE).is_file():
+    if os.path.lexists(base) and (base.is_symlink() or not (base / PHASE_RECORD_FILE).is_file()):
         raise ValueError(
             f"checkpointing.checkpoint_dir={str(base.parent)!r}: {base} is in the way, and was not made by a run. Move "
             f"it away, and give the same command again."

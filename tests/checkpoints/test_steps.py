@@ -400,6 +400,39 @@ def test_copies_of_a_step_and_of_an_unfinished_one_are_their_makers(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == names - {"step_1", "tmp_step_2"} | {"step_3", ".lock"}
 
 
+@pytest.mark.parametrize("checksums", ["whole", "missing", "damaged"])
+def test_what_others_put_into_a_step_outlives_it(tmp_path, checksums, caplog):
+    """Beside it, where keep_top_k removes the step, and where the step is saved again."""
+    keeper = checkpointer(tmp_path, keep_top_k=1)
+    for number in (1, 2):
+        path = keeper.save(info(number), write_policy)
+        (path / "notes.txt").write_text("mine")
+        (path / "policy" / "adapter" / "merged").mkdir()
+        (path / "policy" / "adapter" / "merged" / "model.gguf").write_text("mine")
+        (path / "policy" / "adapter" / "empty").mkdir()
+        (path / "latest").symlink_to(tmp_path)
+        if checksums != "whole":
+            (path / "checksums.json").write_text("{") if checksums == "damaged" else (path / "checksums.json").unlink()
+        keeper.save(info(number + 1), write_policy)
+    keeper.save(info(3), write_policy)
+    (tmp_path / "step_3" / "notes.txt").write_text("mine")
+    keeper.add_metrics(tmp_path / "step_3", {"train:reward": 1.0})
+    assert (tmp_path / "step_3" / "notes.txt").read_text() == "mine"
+    keeper.save(info(3), write_policy)
+
+    kept = {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("kept_from_*/**/*") if not path.is_dir()}
+    inside = ("notes.txt", "policy/adapter/merged/model.gguf")
+    assert {name for name in kept if name.endswith(inside)} == {
+        *(f"kept_from_step_{number}/{name}" for number in (1, 2) for name in inside),
+        "kept_from_step_3/notes.txt",
+    }
+    assert (tmp_path / "kept_from_step_1" / "latest").is_symlink()
+    assert (len(kept) == 5) == (checksums == "whole")
+    assert saved_steps(tmp_path) == [3]
+    assert not list(tmp_path.glob("tmp_*"))
+    assert f"{tmp_path / 'step_1'}: what it held besides its own files was moved to" in caplog.text
+
+
 def test_a_step_of_another_product_is_no_step(tmp_path):
     (tmp_path / "step_2").mkdir()
     (tmp_path / "step_2" / "training_info.json").write_text('{"epoch": 0, "step": 2}')

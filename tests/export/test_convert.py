@@ -212,12 +212,28 @@ def test_a_disk_that_fills_up_fails_the_export_and_leaves_nothing(trained_run, t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("lists_its_files", [True, False])
+def test_overwrite_keeps_what_others_put_into_an_export(trained_run, tmp_path, lists_its_files):
+    out = converted(trained_run.checkpoints / "step_1", tmp_path / "out")
+    (out / "gguf").mkdir()
+    (out / "gguf" / "model.gguf").write_text("mine")
+    (out / "README.md").write_text("mine")
+    if not lists_its_files:
+        report = report_of(out)
+        del report["written"]
+        (out / "export_report.json").write_text(json.dumps(report))
+    fresh = converted(trained_run.checkpoints / "step_2", tmp_path / "fresh")
+    converted(trained_run.checkpoints / "step_2", out, "--overwrite")
+    assert bytes_of(out) == bytes_of(fresh)
+    assert {*bytes_of(tmp_path / "kept_from_out")} == {"gguf/model.gguf", "README.md"}
+
+
 def test_overwrite_replaces_an_export_whole(trained_run, tmp_path):
     out = converted(trained_run.checkpoints / "step_1", tmp_path / "out")
     (out / "stale.txt").write_text("old")
     converted(trained_run.checkpoints / "step_2", out, "--overwrite")
     assert not (out / "stale.txt").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "kept_from_out"}
     fresh = converted(trained_run.checkpoints / "step_2", tmp_path / "fresh")
     assert bytes_of(out) == bytes_of(fresh)
 
