@@ -113,7 +113,8 @@ def _look(rows: RowSet[T], numbers: np.ndarray, data: DataConfig, kind: Kind[T])
     Tokenizers let other threads run while they work, and templates do not.
     """
 
-    place = place_of(kind.recipe, (rows.stored(int(position)) for position in rows.positions[numbers]))
+    recipe = kind.recipe + rows.recipe.encode(errors="backslashreplace")
+    place = place_of(recipe, (rows.stored(int(position)) for position in rows.positions[numbers]))
     if (known := read_seen(place)) is not None and len(known) == len(numbers):
         return known
 

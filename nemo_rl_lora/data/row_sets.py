@@ -44,6 +44,7 @@ class RowSet(Sequence[T]):
     stored: Callable[[int], Any]  # position -> the row as it is stored, and its place
     skips_bad: bool
     skips_long: bool = True
+    recipe: str = ""  # all that a row is read by but the code: its section, the text of its prompt files
     digest: str = ""  # of the rows as tokenised, from `checked` on
 
     def __len__(self) -> int:
@@ -79,7 +80,7 @@ class RowSet(Sequence[T]):
 
         def stored(position: int) -> Any:
             row = row_at(position)
-            return row.place, row.values
+            return position, row.place, row.values
 
         return cls(
             name=section.dataset_name,
@@ -90,6 +91,7 @@ class RowSet(Sequence[T]):
             make=make,
             stored=stored,
             skips_bad=data.on_bad_row == "skip",
+            recipe=repr((section, row_at(0).format)) if num_rows else "",
         )
 
     def where(self, chosen: np.ndarray) -> RowSet[T]:

@@ -1,7 +1,7 @@
 """What was seen of rows when they were tokenised, kept on disk: a second start does not tokenise them again.
 
-A file is named by everything that decides what is seen: the stored rows, the tokenizer, the template, the `data` block,
-the limits, and the code. Nothing is kept of what took no time.
+A file is named by everything that decides what is seen: the stored rows, the tokenizer, the template, the clock that it
+reads, the `data` block, the text of the prompt files, the limits, and the code. Nothing is kept of what took no time.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ class Seen:
 def recipe_of(tokenizer: Any, *settings: Any) -> bytes:
     """The digest of how rows become tokens: the tokenizer, its template, and settings whose repr says all of them."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    keywords = getattr(tokenizer.apply_chat_template, "keywords", {})
     parts = (
         sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str(),
         tokenizer.chat_template,
-        getattr(tokenizer.apply_chat_template, "keywords", {}),
+        {name: getattr(value, "__self__", value) for name, value in keywords.items()},  # of the clock: its moment
         tokenizer.special_tokens_map,
         _code(),
         settings,
