@@ -23,27 +23,36 @@ def render(
     tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool, place: str, tools: Tools = None
 ) -> str:
     """The text of the messages. Raises ValueError where the chat template refuses them, or leaves out what they have of
-    tools; `place` is whose they are."""
+    tools or what anyone but the assistant says; `place` is whose they are."""
     _require_tools_are_read(tokenizer, messages, tools, place)
+    text_of = partial(
+        render_any, tokenizer, add_generation_prompt=add_generation_prompt, place=place, tools=tools
+    )  # (messages) -> text
+    text = text_of(messages)
+    marks = {number: f"x{number}x" for number, message in enumerate(messages) if message["role"] != "assistant"}
+    marked = text_of(
+        [{**m, "content": f"{m['content']} {marks[n]}"} if n in marks else m for n, m in enumerate(messages)]
+    )
+    for number, mark in marks.items():
+        if marked.count(mark) <= text.count(mark):
+            raise _left_out(f"all messages of the role {messages[number]['role']}", place)
+    return text
 
-    def text_of(shown: Sequence[Message]) -> str:
-        return tokenizer.apply_chat_template(
-            list(shown), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
 
+def render_any(
+    tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool, place: str, tools: Tools = None
+) -> str:
+    """As `render`, whatever the template leaves out: for parts of what was rendered whole."""
     try:
-        text = text_of(messages)
-        changed = [{**m, "content": f"{m['content']} 0"} if m["role"] == "tool" else m for m in messages]
-        reads_all = changed == list(messages) or text_of(changed) != text
+        return tokenizer.apply_chat_template(
+            list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     except Exception as error:  # a template may do anything with what a row holds
         roles = " and ".join(str(message["role"]) for message in messages)
         raise ValueError(
             f"policy.tokenizer.chat_template: cannot render the roles {roles} of {place} ({error}). "
             f"Change the template, or set system_prompt_file to null if it takes no system message."
         ) from error
-    if not reads_all:
-        raise _left_out("the messages of the role tool", place)
-    return text
 
 
 def _require_tools_are_read(tokenizer: Any, messages: Sequence[Message], tools: Tools, place: str) -> None:

@@ -35,9 +35,9 @@ def load_conversation_sets(
 
         def make(position: int, name: str) -> Example:
             row = rows[position]
-            found = encode_conversation(
-                tokenizer, _checked(row, read(row)), rules, row.place, source=name, tools=tools_of(row)
-            )
+            tools = tools_of(row)
+            row.refuse_half_characters(tools)
+            found = encode_conversation(tokenizer, _checked(row, read(row)), rules, row.place, source=name, tools=tools)
             if True not in found.loss_mask:
                 raise TooLongError(row.place, len(found.token_ids) + found.num_cut_tokens)
             return found

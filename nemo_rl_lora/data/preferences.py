@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from nemo_rl_lora.config.data import DatasetConfig
 from nemo_rl_lora.data.catalog import tools_of
-from nemo_rl_lora.data.chat import end_ids, ends_turn, how_to_end, render, special_id
+from nemo_rl_lora.data.chat import end_ids, ends_turn, how_to_end, render, render_any, special_id
 from nemo_rl_lora.data.checked_rows import Kind, load_checked_sides, readable
 from nemo_rl_lora.data.row_sets import (
     RowSet,
@@ -103,11 +102,12 @@ def _encode(tokenizer: Any, pair: Pair, eos_id: int | None) -> tuple[_Ids, _Ids,
     """(prompt, chosen, rejected) as tokens: the prompt ends with the assistant's header, an answer as the template
     ends a turn, and with `eos_id` where that is given."""
     place = pair.row.place
-    pair.row.refuse_half_characters([*pair.prompt, pair.chosen, pair.rejected])
-    rendered = partial(render, tokenizer, place=place, tools=tools_of(pair.row))
-    texts = [rendered(pair.prompt, add_generation_prompt=True)]
+    tools = tools_of(pair.row)
+    pair.row.refuse_half_characters([*pair.prompt, pair.chosen, pair.rejected, tools])
+    whose = {"place": place, "tools": tools}
+    texts = [render_any(tokenizer, pair.prompt, add_generation_prompt=True, **whose)]
     for answer in (pair.chosen, pair.rejected):
-        texts.append(rendered([*pair.prompt, answer], add_generation_prompt=False))
+        texts.append(render(tokenizer, [*pair.prompt, answer], add_generation_prompt=False, **whose))
     ids = [tuple(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     prompt = ids[0]
     chosen, rejected = (_after_prompt(tokenizer, prompt, ids[i], (texts[0], texts[i]), place) for i in (1, 2))
