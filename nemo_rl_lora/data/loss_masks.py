@@ -7,21 +7,18 @@ itself, with {% generation %} blocks, is believed instead.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from nemo_rl_lora.config.data import DataConfig
-from nemo_rl_lora.data.chat import Tools, end_ids, last_written, render, special_id
+from nemo_rl_lora.data.chat import Tools, end_ids, last_written, render, render_any, special_id
 from nemo_rl_lora.data.rows import Message
 from nemo_rl_lora.types import Example
-
-_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +41,7 @@ def token_rules(data: DataConfig, tokenizer: Any, *, only_final: bool, max_lengt
             f"policy.tokenizer.name={tokenizer.name_or_path!r}: this tokenizer does not say which characters a token "
             f"stands for. Use a model that has a tokenizer.json."
         )
-    marked = _GENERATION_BLOCK.search(tokenizer.chat_template) is not None
+    marked = _has_generation_block(tokenizer.chat_template)
     if marked and data.add_generation_prompt is False:
         raise ValueError(
             "data.add_generation_prompt=False: the chat template says itself what is learned, with its "
@@ -59,6 +56,13 @@ def token_rules(data: DataConfig, tokenizer: Any, *, only_final: bool, max_lengt
         max_length=max_length,
         marked=marked,
     )
+
+
+def _has_generation_block(template: str) -> bool:
+    from jinja2 import Environment
+
+    tokens = [(kind, value) for _, kind, value in Environment().lex(template) if kind != "whitespace"]
+    return any(before[0] == "block_begin" and token == ("name", "generation") for before, token in pairwise(tokens))
 
 
 def encode_conversation(
@@ -90,8 +94,8 @@ def encode_conversation(
 def _encode_as_proven(
     tokenizer: Any, messages: Sequence[Message], rules: TokenRules, place: str, tools: Tools
 ) -> tuple[list[int], list[bool]]:
-    rendered = partial(render, tokenizer, place=place, tools=tools)
-    text = rendered(messages, add_generation_prompt=False)
+    text = render(tokenizer, messages, add_generation_prompt=False, place=place, tools=tools)
+    rendered = partial(render_any, tokenizer, place=place, tools=tools)
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
 
     def span(turn: int) -> tuple[int, int] | None:
@@ -125,15 +129,22 @@ def _encode_as_marked(
     encoding = tokenizer.apply_chat_template(
         list(messages), tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    marks = [bool(mark) for mark in encoding["assistant_masks"]]
+    token_ids, marks = encoding["input_ids"], [bool(mark) for mark in encoding["assistant_masks"]]
     if rules.only_final:
-        # What comes before the last turn is rendered as to ask for it: so many marks are not the last turn's.
+        # What comes before the last turn is rendered as to ask for it: what is marked after that is the last turn's.
         before = tokenizer.apply_chat_template(
             list(messages[:-1]), tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        num_earlier = sum(before["assistant_masks"])
-        marks = [mark and number > num_earlier for mark, number in zip(marks, accumulate(marks), strict=True)]
-    return encoding["input_ids"], marks
+        pairs = enumerate(zip(token_ids, before["input_ids"], strict=False))
+        shared = next((n for n, (one, other) in pairs if one != other), min(len(token_ids), len(before["input_ids"])))
+        if any(before["assistant_masks"][shared:]):
+            raise ValueError(
+                f"policy.tokenizer.chat_template: which of the marked text of {place} is the last turn's cannot be "
+                f"told, since the template writes the turns before it in another way where that follows. Give a "
+                f"template that does not, or learn every turn: sft.only_unmask_final=false."
+            )
+        marks = [mark and number >= shared for number, mark in enumerate(marks)]
+    return token_ids, marks
 
 
 def _learn_end(tokenizer: Any, token_ids: list[int], learned: list[bool], rules: TokenRules) -> None:

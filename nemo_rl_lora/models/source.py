@@ -168,13 +168,21 @@ def _template_text(tokenizer: Any, chat_template: str | None, config_key: str) -
 
 def _check_template(template: str, kwargs: dict[str, Any], config_key: str) -> None:
     import jinja2
+    import jinja2.ext
     import jinja2.meta
 
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
-    # transformers adds a {% generation %} block, which marks the assistant's tokens
-    readable = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    class Generation(jinja2.ext.Extension):
+        """The {% generation %} block that transformers adds, which marks the assistant's tokens."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", Generation])
     try:
-        variables = jinja2.meta.find_undeclared_variables(environment.parse(readable))
+        variables = jinja2.meta.find_undeclared_variables(environment.parse(template))
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(
             f"{config_key}.chat_template: not a valid Jinja template, line {error.lineno}: {error.message}. Correct it."

@@ -5,8 +5,12 @@ from pathlib import Path
 import datasets
 import pytest
 
+from nemo_rl_lora.data import checked_rows, seen_rows
 from nemo_rl_lora.data.catalog import names_for
+from nemo_rl_lora.data.chat import stop_clock
 from nemo_rl_lora.data.conversations import load_conversation_sets
+from nemo_rl_lora.data.seen_rows import recipe_of
+from nemo_rl_lora.models.source import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
@@ -264,7 +268,7 @@ def test_tool_calls_are_learned_where_the_template_has_them(load, smol, tmp_path
         (
             TOOL_TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"),
             {"messages": TOOL_CHAT},
-            "the messages of the role tool",
+            "all messages of the role tool",
         ),
         ("default", {"messages": TOOL_CHAT}, "the tool_calls"),
     ],
@@ -272,6 +276,69 @@ def test_tool_calls_are_learned_where_the_template_has_them(load, smol, tmp_path
 def test_a_template_that_leaves_tools_out_is_refused(load, write, template, row, what):
     with pytest.raises(ValueError, match=f"^policy.tokenizer.chat_template: does not write {what} of line 1 of"):
         load({"dataset_name": "openai_format", "data_path": write(row)}, template=template)
+
+
+SYSTEM_CHAT = [{"role": "system", "content": "Hi"}, *CHAT[1:]]  # what the user says too
+
+
+@pytest.mark.parametrize(
+    ("left_out", "chat", "role"),
+    [
+        ("m.role == 'system'", SYSTEM_CHAT, "system"),
+        ("m.role == 'system' and not loop.first", [*SYSTEM_CHAT, CHAT[0], *CHAT[1:]], "system"),
+        ("m.role == 'user' and loop.index > 2", [*CHAT, *CHAT[1:]], "user"),
+    ],
+)
+def test_a_template_that_leaves_a_message_out_is_refused(load, write, left_out, chat, role):
+    template = TOOL_TEMPLATE.replace(
+        "{% for m in messages %}", "{% for m in messages %}{% if not (" + left_out + ") %}"
+    )
+    section = {"dataset_name": "openai_format", "data_path": write({"messages": chat})}
+    with pytest.raises(ValueError, match=f"does not write all messages of the role {role} of line 1 of"):
+        load(section, template=template.replace("{% endfor %}", "{% endif %}{% endfor %}"))
+
+
+def test_a_system_prompt_that_the_template_leaves_out_is_refused(load, write, tmp_path):
+    (tmp_path / "system.txt").write_text("Be brief.")
+    section = {"dataset_name": "jsonl", "data_path": write({"input": "Hi", "output": "Ho"})}
+    template = TOOL_TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    load(section, template=template)
+    with pytest.raises(ValueError, match="does not write all messages of the role system of line 1 of"):
+        load({**section, "system_prompt_file": str(tmp_path / "system.txt")}, template=template)
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_half_a_character_in_the_tools_is_named(load, write, as_text):
+    tools = [{"name": "f", "description": "a\ud83d"}]
+    row = {"messages": CHAT[1:], "tools": json.dumps(tools) if as_text else tools}
+    with pytest.raises(ValueError, match=r"line 1 of .* holds '\\ud83d', half of a character"):
+        load({"dataset_name": "openai_format", "data_path": write(row)}, template=TOOL_TEMPLATE)
+
+
+def test_rows_are_looked_at_again_where_the_text_of_a_prompt_file_has_changed(load, write, tmp_path, monkeypatch):
+    monkeypatch.setattr(checked_rows, "_SECONDS_WORTH_KEEPING", -1.0)
+    monkeypatch.setattr(seen_rows, "cache_directory", lambda: tmp_path / "cache")
+    section = {"dataset_name": "jsonl", "data_path": write({"input": "Hi", "output": "Ho"})}
+    files = {name: str(tmp_path / f"{name}.txt") for name in ("prompt_file", "system_prompt_file")}
+
+    def digest(pattern, system):
+        for file, text in zip(files.values(), (pattern, system), strict=True):
+            Path(file).write_text(text)
+        return load({**section, **files})[0][0].digest
+
+    texts = [("Say {}", "Be brief."), ("Tell {}", "Be brief."), ("Say {}", "Be long.")]
+    assert len({digest(*one) for one in texts}) == 3
+    assert len({digest(*one) for one in texts}) == 3
+    assert len(list((tmp_path / "cache" / "rows").iterdir())) == 3
+
+
+def test_what_was_seen_of_rows_depends_on_the_time_that_their_template_writes(smol_path):
+    def recipe(moment):
+        tokenizer = load_tokenizer(smol_path, "{{ strftime_now('%Y') }}")
+        stop_clock(tokenizer, moment)
+        return recipe_of(tokenizer)
+
+    assert recipe("2024-01-01T00:00:00") == recipe("2024-01-01T00:00:00") != recipe("2025-01-01T00:00:00")
 
 
 def test_tools_are_read_under_tool_key_or_not_at_all(load, smol, write):

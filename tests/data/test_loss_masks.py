@@ -244,6 +244,37 @@ def test_the_whole_last_turn_is_learned_of_a_template_that_marks_it_in_pieces(sm
     assert tokens.token_ids == every.token_ids
 
 
+@pytest.mark.parametrize("tag", ["{%- generation %}", "{%- generation -%}", "{%+ generation %}", "{%generation%}"])
+def test_a_block_is_one_however_its_tag_treats_blanks(smol, tag):
+    tokens = encoded(smol(MARKS.replace("{% generation %}", tag)), CHAT, only_final=True)
+    assert learned_texts(smol(), tokens) == ["12 * 7 = 84, naturally 🙂<|im_end|>"]
+
+
+def test_a_block_in_a_comment_is_none(smol, sft_template):
+    plain, commented = (smol(text) for text in (sft_template, "{# {% generation %} #}" + sft_template))
+    assert encoded(commented, WITH_SYSTEM) == encoded(plain, WITH_SYSTEM)
+
+
+MARKS_LAST = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set ns = namespace(later=false) %}"
+    "{% for n in messages[loop.index:] if n.role == 'assistant' %}{% set ns.later = true %}{% endfor %}"
+    "{% if m.role == 'assistant' and not ns.later %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("ending", ["", "<|endoftext|>"])
+def test_a_template_that_marks_the_last_answer_alone_learns_it_whole(smol, ending):
+    tokens = encoded(smol(MARKS_LAST + ending), CHAT, only_final=True)
+    assert learned_texts(smol(), tokens) == ["12 * 7 = 84, naturally 🙂<|im_end|>"]
+    assert tokens == encoded(smol(MARKS_LAST + ending), CHAT)
+
+
+def test_marks_of_turns_that_are_written_in_another_way_before_the_last_one_are_refused(smol):
+    with pytest.raises(ValueError, match="which of the marked text of row 7 of rows.jsonl is the last turn's"):
+        encoded(smol("{{ messages | length }}" + MARKS), CHAT, only_final=True)
+
+
 ENDS_OUTSIDE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}END\n{% endfor %}"
