@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from nemo_rl_lora.lora.files import ADAPTER_CONFIG_FILE
 from nemo_rl_lora.tensors import StoredTensor, absent_tensors, stored_tensors, tensors_digest
 
 NUM_NAMES_SHOWN = 5
@@ -52,7 +53,8 @@ def check_weights(
     overrides: Mapping[str, Any] | None = None,
     partial: bool = False,
 ) -> int:
-    """The number of a directory's tensors. ValueError unless they are those of this model of the meta device.
+    """The number of a directory's tensors. ValueError unless they are those of this model of the meta device, and no
+    adapter lies beside them.
 
     `label` is how messages name the directory, `overrides` what was changed in its config. `partial`: files that are
     not there are no fault, and what an index says of them is compared.
@@ -70,6 +72,11 @@ def check_weights(
         raise ValueError(
             f"{label}: holds no model.safetensors, no {PICKLED_FILE} and no index of such files. Load the model with "
             "transformers and save it again with save_pretrained."
+        )
+    if found and (path / ADAPTER_CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{label}: holds an {ADAPTER_CONFIG_FILE} besides whole weights, and where transformers loads them it puts "
+            "that adapter in. Move the adapter to another directory; policy.adapter.init_from trains on from one."
         )
     if found and getattr(reference.config, "quantization_config", None) is not None:
         _check_modules(reference, found, label, overrides)

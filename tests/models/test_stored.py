@@ -51,6 +51,15 @@ def test_every_form_that_transformers_loads_passes(kind, tmp_path):
     assert check_weights(tmp_path, described_model(tmp_path, {})) > 10
 
 
+@pytest.mark.parametrize("partial", [False, True])
+def test_an_adapter_beside_whole_weights_is_refused(tmp_path, partial):
+    """transformers would load both."""
+    make_directory(next(iter(KINDS)), tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="^policy.model_name=.*: holds an adapter_config.json besides whole weights"):
+        check_weights(tmp_path, described_model(tmp_path, {}), partial=partial)
+
+
 @pytest.mark.parametrize("family", EXPERTS)
 def test_experts_in_tensors_of_their_own_are_compared_one_by_one(family, tmp_path):
     config: PretrainedConfig = EXPERTS[family]

@@ -55,7 +55,7 @@ def test_a_row_that_no_tokenizer_takes_is_refused_by_its_line_or_skipped(run_of,
         ("{% for m in messages %}{{ m.content.lower() if not loop.last else m.content }}{% endfor %}", "be proven"),
         ("{% for m in messages %}{{ m.content + 3 if m.content[20] else m.content }}{% endfor %}", "cannot render"),
         ("{% for m in messages %}{% if m.content == 'A' %}{% generation %}{{ m.content }}{% endgeneration %}"
-         "{% endif %}{% endfor %}", "nothing is learned of"),
+         "{% elif m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", "nothing is learned of"),
     ],
 )  # fmt: skip
 def test_a_later_row_for_which_the_template_does_not_suit_is_found_at_the_start(tiny_sft, template, said):
