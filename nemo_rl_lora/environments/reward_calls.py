@@ -28,10 +28,20 @@ Rewards = tuple[float | None, ...]  # None for a completion that cannot be score
 
 _FORMS: dict[Form, set[str]] = {  # by the parameters that show them
     "trl": {"completions"},
-    "verl": {"data_source", "solution_str", "ground_truth"},
+    "verl": {"solution_str", "ground_truth"},
     "named": {"prompt", "completion", "row"},
 }
-_GIVEN = {"verl": {*_FORMS["verl"], "extra_info"}, "named": {*_FORMS["named"], "token_ids"}}
+_GIVEN = {
+    "trl": {"prompts", "completions", "completion_ids", "rows"},
+    "verl": {*_FORMS["verl"], "data_source", "extra_info"},
+    "named": {*_FORMS["named"], "token_ids"},
+}
+_PLACES = (  # words of names that say what a parameter by position is
+    {"prompt", "question", "query", "problem", "instruction"},
+    {"completion", "response", "output", "generation", "prediction", "pred", "solution", "answer"},
+    {"row", "example", "record"},
+)
+_NO_PLACE = {"self", "cls", "expected", "truth", "gold", "label", "reference", "target", "extra", "source", "queries"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +61,7 @@ class Facts:
     form: Form
     is_async: bool
     file: str | None  # that holds it
+    keys: tuple[str, ...] = ()  # of the rows, that one as TRL calls it cannot be called without
 
 
 class RewardFunction:
@@ -64,9 +75,10 @@ class RewardFunction:
         self._function = _found(module, place, attribute, key)
         is_async = any(map(inspect.iscoroutinefunction, (self._function, getattr(self._function, "__call__", None))))  # noqa: B004
         file = str(_file_of(place)) if place.endswith(".py") else getattr(module, "__file__", None)
-        self.facts = Facts(form=_form_of(self._function, attribute, key), is_async=is_async, file=file)
+        form, parameters = _form_of(self._function, attribute, key)
+        keys = _required(parameters) - _GIVEN["trl"] if form == "trl" else ()
+        self.facts = Facts(form=form, is_async=is_async, file=file, keys=tuple(sorted(keys)))
         self.is_async = is_async
-        parameters = inspect.signature(self._function).parameters
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self._taken = None if takes_all else parameters.keys()
 
@@ -97,7 +109,8 @@ class RewardFunction:
     def _arguments(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         rows = [copy.deepcopy(dict(row)) for row in call.rows]  # the function may change its own
         if self.facts.form == "trl":  # every key of the rows as a list
-            named = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
+            keys = dict.fromkeys([*(key for row in rows for key in row), *self.facts.keys])
+            named: dict[str, Any] = {key: [row.get(key) for row in rows] for key in keys}
             named |= {"prompts": list(call.prompts), "completions": list(call.texts), "rows": rows}
             named["completion_ids"] = list(call.token_ids)
         else:
@@ -186,30 +199,67 @@ def ground_truth_of(row: Mapping[str, Any]) -> Any:
 
 def _found(module: ModuleType, place: str, attribute: str, key: str) -> Callable[..., Any]:
     function: Any = module
+    owner: Any = None
     for part in attribute.split("."):
-        function = getattr(function, part, None)
+        owner, function = function, getattr(function, part, None)
     if not callable(function):
         names = [n for n, value in vars(module).items() if inspect.isfunction(value)]
         raise ValueError(f"{key}: {place} has no function {attribute!r}. It has: {', '.join(names) or 'none'}.")
+    if inspect.isclass(function):
+        raise ValueError(f"{key}: is a class, and calling it makes an object, no reward. Name a function or an object.")
+    stored = inspect.getattr_static(owner, part)
+    needs_object = inspect.isfunction(stored) or inspect.ismethoddescriptor(stored)
+    if inspect.isclass(owner) and needs_object and not isinstance(stored, (staticmethod, classmethod)):
+        raise ValueError(
+            f"{key}: is a method of the class {owner.__name__}, called without an object. Make one in the file, "
+            f"`scorer = {owner.__name__}()`, and name its method: scorer.{part}."
+        )
     return function
 
 
-def _form_of(function: Callable[..., Any], attribute: str, key: str) -> Form:
-    """How it is called. ValueError where it cannot be."""
-    signature = inspect.signature(function)
-    forms: list[Form] = [form for form, shown_by in _FORMS.items() if shown_by <= signature.parameters.keys()]
+def _form_of(function: Callable[..., Any], attribute: str, key: str) -> tuple[Form, Mapping[str, inspect.Parameter]]:
+    """How it is called, and its parameters. ValueError where it cannot be."""
+    wrapper = f"`def reward(prompt, completion, row):` `return {attribute}(...)`"
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{key}: what it takes cannot be told ({error}). Add a function that calls it: {wrapper}."
+        ) from error
+    parameters = signature.parameters
+    forms: list[Form] = [form for form, shown_by in _FORMS.items() if shown_by <= parameters.keys()]
     form = forms[0] if forms else "positional"
     try:
         if form == "positional":
             signature.bind("prompt", "completion", {})
-        elif form != "trl":  # whose other parameters are keys of the rows
-            signature.bind(**dict.fromkeys(_GIVEN[form] & signature.parameters.keys()))
+            _refuse_misplaced(parameters)
+        else:  # the others that one as TRL calls it takes are keys of the rows
+            named = _GIVEN[form] | (_required(parameters) if form == "trl" else set())
+            signature.bind(**dict.fromkeys(named & parameters.keys()))
     except TypeError as error:
         raise ValueError(
             f"{key}: is called as {attribute}(prompt, completion, row), but {error}. Give it these three parameters, "
-            f"or add a function that has them: `def reward(prompt, completion, row):` `return {attribute}(...)`."
+            f"or add a function that has them: {wrapper}."
         ) from error
-    return form
+    return form, parameters
+
+
+def _required(parameters: Mapping[str, inspect.Parameter]) -> set[str]:
+    """Those that have no default."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name for name, each in parameters.items() if each.default is each.empty and each.kind not in variable}
+
+
+def _refuse_misplaced(parameters: Mapping[str, inspect.Parameter]) -> None:
+    """TypeError where a parameter's name says that it is something else than what comes in its place."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [name for name, each in parameters.items() if each.kind in kinds]
+    known = {*_NO_PLACE, *(word for words in _PLACES for word in words)}
+    for name, given, place in zip(names, _PLACES, ("prompt", "completion", "row"), strict=False):
+        words = set(name.lower().split("_"))
+        is_list = any(word.removesuffix("s") in known - {word} for word in words)
+        if is_list or words & _NO_PLACE or (words & known and not words & given):
+            raise TypeError(f"its parameter {name!r} would get the {place}")
 
 
 def _number(value: Any) -> float | None:

@@ -42,7 +42,10 @@ class RewardFunctionEnvironment(Environment):
         self._calls.begin(self._at_once)
 
     def check(self, prompts: Iterable[Prompt]) -> None:
-        """Which keys a function needs is known to the function alone; verl's needs the expected answer."""
+        """Which keys a function needs is known to the function alone; but verl's needs the expected answer, and TRL's
+        those of its parameters."""
+        if self._facts.keys:
+            self._check_keys(prompts)
         for prompt in prompts if self._facts.form == "verl" else ():
             if ground_truth_of(prompt.row) is None:
                 raise ValueError(
@@ -50,6 +53,20 @@ class RewardFunctionEnvironment(Environment):
                     f"reward_model.ground_truth nor ground_truth nor answer. Correct the row, or set "
                     f"data.train.output_key."
                 )
+
+    def _check_keys(self, prompts: Iterable[Prompt]) -> None:
+        """ValueError for a parameter that is a key of no row. Where some rows have it, the others give None."""
+        missing, found = set(self._facts.keys), dict[str, None]()
+        for prompt in prompts:
+            missing -= prompt.row.keys()
+            found |= dict.fromkeys(prompt.row)
+            if not missing:
+                return
+        if found:
+            raise ValueError(
+                f"{self._key}: takes {', '.join(sorted(missing))}, and no row has such a key; they have "
+                f"{', '.join(found)}. Give the parameter the name of one of them, or a default, or take **kwargs."
+            )
 
     def code_digest(self) -> str | None:
         """Of the file that holds the function; None where it is no file."""

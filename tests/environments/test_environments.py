@@ -340,6 +340,12 @@ def test_functions_of_verl_get_the_expected_answer(tmp_path):
         environment.check([prompt_of(index=4, label="x")])
 
 
+@pytest.mark.parametrize("parameters", ["solution_str, ground_truth, extra_info=None", "ground_truth, solution_str"])
+def test_scorers_of_verl_without_a_data_source_are_called_by_name(tmp_path, parameters):
+    environment = own(tmp_path, f"def reward({parameters}):\n    return float(solution_str == ground_truth)\n")
+    assert environment.score([prompt_of(text="ask", answer="x")] * 2, ["x", "y"]).rewards == (1.0, 0.0)
+
+
 def test_function_that_cannot_be_had_is_refused_at_the_start(tmp_path):
     with pytest.raises(ValueError, match=r"env.mine.reward_function='absent.py:f': there is no file"):
         environment_of("mine", reward_function="absent.py:f")
@@ -355,6 +361,91 @@ def test_function_that_cannot_be_had_is_refused_at_the_start(tmp_path):
         own(tmp_path, "import sys\nsys.exit(0)\n")
     with pytest.raises(ValueError, match="but missing a required argument: 'style'"):
         own(tmp_path, "def reward(prompt, completion, row, style):\n    return 1.0\n")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "name", "gets"),
+    [
+        ("completion, prompt, answer", "completion", "prompt"),
+        ("queries, prompts, labels, **kwargs", "queries", "prompt"),
+        ("data_sources, solution_strs, ground_truths, extra_infos=None", "data_sources", "prompt"),
+        ("prompt, completion, answer", "answer", "row"),
+        ("prompt, response, label", "label", "row"),
+        ("p, prompt_text, r", "prompt_text", "completion"),
+        ("pred, gold, meta=None", "pred", "prompt"),
+    ],
+)
+def test_a_parameter_whose_name_says_something_else_than_its_place_is_refused(tmp_path, parameters, name, gets):
+    said = rf"called as reward\(prompt, completion, row\), but its parameter '{name}' would get the {gets}\. Give it"
+    with pytest.raises(ValueError, match=said):
+        own(tmp_path, f"def reward({parameters}):\n    return 1.0\n")
+
+
+@pytest.mark.parametrize(
+    "parameters", ["question, model_answer, example", "p, response, row, *rest", "*given", "a, b, c"]
+)
+def test_other_names_are_given_by_position(tmp_path, parameters):
+    environment = own(tmp_path, f"def reward({parameters}):\n    return 1.0\n")
+    assert environment.score([prompt_of()], ["text"]).rewards == (1.0,)
+
+
+METHODS = """
+class Scorer:
+    def __init__(self, first=1, second=2, third=3): ...
+    def __call__(self, prompt, completion, row): return 1.0
+    def method(self, completion, row): return 1.0
+    async def waits(self, completion, row): return 1.0
+    def bound(self, prompt, completion, row): return 1.0
+    @classmethod
+    def of_class(cls, prompt, completion, row): return 1.0
+    @staticmethod
+    def alone(prompt, completion, row): return 1.0
+    other = alone
+scorer = Scorer()
+"""
+
+
+@pytest.mark.parametrize("reference", ["Scorer.of_class", "Scorer.alone", "Scorer.other", "scorer", "scorer.bound"])
+def test_an_object_and_what_needs_none_are_called(tmp_path, reference):
+    assert own(tmp_path, METHODS, reference).score([prompt_of()], ["text"]).rewards == (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("Scorer", "is a class, and calling it makes an object"),
+        ("Scorer.method", "is a method of the class Scorer, called without an object"),
+        ("Scorer.waits", "is a method of the class Scorer, called without an object"),
+    ],
+)
+def test_classes_and_methods_without_an_object_are_refused(tmp_path, reference, said):
+    with pytest.raises(ValueError, match=f"env.mine.reward_function='.*mine.py:{reference}': {said}"):
+        own(tmp_path, METHODS, reference)
+
+
+@pytest.mark.parametrize("name", ["max", "min"])
+def test_what_does_not_tell_its_parameters_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"^env.mine.reward_function='builtins:{name}': "):
+        environment_of("mine", reward_function=f"builtins:{name}")
+    with pytest.raises(ValueError, match="is a method of the class str"):
+        environment_of("mine", reward_function="builtins:str.upper")
+
+
+@pytest.mark.parametrize("parameters", ["completions, solution", "completions, trainer_state, **kwargs"])
+def test_a_column_that_no_row_has_is_named_at_the_start(tmp_path, parameters):
+    source = f"def reward({parameters}):\n    return [float(bool(a)) for a in solution]\n"
+    environment, name = own(tmp_path, source), parameters.split(", ")[1]
+    said = rf"^env.mine.reward_function='.*': takes {name}, and no row has such a key; they have answer\. Give"
+    with pytest.raises(ValueError, match=said):
+        environment.check([prompt_of(answer="x"), prompt_of(answer="y")])
+
+
+def test_a_column_that_some_rows_have_is_none_for_the_others(tmp_path):
+    environment = own(tmp_path, "def reward(completions, solution):\n    return [float(bool(a)) for a in solution]\n")
+    rows = [prompt_of(answer="x"), prompt_of(solution="y")]
+    environment.check(rows)
+    assert environment.score(rows, ["", ""]).rewards == (0.0, 1.0)
+    assert environment.score(rows[:1], [""]).rewards == (0.0,)
 
 
 @pytest.mark.parametrize("file", ["word_count.py", "word_count_program.py"])
