@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
@@ -49,6 +50,9 @@ from nemo_rl_lora.config.tree import flatten, lookup, plain, with_value, without
 from nemo_rl_lora.lora.other_tools import is_of_another_tool
 from nemo_rl_lora.scalars import as_number
 from nemo_rl_lora.shipped_files import SHIPPED_ROOT, existing
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_DIGITS = "[0-9]+(?:_[0-9]+)*"
 
 CONFIG_DIR = SHIPPED_ROOT / "examples" / "configs"
 
@@ -262,6 +266,34 @@ def _own_layers(path: Path, tree: Mapping[str, Any]) -> Layers:
     return Layers().with_layer(name, list(flatten(tree)), is_users=not is_quick_start)
 
 
+class _DecimalLoader(get_yaml_loader()):
+    """OmegaConf's, with the numbers of the command line, which are decimal. YAML 1.1 reads 0100 as 64 and 1:30 as 90;
+    here 0100 is 100, and 1:30, 0x8 and 0b1 are texts."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, regexp) for tag, regexp in resolvers if tag not in (_INT, _FLOAT)]
+        for first, resolvers in get_yaml_loader().yaml_implicit_resolvers.items()
+    }
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        try:
+            return int(self.construct_scalar(node))
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+
+
+_DecimalLoader.add_constructor(_INT, _DecimalLoader.construct_yaml_int)
+_DecimalLoader.add_implicit_resolver(_INT, re.compile(rf"[-+]?{_DIGITS}$"), list("-+0123456789"))
+_DecimalLoader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        rf"(?:[-+]?{_DIGITS}(?:\.(?:{_DIGITS})?)?(?:[eE][-+]?[0-9]+)?|[-+]?\.{_DIGITS}(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
 def read_file(path: Path, inherited_by: Path | None = None) -> dict[str, Any]:
     """One file as a plain tree, `defaults` included. Raises ConfigError."""
     key = f"defaults={path.name!r} in {inherited_by}" if inherited_by else f"--config={str(path)!r}"
@@ -269,7 +301,11 @@ def read_file(path: Path, inherited_by: Path | None = None) -> dict[str, Any]:
         reason = f"{path} is a directory" if path.is_dir() else f"there is no file {path}"
         raise ConfigError(f"{key}: {reason}. The base files, quick starts and recipes are in {CONFIG_DIR}.")
     try:
-        loaded = OmegaConf.load(path)
+        with path.open(encoding="utf-8") as file:
+            document = yaml.load(file, Loader=_DecimalLoader)  # noqa: S506
+        if not isinstance(document, (dict, list, str, type(None))):
+            raise OSError
+        loaded = OmegaConf.create({} if document is None else document)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark is not None else ""

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from nemo_rl_lora.config.errors import ConfigError, not_mappings
-from nemo_rl_lora.config.load import CONFIG_DIR, load_config, read_tree
+from nemo_rl_lora.config.load import CONFIG_DIR, _DecimalLoader, load_config, read_tree
 from nemo_rl_lora.config.master import MASTERS
 from nemo_rl_lora.config.schema import alternatives, leaves, section_at, types_at
 from nemo_rl_lora.config.tree import lookup, with_value
@@ -27,6 +28,60 @@ def test_a_whole_number_may_be_written_in_any_of_these_ways(written):
         value = read(f"{key}={written}")
         assert value == 8
         assert type(value) is int
+
+
+def read_from_file(tmp_path, key, written):
+    (tmp_path / "own.yaml").write_text(f"defaults: {QUICK / 'grpo.yaml'}\n" + nested_text(key.split("."), written))
+    (value,) = lookup(load_config(tmp_path / "own.yaml", [], "grpo").model_dump(by_alias=True), key.split("."))
+    return value
+
+
+def nested_text(path, written):
+    return "".join("  " * depth + f"{part}:\n" for depth, part in enumerate(path)).rstrip("\n") + f" {written}\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("0100", 100),
+        ("010", 10),
+        ("08", 8),
+        ("-0", 0),
+        ("+12", 12),
+        ("1_000", 1000),
+        ("1e3", 1000),
+        ("00", 0),
+        ("7.", 7),
+    ],
+)
+def test_a_number_in_a_file_is_decimal_as_on_the_command_line(tmp_path, written, value):
+    assert read_from_file(tmp_path, "grpo.seed", written) == read(f"grpo.seed={written}") == value
+
+
+@pytest.mark.parametrize("written", ["1:30", "0x10", "0b11", "0o17", "1:30.5", "1__0", "0_x"])
+def test_what_is_no_decimal_number_is_refused_in_a_file_as_it_is_written(tmp_path, written):
+    with pytest.raises(ConfigError, match=rf"^grpo.seed='{written}': must be a whole number"):
+        read_from_file(tmp_path, "grpo.seed", written)
+    with pytest.raises(ConfigError, match=rf"^policy.optimizer.kwargs.lr='{written}': must be a (finite )?number"):
+        read_from_file(tmp_path, "policy.optimizer.kwargs.lr", written)
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("1e-4", 1e-4), (".5", 0.5), (".5e3", 500), ("1_0.5", 10.5), ("5.e-1", 0.5), ("0.010", 0.01), ("-.5", -0.5)],
+)
+def test_fractions_in_a_file_are_what_they_were(tmp_path, written, value):
+    assert yaml.load(written, Loader=_DecimalLoader) == value
+
+
+def test_days_and_hours_need_no_quotes(tmp_path):
+    key = "checkpointing.checkpoint_must_save_by"
+    assert read_from_file(tmp_path, key, "1:03:45:00") == read(f"{key}=1:03:45:00") == "1:03:45:00"
+
+
+def test_a_number_that_a_tag_wants_of_a_text_is_no_valid_yaml(tmp_path):
+    with pytest.raises(ConfigError, match=r"own.yaml: no valid YAML \(line \d+: invalid literal for int"):
+        read_from_file(tmp_path, "grpo.seed", "!!int 0x10")
 
 
 @pytest.mark.parametrize("written", ["true", "false", "8.5", '"8.5"', "eight", '"8 rows"', '"0x8"', '""', "inf", "[8]"])
