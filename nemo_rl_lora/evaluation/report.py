@@ -21,6 +21,7 @@ from nemo_rl_lora.run.console import LiveConsole, figure_table, format_seconds
 RESULTS_FILE = "results.json"
 COMPLETIONS_FILE = "completions.jsonl"
 CONFIG_FILE = "config.yaml"
+_TEMPORARY_FILE = f"tmp_{RESULTS_FILE}"  # until it is whole
 
 
 class EvaluationConsole(LiveConsole):
@@ -110,7 +111,7 @@ class ResultFiles:
 
     def results(self, document: Mapping[str, Any]) -> None:
         """Write results.json anew: a reader sees all of it or what was there before."""
-        temporary = self.directory / f"tmp_{RESULTS_FILE}"
+        temporary = self.directory / _TEMPORARY_FILE
         temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, self.directory / RESULTS_FILE)
 
@@ -119,12 +120,12 @@ class ResultFiles:
 
 
 def refuse_existing_results(directory: Path, key: str) -> None:
-    """ValueError where an earlier evaluation left its files."""
-    for name in (RESULTS_FILE, COMPLETIONS_FILE):
-        if (directory / name).exists():
+    """ValueError where files have the names of those that an evaluation writes: an earlier one's, or a step's."""
+    for name in (RESULTS_FILE, COMPLETIONS_FILE, CONFIG_FILE, _TEMPORARY_FILE):
+        if os.path.lexists(directory / name):
             raise ValueError(
-                f"{key}={str(directory)!r}: holds {name} of an earlier evaluation. Name another directory, "
-                f"or remove the file."
+                f"{key}={str(directory)!r}: holds {name}, which an evaluation writes itself. Name another directory, "
+                f"or move the file away."
             )
 
 

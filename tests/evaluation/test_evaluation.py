@@ -505,6 +505,8 @@ def wrong(tiny_llama, tmp_path) -> Path:
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "earlier").mkdir()
     (tmp_path / "earlier" / "results.json").write_text("{}")
+    (tmp_path / "step_5").mkdir()
+    (tmp_path / "step_5" / "config.yaml").write_text("{}")
     return tmp_path
 
 
@@ -536,8 +538,11 @@ WRONG = {
      ".lora_magnitude_vector': is not of the form base_model.model.<module>.lora_A.weight or ...lora_B.weight. Only "
      "plain LoRA adapters are supported (no DoRA, embeddings or modules_to_save)."),
     "results of an earlier evaluation": ("eval.save_path={tmp}/earlier",
-     "eval.save_path='{tmp}/earlier': holds results.json of an earlier evaluation. Name another directory, "
-     "or remove the file."),
+     "eval.save_path='{tmp}/earlier': holds results.json, which an evaluation writes itself. Name another "
+     "directory, or move the file away."),
+    "a directory with a configuration": ("eval.save_path={tmp}/step_5",
+     "eval.save_path='{tmp}/step_5': holds config.yaml, which an evaluation writes itself. Name another "
+     "directory, or move the file away."),
     "more positions than the model has": ("policy.max_total_sequence_length=512",
      "policy.max_total_sequence_length=512: {model} has 256 positions. Set it to 256 or less."),
     "CUDA graphs without a GPU": ("policy.generation.cuda_graphs=true",
