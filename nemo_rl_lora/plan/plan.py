@@ -462,6 +462,31 @@ def _engines(config: MasterConfig) -> list[Check]:
     return [Check(name="engines", finding=finding)]
 
 
+def engine_problems_of_cpus(config: MasterConfig, plan: Plan) -> list[str]:
+    """Why the engines that have processes of their own do not fit this machine's cores and memory. Nothing where a GPU
+    is (cluster_rules.device_problems), or a Ray cluster is joined (distributed/placement.py)."""
+    generation = config.policy.generation
+    is_apart = generation is not None and _engine(config.policy) == "vllm" and not generation.colocated.enabled
+    if generation is None or not is_apart or torch.cuda.is_available() or joins_ray():
+        return []
+    number, size = generation.known_engines or 1, generation.devices_per_engine
+    cores, available = os.cpu_count() or 1, psutil.virtual_memory().available
+    engine_bytes = plan.num_params * DTYPES[config.policy.precision].num_bytes + size * _PROCESS_BYTES
+    engines = f"policy.generation.colocated.enabled=False: {number} engine(s) of {size} process(es) each"
+    remedy = "Lower policy.generation.num_engines, colocated.resources or vllm_cfg.tensor_parallel_size"
+    if number * size > cores * _PROCESSES_A_CORE:
+        return [
+            f"{engines}, and this machine has no GPU and {cores} CPU core(s), of which at most {_PROCESSES_A_CORE} "
+            f"processes share one. {remedy}."
+        ]
+    if number * engine_bytes > available:
+        return [
+            f"{engines} need {number * engine_bytes / 2**30:,.1f} GiB for weights and themselves, and this machine "
+            f"has {available / 2**30:,.1f} GiB free. {remedy}, or free some memory."
+        ]
+    return []
+
+
 def _run_checks(checks: Sequence[NamedCheck]) -> tuple[list[Check], list[str]]:
     passed, problems = [], []
     for name, check in checks:

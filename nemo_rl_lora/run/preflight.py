@@ -37,7 +37,7 @@ from nemo_rl_lora.evaluation.during_run import Evaluations, load_evaluations
 from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.models.load import described_model
 from nemo_rl_lora.models.source import ModelSource, base_digest, resolve_model
-from nemo_rl_lora.plan.plan import Plan, machine_problems, make_plan
+from nemo_rl_lora.plan.plan import Plan, engine_problems_of_cpus, machine_problems, make_plan
 from nemo_rl_lora.run.metrics import check_sinks
 from nemo_rl_lora.run.model_checks import (
     check_base,
@@ -441,7 +441,7 @@ def _plan_start(start: Start) -> list[str]:
     except ValueError as error:
         return [str(error), *problems]
     start.plan = plan
-    return [*plan.problems, *machine_problems(start.config, plan)]
+    return [*plan.problems, *machine_problems(start.config, plan), *engine_problems_of_cpus(start.config, plan)]
 
 
 def of_phases(starts: Sequence[Start], problems: Sequence[Sequence[str]]) -> list[str]:

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, Qwen3Co
 
 from nemo_rl_lora.config.load import CONFIG_DIR, load_config
 from nemo_rl_lora.lora.files import adapter_tensor_name, write_adapter, write_moments
-from nemo_rl_lora.plan.plan import machine_problems, make_plan
+from nemo_rl_lora.plan.plan import engine_problems_of_cpus, machine_problems, make_plan
 from nemo_rl_lora.plan.show import human_bytes, render_plan
 
 TINY = {
@@ -395,6 +395,44 @@ def test_processes_that_do_not_fit_into_the_free_memory_are_refused(tiny, monkey
         monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
         assert machine_problems(config, large) == []
         monkeypatch.delenv("RAY_ADDRESS")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["num_engines=64"],
+        ["colocated.resources.gpus_per_node=64"],
+        ["vllm_cfg.tensor_parallel_size=64"],
+        ["num_engines=32", "vllm_cfg.tensor_parallel_size=2"],
+    ],
+)
+def test_engines_that_do_not_fit_on_the_cores_or_into_the_memory_are_refused(tiny, monkeypatch, keys):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    apart = [f"policy.generation.{key}" for key in ("backend=vllm", "colocated.enabled=false", *keys)]
+    config = load_config(None, [f"policy.model_name={tiny}", "policy.lora={dim: 4}", *apart], "grpo")
+    plan = make_plan(config)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (problem,) = engine_problems_of_cpus(config, plan)
+    assert problem.startswith("policy.generation.colocated.enabled=False: ")
+    assert "and this machine has no GPU and 2 CPU core(s)" in problem
+    monkeypatch.setattr(os, "cpu_count", lambda: 32)
+    large = replace(plan, num_params=2**50)
+    (problem,) = engine_problems_of_cpus(config, large)
+    assert "GiB for weights and themselves, and this machine has" in problem
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert engine_problems_of_cpus(config, large) == []
+
+
+def test_engines_that_fit_are_no_problem(tiny, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    key = "policy.generation"
+    for keys in (["num_engines=2", "backend=vllm", "colocated.enabled=false"], ["backend=in_process"]):
+        overrides = [f"policy.model_name={tiny}", "policy.lora={dim: 4}", *(f"{key}.{one}" for one in keys)]
+        config = load_config(None, overrides, "grpo")
+        assert engine_problems_of_cpus(config, make_plan(config)) == []
 
 
 def test_a_plan_says_how_many_engines_sample_and_on_what(tiny, monkeypatch):
