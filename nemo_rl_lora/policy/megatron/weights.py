@@ -101,7 +101,7 @@ class AllWeights(Trained):
             parameter.requires_grad_(not (freeze_router and ".router." in name))
             master = parameter
             if parameter.dtype != torch.float32:
-                master = nn.Parameter(parameter.detach().float())
+                master = nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)
             if parameter is not master and parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(partial(_pass_on, master))
             self._masters[name] = master

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from nemo_rl_lora.algorithms.losses.policy import make_policy_loss
 from nemo_rl_lora.config.loss_fn import LossFnConfig
+from nemo_rl_lora.distributed.ranks import Ranks
 from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
 from tests.policy.dtensor.test_policy import make_policy, plain_logprobs, relative, spec
 from tests.policy.megatron.twins import distance, gradients, make_twins, masters
@@ -76,6 +77,28 @@ def test_a_frozen_router_keeps_its_weight(tiny_experts, groups_batch):
         before = masters(policy)[name].clone()
         policy.train_step(groups_batch, GRPO)
         assert torch.equal(masters(policy)[name], before) == is_frozen
+
+
+def test_a_frozen_router_does_not_decay_where_processes_sum_gradients(tiny_experts, groups_batch, tmp_path):
+    def make():
+        return make_policy(
+            tiny_experts,
+            backend=MegatronPolicy,
+            megatron_cfg={"freeze_moe_router": True},
+            precision="bfloat16",
+            optimizer={"kwargs": {"lr": 0.1, "weight_decay": 0.5}},
+        )
+
+    policy, name = make(), "model.layers.0.mlp.gate.weight"
+    before = masters(policy)[name].clone()
+    policy.train_step(groups_batch, GRPO)
+    policy.save(tmp_path)
+    resumed = make()
+    resumed.load(tmp_path)
+    for one in (policy, resumed):
+        Ranks(number=2).sum_gradients(one._trained.masters())  # those of a process that had no microbatch are zeros
+        one._optimizer.step()
+        assert torch.equal(masters(one)[name], before)
 
 
 def test_targets_that_reach_an_expert_are_refused(tiny_experts):
