@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import PreTrainedModel
 
@@ -178,7 +179,8 @@ def whole_on_first(parameter: Tensor, part: Tensor | None = None) -> Tensor:
     """
     if not isinstance(parameter, DTensor):
         return parameter if part is None else part
-    whole = split_as(parameter, parameter.to_local() if part is None else part)
+    own = parameter.to_local() if part is None else part
+    whole = split_as(parameter, own.to(parameter.device_mesh.device_type))  # where the processes speak
     assert isinstance(whole, DTensor)
     found = whole.full_tensor()
     return found if dist.get_rank() == 0 else found.to("meta")
@@ -188,6 +190,6 @@ def split_as(parameter: Tensor, part: Tensor) -> Tensor:
     """A tensor of which this process has `part`, over its memory, and which is split as the parameter is."""
     if not isinstance(parameter, DTensor):
         return part
-    mesh, placements = parameter.device_mesh, parameter.placements
-    shape, stride = parameter.shape, parameter.stride()
-    return DTensor.from_local(part.detach(), mesh, placements, run_check=False, shape=shape, stride=stride)
+    meta = TensorMeta(parameter.shape, parameter.stride(), part.dtype)
+    spec = DTensorSpec(parameter.device_mesh, parameter.placements, tensor_meta=meta)
+    return DTensor(part.detach(), spec, requires_grad=False)  # from_local would copy it to the mesh's device
