@@ -151,7 +151,11 @@ def make_plan(config: MasterConfig, checks: Sequence[NamedCheck] = ()) -> Plan:
             *check_runnable(config),
             *_forward_problems(policy, shapes),
             *layout_problems(policy, shapes.config),
-            *(_dtensor_problems(policy, shapes.config) if backend == "dtensor" else ()),
+            *(
+                _dtensor_problems(policy, shapes.config, spec and [m.name for m in adapted])
+                if backend == "dtensor"
+                else ()
+            ),
             *_engine_problems(policy, spec, adapted, shapes),
             *megatron_problems,
             *device_problems(config, torch.cuda.device_count()),
@@ -161,8 +165,8 @@ def make_plan(config: MasterConfig, checks: Sequence[NamedCheck] = ()) -> Plan:
     )
 
 
-def _dtensor_problems(policy: PolicyConfig, hf: Any) -> list[str]:
-    return [*tensor_parallel_problems(policy.dtensor_cfg, hf), *compile_problems(policy, hf)]
+def _dtensor_problems(policy: PolicyConfig, hf: Any, adapted: Sequence[str] | None) -> list[str]:
+    return [*tensor_parallel_problems(policy.dtensor_cfg, hf, adapted), *compile_problems(policy, hf)]
 
 
 def machine_problems(config: MasterConfig, plan: Plan) -> list[str]:

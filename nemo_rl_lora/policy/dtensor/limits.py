@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import sysconfig
-from importlib import import_module
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,23 @@ from nemo_rl_lora.config.dtensor import DTensorConfig
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.models.families import families_for
 from nemo_rl_lora.policy.attention import supports_segments
+from nemo_rl_lora.policy.dtensor.custom_plan import custom_plan_problems
 
 COMPILE_KEY = "policy.compile"
 
 
-def tensor_parallel_problems(sizes: DTensorConfig, model_config: Any) -> list[str]:
-    """A paragraph for each reason why these ranks cannot share the matrices of a model; its transformers config."""
+def tensor_parallel_problems(
+    sizes: DTensorConfig, model_config: Any, adapted: Collection[str] | None = None
+) -> list[str]:
+    """A paragraph for each reason why these ranks cannot share the matrices of a model; its transformers config.
+
+    `adapted`: the modules that have adapters; None: all weights are trained.
+    """
     number, key = sizes.tensor_parallel_size, "policy.dtensor_cfg.tensor_parallel_size"
     if number == 1:
         return []
-    if sizes.custom_parallel_plan is not None:
-        try:
-            read_custom_plan(sizes.custom_parallel_plan)
-        except ValueError as error:
-            return [str(error)]
+    if sizes.custom_parallel_plan is not None and (found := custom_plan_problems(sizes, model_config, adapted)):
+        return found
     known = families_for("tensor_parallel")
     if sizes.custom_parallel_plan is None and model_config.model_type not in known:
         names = ", ".join(family.architecture for family in known.values())
@@ -47,21 +50,6 @@ def tensor_parallel_problems(sizes: DTensorConfig, model_config: Any) -> list[st
         for name, count in counts.items()
         if count is not None and count % number
     ]
-
-
-def read_custom_plan(path: str) -> dict[str, Any]:
-    """The plan at a dotted path, or what a function there gives: module names -> parallel styles. ValueError by the
-    key's name."""
-    key = f"policy.dtensor_cfg.custom_parallel_plan={path!r}"
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{key}: {error}. Give the dotted path of a plan in a module that can be imported.") from None
-    plan = found() if callable(found) else found
-    if not isinstance(plan, dict):
-        raise ValueError(f"{key}: is a {type(plan).__name__}. A plan is a dict of module names and parallel styles.")
-    return plan
 
 
 def compile_problems(policy: PolicyConfig, model_config: Any) -> list[str]:

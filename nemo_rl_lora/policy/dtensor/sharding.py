@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from nemo_rl_lora.config.dtensor import DTensorConfig
 from nemo_rl_lora.distributed.ranks import DataShare, Ranks
 from nemo_rl_lora.models.families import has_tied_head
-from nemo_rl_lora.policy.dtensor.limits import read_custom_plan
+from nemo_rl_lora.policy.dtensor.custom_plan import planned_modules, read_custom_plan
 
 _REPLICATE, _SHARD, _TENSOR = "dp_replicate", "dp_shard", "tp"
 
@@ -113,6 +113,8 @@ def split_matrices(model: PreTrainedModel, sharing: Sharing, custom_plan: str | 
     from nemo_automodel.components.distributed.parallel_styles import ReplicatedWithGradAllReduce, translate_to_lora
 
     plan = tensor_plan(model, sharing.sequence_parallel, custom_plan)
+    summed = {name: style for name, style in plan.items() if isinstance(style, ReplicatedWithGradAllReduce)}
+    partial_modules = {name for names in planned_modules(model, summed).values() for name in names}
     styles = {name: translate_to_lora(style) for name, style in plan.items()}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     parallelize_module(model, mesh, styles, src_data_rank=None)
@@ -123,10 +125,7 @@ def split_matrices(model: PreTrainedModel, sharing: Sharing, custom_plan: str | 
         assert isinstance(head, nn.Module)
         assert isinstance(embedding, nn.Module)
         head.register_parameter("weight", embedding.get_parameter("weight"))
-    leaves = {name.rpartition(".")[2] for name, style in plan.items() if isinstance(style, ReplicatedWithGradAllReduce)}
-    return frozenset(
-        name for name, _ in model.named_parameters() if name.rpartition(".")[0].rpartition(".")[2] in leaves
-    )
+    return frozenset(name for name, _ in model.named_parameters() if name.rpartition(".")[0] in partial_modules)
 
 
 def tensor_plan(model: nn.Module, sequence_parallel: bool, custom_plan: str | None) -> dict[str, Any]:

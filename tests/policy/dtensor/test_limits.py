@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
-from transformers import GPTNeoXConfig, LlamaConfig, Qwen3MoeConfig
+from transformers import GPTNeoXConfig, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from nemo_rl_lora.config.dtensor import DTensorConfig
 from nemo_rl_lora.policy.dtensor.limits import tensor_parallel_problems
@@ -11,11 +14,14 @@ from nemo_rl_lora.policy.dtensor.limits import tensor_parallel_problems
 TP = "policy.dtensor_cfg.tensor_parallel_size"
 PLAN = "policy.dtensor_cfg.custom_parallel_plan"
 PLANS = "tests.policy.dtensor.plans"
+SIZES = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+QWEN, LLAMA3 = Qwen3Config(**SIZES, head_dim=16), LlamaConfig(**SIZES)
 LLAMA = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536)
 
 
-def problems(config, size: int, plan: str | None = None) -> list[str]:
-    return tensor_parallel_problems(DTensorConfig(tensor_parallel_size=size, custom_parallel_plan=plan), config)
+def problems(config, size: int, plan: str | None = None, *, sp: bool = False, adapted=None) -> list[str]:
+    sizes = DTensorConfig(tensor_parallel_size=size, custom_parallel_plan=plan, sequence_parallel=sp)
+    return tensor_parallel_problems(sizes, config, adapted)
 
 
 @pytest.mark.parametrize("config", [GPTNeoXConfig(), Qwen3MoeConfig()], ids=["gpt_neox", "qwen3_moe"])
@@ -42,13 +48,70 @@ def test_heads_that_the_ranks_do_not_divide_are_named():
         (f"{PLANS}.nothing", "has no attribute 'nothing'"),
         (f"{PLANS}.NOT_A_PLAN", "is a list. A plan is a dict"),
         ("plan", "Empty module name"),
+        ("tests.policy.dtensor.no_module.plan", "SyntaxError: invalid syntax"),
+        (f"{PLANS}.needs_a_model", "TypeError: needs_a_model() missing 1 required positional argument"),
+        (f"{PLANS}.leaves", "SystemExit: 3"),
+        (f"{PLANS}.STYLES_BY_NAME", "'model.layers.*.mlp.gate_proj' has 'colwise'"),
+        (f"{PLANS}.STYLES_WITHOUT_CALL", "and a module's name has a ParallelStyle"),
+        (f"{PLANS}.NO_STYLES", "is empty. A plan is a dict"),
     ],
 )
-def test_a_plan_that_is_none_is_refused(plan, said):
+def test_a_plan_that_is_none_is_refused(plan, said, monkeypatch):
+    broken = SimpleNamespace(find_spec=_broken)
+    monkeypatch.setattr("sys.meta_path", [broken, *sys.meta_path])
     (problem,) = problems(LLAMA, 3, plan)
     assert problem.startswith(f"{PLAN}={plan!r}: ")
     assert said in problem
 
 
+def _broken(name: str, *_: object) -> None:
+    if name.endswith(".no_module"):
+        compile("def plan(:", name, "exec")
+
+
+def test_names_of_a_plan_that_match_no_module_are_refused():
+    (problem,) = problems(LLAMA, 3, f"{PLANS}.misspelt")
+    assert problem.startswith(f"{PLAN}='{PLANS}.misspelt': 'model.layers.*.self_attn.q_prj' matches no module")
+    assert "Did you mean 'model.layers.*.self_attn.q_proj'?" in problem
+    said = problems(GPTNeoXConfig(), 2, f"{PLANS}.mlp_alone")
+    assert [problem.split("matches")[0] for problem in said] == [
+        f"{PLAN}='{PLANS}.mlp_alone': 'model.layers.*.mlp.{name}_proj' " for name in ("gate", "up", "down")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("plan", "sp", "untold"),
+    [
+        ("attention", False, "model.layers.*.self_attn.q_norm, model.layers.*.self_attn.k_norm"),
+        ("attention_and_its_norms", False, None),
+        ("gathered_attention", False, None),
+        ("mlp_alone", False, None),
+        ("sequences", True, "model.layers.*.self_attn.q_norm, model.layers.*.self_attn.k_norm, model.norm"),
+    ],
+)
+def test_weights_of_which_a_rank_would_train_a_part_have_a_style(plan, sp, untold):
+    said = problems(QWEN, 2, f"{PLANS}.{plan}", sp=sp)
+    assert [problem.split(", beside")[0] for problem in said] == (
+        [] if untold is None else [f"{PLAN}='{PLANS}.{plan}': has no style for {untold}"]
+    )
+
+
+def test_adapters_on_what_a_plan_leaves_whole_are_refused_where_it_splits_sequences():
+    adapted = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"]
+    assert problems(QWEN, 2, f"{PLANS}.attention", adapted=adapted) == []
+    assert problems(QWEN, 2, f"{PLANS}.whole_sequences", sp=True, adapted=adapted) == []
+    (problem,) = problems(QWEN, 2, f"{PLANS}.sequences_of_attention", sp=True, adapted=adapted)
+    assert "has no style for model.layers.*.mlp.up_proj, beside" in problem
+
+
+@pytest.mark.parametrize(("plan", "does"), [("whole_sequences", "splits"), ("attention", "does not split")])
+def test_a_plan_that_splits_sequences_and_the_key_that_says_so_go_together(plan, does):
+    adapted = ["model.layers.0.self_attn.q_proj"]
+    is_split = does == "splits"
+    assert problems(LLAMA3, 2, f"{PLANS}.{plan}", sp=is_split, adapted=adapted) == []
+    (problem,) = problems(LLAMA3, 2, f"{PLANS}.{plan}", sp=not is_split, adapted=adapted)
+    assert problem.startswith(f"policy.dtensor_cfg.sequence_parallel={not is_split}: {PLAN}='{PLANS}.{plan}' {does} ")
+
+
 def test_an_own_plan_opens_any_architecture():
-    assert problems(Qwen3MoeConfig(num_key_value_heads=4), 2, f"{PLANS}.mlp_alone") == []
+    assert problems(Qwen3MoeConfig(num_key_value_heads=4, mlp_only_layers=[1]), 2, f"{PLANS}.mlp_alone") == []
