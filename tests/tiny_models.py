@@ -22,12 +22,14 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
     MistralConfig,
     NemotronHConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    ZambaConfig,
 )
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -178,6 +180,38 @@ def nemotron_h(vocab_size: int) -> NemotronHConfig:
         moe_intermediate_size=24,
         moe_shared_expert_intermediate_size=40,
         routed_scaling_factor=2.5,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+
+
+def mamba(vocab_size: int) -> MambaConfig:
+    """A tiny Mamba, of whose kinds of layers one is part of the other."""
+    return MambaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=8,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+
+
+def zamba(vocab_size: int) -> ZambaConfig:
+    """A tiny Zamba of six layers, of which two share their attention."""
+    return ZambaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_mamba_heads=2,
+        mamba_d_state=8,
+        attn_layer_period=3,
+        attn_layer_offset=1,
         pad_token_id=None,
         bos_token_id=None,
         eos_token_id=0,

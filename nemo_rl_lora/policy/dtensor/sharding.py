@@ -8,7 +8,8 @@ averaged: losses have global denominators. Nothing here reads a weight: a model 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -150,18 +151,17 @@ def shard_layers(
     compute_dtype: torch.dtype | None,
     cpu_offload: bool,
 ) -> FSDPModule:
-    """FSDP2 around each layer of a model, and around `forward`, which reads all that is left: embeddings and head.
+    """FSDP2 around each layer of a model, and around `forward`, which reads all that is left: embeddings and head, and
+    layers with parameters that others have too.
 
     `compute_dtype`: what trained weights are gathered in, where masters have another dtype; gradients are summed in
     fp32. None: every parameter is gathered as it is.
     """
-    layer_names = set(model._no_split_modules or ())
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
     shard = partial(fully_shard, mesh=sharing.data_mesh, mp_policy=policy, offload_policy=offload)
-    for module in model.modules():
-        if type(module).__name__ in layer_names:
-            shard(module)
+    for layer in list(layers_of(model)):
+        shard(layer)
     shard(forward)
     for module in forward.modules():
         if isinstance(module, FSDPModule):
@@ -169,6 +169,27 @@ def shard_layers(
             module.set_gradient_divide_factor(1.0)
     assert isinstance(forward, FSDPModule)
     return forward
+
+
+def layers_of(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """The outermost of a model's layers all of whose parameters are theirs alone: no two of them overlap."""
+    layer_names = set(model._no_split_modules or ())
+    uses = _uses(model)
+
+    def within(module: nn.Module) -> Iterator[nn.Module]:
+        own = _uses(module) if type(module).__name__ in layer_names else {}
+        if own and all(uses[parameter] == number for parameter, number in own.items()):
+            yield module
+            return
+        for child in module.children():
+            yield from within(child)
+
+    return within(model)
+
+
+def _uses(module: nn.Module) -> Counter[int]:
+    """In how many places of a module each of its parameters is."""
+    return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
 
 
 def whole_on_first(parameter: Tensor, part: Tensor | None = None) -> Tensor:

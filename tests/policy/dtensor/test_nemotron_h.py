@@ -1,4 +1,7 @@
-"""Nemotron-H (Mamba, experts, attention and MLP blocks) on the DTensor backend: in several processes as in one."""
+"""Nemotron-H (Mamba, experts, attention and MLP blocks) on the DTensor backend: in several processes as in one.
+
+Slow, models whose layers are parts of layers (Mamba) or have parts in common (Zamba).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from tests.policy.sharing import (
     find,
     named,
 )
-from tests.tiny_models import VOCABULARY, make_tiny_nemotron_h, nemotron_h
+from tests.tiny_models import VOCABULARY, make_tiny_nemotron_h, mamba, nemotron_h, zamba
 
 LORA = spec(excludes=("*out_proj*",))
 ROWS = {"train_micro_batch_size": 1}  # of seven rows one process has three: it runs a microbatch without rows
@@ -39,13 +42,21 @@ CASES = [
         "dp2, all weights": {"number": 2, "sizes": {}, "layout": ROWS, "spec": None, "loss": "sft"},
         "replicate2 shard2, dpo": {"number": 4, "sizes": {"dp_replicate_size": 2}, "spec": LORA, "loss": "dpo"},
     }.items()
+] + [
+    Case(name=f"{family} dp2, all weights", backend="dtensor", family=family, number=2, sizes={}, spec=None, loss="sft")
+    for family in ("mamba", "zamba")
 ]
 DEFAULT = {"nemotron-h dp2", "nemotron-h dp2, all weights"}
 
 
 @pytest.fixture(scope="module")
 def found(request, tmp_path_factory):
-    return find(CASES, {"nemotron_h": nemotron_h(VOCABULARY)}, request, tmp_path_factory)
+    return find(
+        CASES,
+        {"nemotron_h": nemotron_h(VOCABULARY), "mamba": mamba(VOCABULARY), "zamba": zamba(VOCABULARY)},
+        request,
+        tmp_path_factory,
+    )
 
 
 @named(CASES, DEFAULT)
