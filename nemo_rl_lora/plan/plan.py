@@ -151,11 +151,7 @@ def make_plan(config: MasterConfig, checks: Sequence[NamedCheck] = ()) -> Plan:
             *check_runnable(config),
             *_forward_problems(policy, shapes),
             *layout_problems(policy, shapes.config),
-            *(
-                _dtensor_problems(policy, shapes.config, spec and [m.name for m in adapted])
-                if backend == "dtensor"
-                else ()
-            ),
+            *(_dtensor_problems(config, shapes.config, spec and adapted) if backend == "dtensor" else ()),
             *_engine_problems(policy, spec, adapted, shapes),
             *megatron_problems,
             *device_problems(config, torch.cuda.device_count()),
@@ -165,8 +161,11 @@ def make_plan(config: MasterConfig, checks: Sequence[NamedCheck] = ()) -> Plan:
     )
 
 
-def _dtensor_problems(policy: PolicyConfig, hf: Any, adapted: Sequence[str] | None) -> list[str]:
-    return [*tensor_parallel_problems(policy.dtensor_cfg, hf, adapted), *compile_problems(policy, hf)]
+def _dtensor_problems(config: MasterConfig, hf: Any, adapted: Sequence[AdaptedModule] | None) -> list[str]:
+    sizes = config.policy.dtensor_cfg
+    num_shards = config.cluster.num_processes // (sizes.tensor_parallel_size * sizes.dp_replicate_size)
+    found = tensor_parallel_problems(sizes, hf, adapted, num_shards=max(1, num_shards))
+    return [*found, *compile_problems(config.policy, hf)]
 
 
 def machine_problems(config: MasterConfig, plan: Plan) -> list[str]:

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +26,7 @@ from transformers import PreTrainedModel
 from nemo_rl_lora.config.dtensor import DTensorConfig
 from nemo_rl_lora.distributed.ranks import DataShare, Ranks
 from nemo_rl_lora.models.families import has_tied_head
-from nemo_rl_lora.policy.dtensor.custom_plan import planned_modules, read_custom_plan
+from nemo_rl_lora.policy.dtensor.tensor_plan import planned_modules, tensor_plan
 
 _REPLICATE, _SHARD, _TENSOR = "dp_replicate", "dp_shard", "tp"
 
@@ -127,20 +126,6 @@ def split_matrices(model: PreTrainedModel, sharing: Sharing, custom_plan: str | 
         assert isinstance(embedding, nn.Module)
         head.register_parameter("weight", embedding.get_parameter("weight"))
     return frozenset(name for name, _ in model.named_parameters() if name.rpartition(".")[0] in partial_modules)
-
-
-def tensor_plan(model: nn.Module, sequence_parallel: bool, custom_plan: str | None) -> dict[str, Any]:
-    """Module names, with * for a number -> how each is split. `custom_plan` is the dotted path of a plan, or of a
-    function that gives one. ValueError names the key."""
-    if custom_plan is not None:
-        return read_custom_plan(custom_plan)
-    from nemo_automodel.components.distributed.optimized_tp_plans import PARALLELIZE_FUNCTIONS
-
-    architecture = type(model).__name__.replace("Mistral", "Llama")  # of the same modules
-    for name, function in PARALLELIZE_FUNCTIONS.items():
-        if name.startswith("transformers.") and name.endswith(f".{architecture}"):
-            return dict(function(model, sequence_parallel))
-    raise AssertionError(f"no plan for {architecture}: the configuration is refused before")
 
 
 def shard_layers(

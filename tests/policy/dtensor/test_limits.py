@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import sys
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import GPTNeoXConfig, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from nemo_rl_lora.config.dtensor import DTensorConfig
-from nemo_rl_lora.policy.dtensor.limits import tensor_parallel_problems
+from nemo_rl_lora.lora.targets import AdaptedModule
+from nemo_rl_lora.policy.dtensor.limits import shares_differ, tensor_parallel_problems
 
 TP = "policy.dtensor_cfg.tensor_parallel_size"
 PLAN = "policy.dtensor_cfg.custom_parallel_plan"
@@ -21,7 +27,11 @@ LLAMA = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=
 
 def problems(config, size: int, plan: str | None = None, *, sp: bool = False, adapted=None) -> list[str]:
     sizes = DTensorConfig(tensor_parallel_size=size, custom_parallel_plan=plan, sequence_parallel=sp)
-    return tensor_parallel_problems(sizes, config, adapted)
+    return tensor_parallel_problems(sizes, config, adapted and [adapter(name) for name in adapted])
+
+
+def adapter(name: str, dim: int = 8) -> AdaptedModule:
+    return AdaptedModule(name=name, in_features=48, out_features=48, dim=dim, alpha=8.0, scale=1.0)
 
 
 @pytest.mark.parametrize("config", [GPTNeoXConfig(), Qwen3MoeConfig()], ids=["gpt_neox", "qwen3_moe"])
@@ -115,3 +125,37 @@ def test_a_plan_that_splits_sequences_and_the_key_that_says_so_go_together(plan,
 
 def test_an_own_plan_opens_any_architecture():
     assert problems(Qwen3MoeConfig(num_key_value_heads=4, mlp_only_layers=[1]), 2, f"{PLANS}.mlp_alone") == []
+
+
+def test_the_rule_on_rows_is_what_torch_splits():
+    for rows, ranks, shards in product(range(1, 60), (2, 3, 4), (1, 2, 3, 4, 5)):
+        split = [[part.numel() for part in whole.chunk(shards)] for whole in torch.arange(rows).chunk(ranks)]
+        split = [of_rank + [0] * (shards - len(of_rank)) for of_rank in [*split, *[[]] * (ranks - len(split))]]
+        differs = any(
+            _compute_local_shape_and_global_offset(
+                (rows,), (shards, ranks), [shard, rank], (_StridedShard(0, split_factor=ranks), Shard(0))
+            )[0]
+            != (split[rank][shard],)
+            for shard, rank in product(range(shards), range(ranks))
+        )
+        assert shares_differ(rows, ranks, shards) == differs, (rows, ranks, shards)
+
+
+@pytest.mark.parametrize(("vocab_size", "num_shards"), [(211, 3), (32001, 4), (128257, 4)])
+def test_a_vocabulary_that_ranks_and_shards_split_differently_is_named(vocab_size, num_shards):
+    config = LlamaConfig(**SIZES, vocab_size=vocab_size)
+    for shards, plan in ((num_shards, None), (num_shards, f"{PLANS}.mlp_alone"), (2, None)):
+        sizes = DTensorConfig(tensor_parallel_size=2, custom_parallel_plan=plan)
+        said = tensor_parallel_problems(sizes, config, [], num_shards=shards)
+        assert [problem.split(", and FSDP2")[0] for problem in said] == [
+            f"{TP}=2: does not divide the {vocab_size} rows of {name}"
+            for name in ("model.embed_tokens", "lm_head")
+            if (shards, plan) == (num_shards, None)
+        ]
+
+
+def test_a_dim_that_ranks_and_shards_split_differently_is_named():
+    adapted = [adapter(f"model.layers.0.self_attn.{name}_proj", dim=9) for name in ("q", "o")]
+    sizes = DTensorConfig(tensor_parallel_size=2)
+    (problem,) = tensor_parallel_problems(sizes, LLAMA3, adapted, num_shards=4)
+    assert f"{TP}=2: does not divide the 9 rows of the A of model.layers.*.self_attn.q_proj (its dim)" in problem

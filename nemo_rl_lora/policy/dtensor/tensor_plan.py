@@ -1,7 +1,7 @@
-"""A tensor-parallel plan of the user's own: read, and held against a model before a weight is loaded.
+"""Tensor-parallel plans: nemo-automodel's, and a user's own, which is held against a model before a weight is loaded.
 
-Contract: every name of a plan is a module's, and nothing is trained from a part of its gradient. How a style splits a
-module is torch's business.
+Contract: every name of a user's plan is a module's, and nothing is trained from a part of its gradient. How a style
+splits a module is torch's business.
 """
 
 from __future__ import annotations
@@ -13,14 +13,28 @@ from typing import Any
 
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from nemo_rl_lora.config.dtensor import DTensorConfig
 from nemo_rl_lora.config.errors import did_you_mean
-from nemo_rl_lora.models.load import empty_model
 from nemo_rl_lora.models.shapes import type_name
 
 _KEY, _SEQUENCE_KEY = "policy.dtensor_cfg.custom_parallel_plan", "policy.dtensor_cfg.sequence_parallel"
 _FORM = "A plan is a dict of module names and parallel styles, or a function without arguments that returns one."
+
+
+def tensor_plan(model: nn.Module, sequence_parallel: bool, custom_plan: str | None) -> dict[str, Any]:
+    """Module names, with * for a number -> how each is split. `custom_plan` is the dotted path of a plan, or of a
+    function that gives one. ValueError names the key."""
+    if custom_plan is not None:
+        return read_custom_plan(custom_plan)
+    from nemo_automodel.components.distributed.optimized_tp_plans import PARALLELIZE_FUNCTIONS
+
+    architecture = type(model).__name__.replace("Mistral", "Llama")  # of the same modules
+    for name, function in PARALLELIZE_FUNCTIONS.items():
+        if name.startswith("transformers.") and name.endswith(f".{architecture}"):
+            return dict(function(model, sequence_parallel))
+    raise AssertionError(f"no plan for {architecture}: the configuration is refused before")
 
 
 def read_custom_plan(path: str) -> dict[str, Any]:
@@ -57,8 +71,22 @@ def planned_modules(model: nn.Module, plan: Mapping[str, Any]) -> dict[str, list
     return {pattern: list(matching(pattern)) for pattern in plan}
 
 
-def custom_plan_problems(sizes: DTensorConfig, model_config: Any, adapted: Collection[str] | None) -> list[str]:
-    """A paragraph for each reason why the plan is none, or none of this model; its transformers config.
+def modules_split_by_rows(model: nn.Module, plan: Mapping[str, Any]) -> list[str]:
+    """The modules of whose weight each tensor-parallel rank has some rows."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    kinds = {nn.Linear: ColwiseParallel, nn.Embedding: RowwiseParallel}
+    return [
+        name
+        for pattern, names in planned_modules(model, plan).items()
+        for name in names
+        for kind, style in kinds.items()
+        if isinstance(model.get_submodule(name), kind) and isinstance(plan[pattern], style)
+    ]
+
+
+def custom_plan_problems(sizes: DTensorConfig, model: PreTrainedModel, adapted: Collection[str] | None) -> list[str]:
+    """A paragraph for each reason why the plan is none, or none of this model, which may be on the meta device.
 
     `adapted`: the modules that have adapters; None: all weights are trained.
     """
@@ -67,7 +95,7 @@ def custom_plan_problems(sizes: DTensorConfig, model_config: Any, adapted: Colle
         plan = read_custom_plan(sizes.custom_parallel_plan)
     except ValueError as error:
         return [str(error)]
-    key, model = f"{_KEY}={sizes.custom_parallel_plan!r}", empty_model(model_config)
+    key = f"{_KEY}={sizes.custom_parallel_plan!r}"
     planned, kinds = planned_modules(model, plan), {type_name(name) for name, _ in model.named_modules()}
     problems = [
         f"{key}: {pattern!r} matches no module of {type(model).__name__}. {did_you_mean(pattern, kinds)}Correct it, or "
