@@ -176,14 +176,14 @@ def machine_problems(config: MasterConfig, plan: Plan) -> list[str]:
         return []
     key, rank_bytes = f"cluster.gpus_per_node={number}", _rank_bytes(config, plan)
     holds = f"a process holds {rank_bytes / 2**30:,.1f} GiB of weights, gradients and moments"
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not _is_offloaded(config.policy):
         available = torch.cuda.get_device_properties(0).total_memory
         fits = rank_bytes <= available
         return [] if fits else [f"{key}: {holds}, and a GPU has {available / 2**30:,.1f} GiB. Share the model further."]
     cores, available = os.cpu_count() or 1, psutil.virtual_memory().available
     needed = number * (rank_bytes + _PROCESS_BYTES)
     problems = []
-    if number > cores * _PROCESSES_A_CORE:
+    if number > cores * _PROCESSES_A_CORE and not torch.cuda.is_available():
         problems.append(
             f"{key}: this machine has no GPU and {cores} CPU core(s), and at most {_PROCESSES_A_CORE} processes share "
             f"a core. Set cluster.gpus_per_node={cores} or less."
@@ -506,7 +506,7 @@ def _unchecked(config: MasterConfig, sizes: Sizes, names: Sequence[str]) -> tupl
     unchecked = ["the weights themselves: none was read", "memory of activations, and of the generation's cache"]
     unchecked += [f"{name}: nobody looked at it" for name in ("tokenizer", "data") if name not in names]
     needed = sizes.base_bytes + (sizes.adapter_bytes or 0) + sizes.gradient_bytes + sizes.optimizer_bytes
-    available = _device_bytes()
+    available = _memory_bytes(config.policy)
     if needed > available:
         unchecked.append(
             f"whether the run fits: weights, gradients and optimizer take {needed / 2**30:,.1f} GiB, and this "
@@ -515,9 +515,14 @@ def _unchecked(config: MasterConfig, sizes: Sizes, names: Sequence[str]) -> tupl
     return tuple(unchecked)
 
 
-def _device_bytes() -> int:
-    """Memory of the first GPU, or of the machine where there is none."""
-    if torch.cuda.is_available():
+def _is_offloaded(policy: PolicyConfig) -> bool:
+    """Whether weights, gradients and moments lie in the host's memory also where there is a GPU."""
+    return policy.active_backend == "dtensor" and policy.dtensor_cfg.cpu_offload
+
+
+def _memory_bytes(policy: PolicyConfig) -> int:
+    """Of the first GPU, or of the machine where there is none, or where the weights lie there."""
+    if torch.cuda.is_available() and not _is_offloaded(policy):
         return torch.cuda.get_device_properties(0).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

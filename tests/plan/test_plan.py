@@ -435,6 +435,26 @@ def test_engines_that_fit_are_no_problem(tiny, monkeypatch):
         assert engine_problems_of_cpus(config, make_plan(config)) == []
 
 
+def test_what_stays_in_the_hosts_memory_is_held_against_it_though_there_is_a_gpu(tiny, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    overrides = [f"policy.model_name={tiny}", "policy.lora={dim: 4}", "cluster.gpus_per_node=2"]
+    key, gpu = "policy.dtensor_cfg.cpu_offload", SimpleNamespace(total_memory=2**10)
+    configs = {is_set: load_config(None, [*overrides, f"{key}={is_set}"], "sft") for is_set in ("false", "true")}
+    plans = {is_set: make_plan(config) for is_set, config in configs.items()}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(os, "cpu_count", lambda: 0)  # which says nothing where GPUs compute
+    (problem,) = machine_problems(configs["false"], plans["false"])
+    assert problem.endswith("and a GPU has 0.0 GiB. Share the model further.")
+    assert machine_problems(configs["true"], plans["true"]) == []
+    large = replace(plans["true"], sizes=replace(plans["true"].sizes, base_bytes=2**50))
+    (problem,) = machine_problems(configs["true"], large)
+    assert "GiB free" in problem
+    unchecked = {is_set: "\n".join(make_plan(config).unchecked) for is_set, config in configs.items()}
+    assert "whether the run fits" in unchecked["false"]
+    assert "whether the run fits" not in unchecked["true"]
+
+
 def test_a_plan_says_how_many_engines_sample_and_on_what(tiny, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     apart = ("policy.generation.backend=vllm", "policy.generation.colocated.enabled=false")
