@@ -51,6 +51,14 @@ def check_megatron_base(policy: PolicyConfig, source: ModelSource, model: PreTra
         check_checkpoint(family, {name: tuple(s.get_shape()) for name, s in slices.items()}, policy.model_name)
 
 
+def check_slices(policy: PolicyConfig, source: ModelSource, model: PreTrainedModel, *, partial: bool) -> None:
+    """The same where each process of the DTensor backend is to read its own part of the base."""
+    if policy.dtensor_cfg.load == "all_ranks" and not (partial and absent_tensors(source.path)):
+        from nemo_rl_lora.policy.dtensor.loading import sliceable
+
+        sliceable(source.path, model)
+
+
 def tokenizer_of(policy: ModelConfig, source: ModelSource, model: PreTrainedModel) -> Any:
     """The tokenizer that the policy's config names. ValueError where it gives tokens that the model does not have."""
     section = policy.tokenizer

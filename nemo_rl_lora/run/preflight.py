@@ -38,11 +38,13 @@ from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.models.load import described_model
 from nemo_rl_lora.models.source import ModelSource, base_digest, resolve_model
 from nemo_rl_lora.plan.plan import Plan, engine_problems_of_cpus, machine_problems, make_plan
+from nemo_rl_lora.policy.dtensor.sharded_files import refuse_sharded
 from nemo_rl_lora.run.metrics import check_sinks
 from nemo_rl_lora.run.model_checks import (
     check_base,
     check_megatron_base,
     check_saved_files,
+    check_slices,
     label_of,
     positions_warning,
     rank_warning,
@@ -244,8 +246,9 @@ def _engine(start: Start) -> None:
 def _base(start: Start) -> str | None:
     what = start.config.policy, start.source, start.model
     found = check_base(*what, partial=start.plan is None)
-    if found is not None and start.config.policy.active_backend == "megatron":
-        check_megatron_base(*what, partial=start.plan is None)
+    if found is not None:
+        by_backend = check_megatron_base if start.config.policy.active_backend == "megatron" else check_slices
+        by_backend(*what, partial=start.plan is None)
     return found
 
 
@@ -370,6 +373,8 @@ def _resume(start: Start) -> str | None:
     if start.is_finished:
         return f"the run in {resume.path} is finished: {resume.step} steps"
     start.checkpointer.refuse_without_optimizer(resume)
+    if start.config.policy.active_backend == "megatron":
+        refuse_sharded(resume.path / "policy", "megatron")
     if start.base_digest is not None or start.plan is not None:
         start.checkpointer.refuse_other_base(resume, start.base_digest)
     num_rows = start.loader.state()["num_rows"]

@@ -9,9 +9,11 @@ from filelock import FileLock
 
 from nemo_rl_lora.checkpoints.steps import LOCK_FILE
 from nemo_rl_lora.config.load import load_config
+from nemo_rl_lora.policy.dtensor.sharded_files import STATE_FILE
 from nemo_rl_lora.run.drivers import train
-from nemo_rl_lora.run.preflight import Start, check_start, plan_of
+from nemo_rl_lora.run.preflight import PREFLIGHT, Start, check_start, plan_of
 from tests.driver import run_driver
+from tests.policy.dtensor.test_loading import make_directory
 
 WRONG = {
     "configuration": ["policy.dtensor_cfg.context_parallel_size=2"],
@@ -138,3 +140,26 @@ def test_a_run_from_python_says_how_it_ended_and_the_plan_says_where_it_continue
     assert planned.code == 0, planned.err
     assert "checkpoint: the run continues after step 2, from" in " ".join(planned.out.split())
     assert train(load_config(None, tiny_sft.arguments("sft.max_num_steps=3"), "sft")).step == 3
+
+
+def test_experts_that_are_stacked_are_not_read_by_all_ranks(tiny_run, tmp_path):
+    experts = make_directory("stacked experts", tmp_path)
+    base, several = dict(PREFLIGHT)["base"], [f"policy.model_name={experts}", "cluster.gpus_per_node=2"]
+
+    def found(*overrides):
+        return base(Start(load_config(None, tiny_run.arguments(*several, *overrides), "grpo")))
+
+    assert found() == found("policy.dtensor_cfg.load=broadcast")
+    with pytest.raises(ValueError, match=r"policy.dtensor_cfg.load='all_ranks': the tensors of Qwen3MoeForCausalLM"):
+        found("policy.dtensor_cfg.load=all_ranks")
+
+
+def test_all_weights_of_several_processes_are_not_read_by_the_other_backend(tiny_sft):
+    settings = ["policy.dtensor_cfg.lora_cfg.enabled=false", "sft.max_num_steps=1", "checkpointing.save_period=1"]
+    assert tiny_sft(*settings).code == 0
+    (tiny_sft.checkpoints / "step_1" / "policy" / "optimizer" / STATE_FILE).write_text("{}")
+    settings[1] = "sft.max_num_steps=2"
+    assert planned(load_config(None, tiny_sft.arguments(*settings), "sft")).problems == ()
+    (problem,) = planned(load_config(None, tiny_sft.arguments(*settings, "policy.backend=megatron"), "sft")).problems
+    assert problem.startswith("policy.backend='megatron': ")
+    assert "has all weights as several processes of the DTensor backend write them" in problem

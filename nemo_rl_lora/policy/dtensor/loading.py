@@ -76,7 +76,7 @@ def refill_weights(model: PreTrainedModel, path: Path, *, how: How) -> None:
 def _found(path: Path, reference: PreTrainedModel, how: How) -> tuple[Tensors, list[_Planned]]:
     if how == "broadcast":
         return _found_by_first(path, reference)
-    tensors = matched(path, reference, _sliceable(path, reference))
+    tensors = matched(path, reference, sliceable(path, reference))
     return tensors, _planned(tensors, reference)
 
 
@@ -150,7 +150,9 @@ def _found_by_first(path: Path, reference: PreTrainedModel) -> tuple[Tensors, li
     return tensors, outcome[0]
 
 
-def _sliceable(path: Path, reference: PreTrainedModel) -> dict[str, StoredTensor]:
+def sliceable(path: Path, reference: PreTrainedModel) -> dict[str, StoredTensor]:
+    """The tensors of a directory by the model's names, of which each process can read its part. ValueError by the key
+    where there are none."""
     stored = one_to_one_tensors(path, reference)
     if stored is None:
         raise ValueError(

@@ -60,6 +60,15 @@ def is_sharded(directory: Path) -> bool:
     return (directory / STATE_FILE).is_file()
 
 
+def refuse_sharded(path: Path, backend: str) -> None:
+    """ValueError where the policy's directory of a step has what another backend than this one cannot read."""
+    if is_sharded(path / "optimizer"):
+        raise ValueError(
+            f"policy.backend={backend!r}: {path} has all weights as several processes of the DTensor backend write "
+            f"them. Set policy.backend=dtensor, or start anew from the model in {path / 'weights'}."
+        )
+
+
 def write_sharded(directory: Path, masters: Mapping[str, Tensor], moments: Moments, num_steps: int) -> None:
     """Each process's part of masters and moments, into files of its own in a new directory."""
     tensors = _named(masters, moments)

@@ -25,7 +25,7 @@ from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.models.load import empty_model, load_model_config, model_of_tensors, save_tensors
 from nemo_rl_lora.policy.adapter_state import dropout_of
 from nemo_rl_lora.policy.attention import AttentionPlan
-from nemo_rl_lora.policy.dtensor.sharded_files import is_sharded
+from nemo_rl_lora.policy.dtensor.sharded_files import refuse_sharded
 from nemo_rl_lora.policy.flash_segments import FlashPlan, plan_flash
 from nemo_rl_lora.policy.forward import logprob_rows
 from nemo_rl_lora.policy.head import Head
@@ -148,11 +148,7 @@ class MegatronPolicy(TrainedPolicy):
         return self._weights.hf_tensor(name)
 
     def _load_all(self, path: Path) -> None:
-        if is_sharded(path / "optimizer"):
-            raise ValueError(
-                f"policy.backend='megatron': {path} has all weights as several processes of the DTensor backend write "
-                f"them. Set policy.backend=dtensor, or start anew from the model in {path / 'weights'}."
-            )
+        refuse_sharded(path, "megatron")
         super()._load_all(path)
 
     def _write_weights(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
