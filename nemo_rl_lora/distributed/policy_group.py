@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -42,6 +43,8 @@ from nemo_rl_lora.policy.trained import load_base
 from nemo_rl_lora.tensors import torch_dtype
 from nemo_rl_lora.types import Batch, LossFn, StepOutput, SyncMode, WeightsRef
 
+NOTHING: Mapping[Path, str] = MappingProxyType({})
+
 
 class PolicyGroup:
     """A Policy (policy/protocol.py) that is shared by the training processes of a cluster."""
@@ -52,19 +55,20 @@ class PolicyGroup:
         setup: PolicySetup,
         cluster: ClusterConfig,
         *,
-        checkpoint_dir: Path | None = None,
+        written: Mapping[Path, str] = NOTHING,
+        read: Mapping[Path, str] = NOTHING,
     ) -> None:
-        """`checkpoint_dir` has to be seen by every node; None: nothing is saved. ConfigError where the cluster does not
-        have what this needs."""
+        """Every node has to see the directories that are `written` into, and what is `read` later: each with its
+        key=value. ConfigError where the cluster does not have what this needs."""
         self._config, self._setup, self._cluster = config, setup, cluster
         self._cleanup = contextlib.ExitStack()
         try:
-            self._start(checkpoint_dir)
+            self._start(written, read)
         except BaseException:
             self._cleanup.close()
             raise
 
-    def _start(self, checkpoint_dir: Path | None) -> None:
+    def _start(self, written: Mapping[Path, str], read: Mapping[Path, str]) -> None:
         cluster, number = self._cluster, self._cluster.num_processes
         self._cleanup.enter_context(running_ray(number))
         nodes = choose_nodes(nodes_of_ray(), cluster, driver=node_id())
@@ -85,7 +89,7 @@ class PolicyGroup:
             ],
         )
         self._cleanup.callback(self._members.end)
-        places = self._places(checkpoint_dir)
+        places = self._places(written, read)
         self._members.addresses = [place.address for place in places]
         self._is_apart = places[0].node_id != node_id()
         if self._is_apart:
@@ -97,15 +101,15 @@ class PolicyGroup:
         self.device = "; ".join(sorted({one.device for one in built}))
         self._cuttings = [one.cutting for one in built]
 
-    def _places(self, checkpoint_dir: Path | None) -> list[Place]:
+    def _places(self, written: Mapping[Path, str], read: Mapping[Path, str]) -> list[Place]:
         """Where the processes run. ConfigError where a node does not have what it reads or writes."""
         setup = self._setup
         named = {setup.model_path.resolve(): f"policy.model_name={setup.base_model_name!r}"}
         if setup.initial_adapter is not None:
             named[setup.initial_adapter.resolve()] = f"policy.adapter.init_from={str(setup.initial_adapter)!r}"
-        with _probe(checkpoint_dir) as probe:
-            if probe is not None:
-                named[probe] = f"checkpointing.checkpoint_dir={str(checkpoint_dir)!r}"
+        named |= {path.resolve(): label for path, label in read.items()}
+        with contextlib.ExitStack() as probes:
+            named |= {probes.enter_context(_probe(directory)): label for directory, label in written.items()}
             places: list[Place] = self._all("place", tuple(named), starting=True)
         for place in places:
             for path, seen in zip(named, place.seen, strict=True):
@@ -219,11 +223,8 @@ class PolicyGroup:
 
 
 @contextlib.contextmanager
-def _probe(directory: Path | None) -> Iterator[Path | None]:
-    """A file in the directory, for other nodes to see; None where there is none."""
-    if directory is None:
-        yield None
-        return
+def _probe(directory: Path) -> Iterator[Path]:
+    """A file in the directory, for other nodes to see."""
     directory.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=".seen-by-every-node-", dir=directory.resolve())
     os.close(handle)

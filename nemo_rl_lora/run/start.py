@@ -19,7 +19,7 @@ from nemo_rl_lora.config.cluster_rules import refuse_missing_env_vars
 from nemo_rl_lora.config.errors import ConfigError
 from nemo_rl_lora.config.generation import GenerationConfig, chosen_engine
 from nemo_rl_lora.config.lora import kernels_off_because
-from nemo_rl_lora.config.master import GrpoMaster
+from nemo_rl_lora.config.master import GrpoMaster, MasterConfig
 from nemo_rl_lora.generation.protocol import Generation
 from nemo_rl_lora.generation.sync_mode import SyncChoice, stored_weight
 from nemo_rl_lora.lora.files import AdapterBase
@@ -127,7 +127,7 @@ def _origin(start: Start) -> TrainingInfo:
 
 def _build_policy(start: Start) -> RunPolicy:
     config, source = start.config.policy, start.source
-    cluster, checkpointing = start.config.cluster, start.config.checkpointing
+    cluster = start.config.cluster
     setup = PolicySetup(
         model_path=source.path,
         base_model_name=config.model_name,
@@ -149,10 +149,27 @@ def _build_policy(start: Start) -> RunPolicy:
     if cluster.num_processes > 1:
         from nemo_rl_lora.distributed.policy_group import PolicyGroup
 
-        saved = Path(checkpointing.checkpoint_dir) if checkpointing.enabled else None
-        return PolicyGroup(config, setup, cluster, checkpoint_dir=saved)
+        return PolicyGroup(config, setup, cluster, written=_written(start.config), read=_read(start))
     refuse_missing_env_vars(config)
     return build_policy(config, setup)
+
+
+def _written(config: MasterConfig) -> dict[Path, str]:
+    """The directories into which the policy's processes write, by key=value."""
+    directories = {}
+    if config.checkpointing.enabled:
+        directories["checkpointing.checkpoint_dir"] = config.checkpointing.checkpoint_dir
+    if config.logger.record_digests:  # of files that are written there, and removed
+        directories["logger.record_digests=True, in logger.log_dir"] = config.logger.log_dir
+    return {Path(directory): f"{key}={directory!r}" for key, directory in directories.items()}
+
+
+def _read(start: Start) -> dict[Path, str]:
+    """The checkpoints that the policy's processes read, by key=value."""
+    label = f"checkpointing.load_path={start.config.checkpointing.load_path!r}"
+    begins = None if start.phase is None else start.phase.goes_on_from
+    paths = (begins, None if start.resume is None else start.resume.path)
+    return {path: label for path in paths if path is not None}
 
 
 def _say_why_kernels_are_off(start: Start) -> None:

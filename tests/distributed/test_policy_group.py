@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -14,10 +15,12 @@ import torch
 from nemo_rl_lora.algorithms.batch import longest_rows
 from nemo_rl_lora.algorithms.losses.policy import make_policy_loss
 from nemo_rl_lora.config.cluster import ClusterConfig
+from nemo_rl_lora.config.errors import ConfigError
 from nemo_rl_lora.config.loss_fn import LossFnConfig
 from nemo_rl_lora.config.megatron import MegatronConfig
 from nemo_rl_lora.distributed.lost import ProcessesLost
 from nemo_rl_lora.distributed.policy_group import PolicyGroup
+from nemo_rl_lora.distributed.rank_process import Place
 from nemo_rl_lora.policy.determinism import WORKSPACE
 from nemo_rl_lora.policy.megatron.policy import MegatronPolicy
 from nemo_rl_lora.run.memory import from_phase
@@ -173,3 +176,30 @@ def test_a_process_that_ends_is_named(twins, groups_batch):  # last: it ends the
     ray.kill(group._members.actors[1])
     with pytest.raises(ProcessesLost, match=r"training process 1 \(node 127.0.0.1\) of 2 was lost in 'logprobs_of'"):
         group.logprobs(groups_batch)
+
+
+def test_every_node_sees_what_is_written_and_read(tmp_path, monkeypatch):
+    """Of two nodes the other one sees what is there, but not below `hidden`."""
+    seen, hidden = tmp_path / "seen", tmp_path / "hidden"
+    (hidden / "step_5").mkdir(parents=True)
+    group = object.__new__(PolicyGroup)
+    setup = SimpleNamespace(model_path=tmp_path, base_model_name="tiny", initial_adapter=None)
+    monkeypatch.setattr(group, "_setup", setup, raising=False)
+
+    def places(_method, paths, *, starting):
+        assert starting
+        others = tuple(path.exists() and hidden not in path.parents for path in paths)
+        return [
+            Place(node_id=str(number), address=f"10.0.0.{number}", port=0, seen=found)
+            for number, found in enumerate((tuple(path.exists() for path in paths), others))
+        ]
+
+    monkeypatch.setattr(group, "_all", places, raising=False)
+    checkpoints = {seen: "checkpointing.checkpoint_dir='seen'"}
+    assert len(group._places(checkpoints, {seen: "checkpointing.load_path='seen'"})) == 2
+    for written, read in (({hidden: "logger.log_dir='hidden'"}, {}), ({}, {hidden / "step_5": "load_path='hidden'"})):
+        key = "logger.log_dir" if written else "load_path"
+        with pytest.raises(ConfigError, match=rf"^{key}='hidden': node 10.0.0.1 does not see .*hidden/"):
+            group._places({**checkpoints, **written}, read)
+    assert list(seen.iterdir()) == []
+    assert list(hidden.iterdir()) == [hidden / "step_5"]

@@ -12,6 +12,7 @@ from nemo_rl_lora.config.load import load_config
 from nemo_rl_lora.policy.dtensor.sharded_files import STATE_FILE
 from nemo_rl_lora.run.drivers import train
 from nemo_rl_lora.run.preflight import PREFLIGHT, Start, check_start, plan_of
+from nemo_rl_lora.run.start import _read, _written
 from tests.driver import run_driver
 from tests.policy.dtensor.test_loading import make_directory
 
@@ -163,3 +164,15 @@ def test_all_weights_of_several_processes_are_not_read_by_the_other_backend(tiny
     (problem,) = planned(load_config(None, tiny_sft.arguments(*settings, "policy.backend=megatron"), "sft")).problems
     assert problem.startswith("policy.backend='megatron': ")
     assert "has all weights as several processes of the DTensor backend write them" in problem
+
+
+def test_what_every_node_has_to_see_has_its_key(tiny_sft, tmp_path):
+    outside = f"checkpointing.load_path={tmp_path}/elsewhere/step_5"
+    arguments = tiny_sft.arguments(outside, "checkpointing.enabled=false", "logger.record_digests=true")
+    config = load_config(None, arguments, "sft")
+    start = SimpleNamespace(config=config, phase=None, resume=SimpleNamespace(path=tmp_path / "elsewhere" / "step_5"))
+    label = f"checkpointing.load_path='{tmp_path}/elsewhere/step_5'"
+    assert _read(start) == {tmp_path / "elsewhere" / "step_5": label}
+    assert _written(config) == {tiny_sft.logs: f"logger.record_digests=True, in logger.log_dir='{tiny_sft.logs}'"}
+    plain = load_config(None, tiny_sft.arguments(), "sft")
+    assert list(_written(plain)) == [tiny_sft.checkpoints]
