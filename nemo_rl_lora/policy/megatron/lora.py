@@ -80,15 +80,24 @@ class AdaptedLinear(nn.Module):
     """A parallel linear layer whose output has an update added for each module that it holds."""
 
     def __init__(
-        self, base: nn.Module, slots: Sequence[tuple[int, Factors | None]], setting: Setting, *, is_row: bool
+        self,
+        base: nn.Module,
+        slots: Sequence[tuple[int, Factors | None]],
+        setting: Setting,
+        *,
+        is_row: bool,
+        num_blocks: int = 1,
     ) -> None:
-        """`slots`: how many rows a module has in each repetition of the layer's pattern, and its factors if any."""
+        """`slots`: how many rows a module has in each repetition of the layer's pattern, and its factors if any.
+
+        `num_blocks`: of the rows of one pair of factors, of each of which tensor-parallel ranks have a part.
+        """
         super().__init__()
         self.base = base
         self.parts = [factors for _, factors in slots if factors is not None]
         self.factors = nn.ParameterList(part.factor(side) for part in self.parts for side in SIDES)
         self._slots = [(width, factors is not None) for width, factors in slots]
-        self._setting, self._is_row = setting, is_row
+        self._setting, self._is_row, self._num_blocks = setting, is_row, num_blocks
         self.copied: list[Factor] | None = None  # A of all parts and every B as of master_copies.py; None: the masters
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -180,7 +189,8 @@ class AdaptedLinear(nn.Module):
     def _plus(self, out: Tensor, inner: Tensor, part: Factors) -> Tensor:
         """out with the update of its only module, which this rank has whole or by columns."""
         if self._drops("post") or inner.dtype != out.dtype:
-            return out + self._dropped(self._outer(inner, part), part, "post", split_dim=-1).to(out.dtype)
+            update = self._outer(inner, part).unflatten(-1, (self._num_blocks, -1))
+            return out + self._dropped(update, part, "post", split_dim=-1).flatten(-2).to(out.dtype)
         rows = torch.addmm(out.flatten(0, -2), (inner * part.scale).flatten(0, -2), part.b.to(inner.dtype).t())
         return rows.view_as(out)
 
@@ -391,14 +401,17 @@ class Adapters(Trained):
         holder = model.get_submodule(parent)
         base = holder.get_submodule(leaf)
         device = next(base.parameters()).device
+        num_blocks = 1
         if self._setting.spec.fused == "shared":
+            num_blocks = 2 if leaf == "linear_fc1" else 1  # gate and up; q, k and v lie by heads
             slots = [(0, self._draw(Held(layer=layer, modules=tuple(modules.values())), device))]
         else:
             slots = [
                 (width, self._draw(Held(layer=layer, modules=(modules[name],)), device) if name in modules else None)
                 for name, width in zip(hf_names(layer), self._widths(leaf), strict=True)
             ]
-        setattr(holder, leaf, AdaptedLinear(base, slots, self._setting, is_row=leaf in _ROW_PARALLEL))
+        is_row = leaf in _ROW_PARALLEL
+        setattr(holder, leaf, AdaptedLinear(base, slots, self._setting, is_row=is_row, num_blocks=num_blocks))
 
     def _draw(self, held: Held, device: torch.device) -> Factors:
         dim, in_features = held.shape("A")

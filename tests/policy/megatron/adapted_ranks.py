@@ -33,12 +33,14 @@ class Case:
     fields: dict
 
 
+SHARED = {"targets": ("linear_qkv", "linear_fc1", "linear_fc2"), "fused": "shared"}
 ADAPTERS = {
     "plain": {},
     "dropped before A": {"dropout": 0.3, "dropout_position": "pre"},
     "dropped after B": {"dropout": 0.3, "dropout_position": "post"},
     "some of a fused layer": {"targets": ("k_proj", "up_proj", "o_proj")},
-    "a shared A": {"targets": ("linear_qkv", "linear_fc1", "linear_fc2"), "fused": "shared"},
+    "a shared A": SHARED,
+    "a shared A, dropped after B": {**SHARED, "dropout": 0.3, "dropout_position": "post"},
 }
 CASES = [
     Case(name=f"{name}, {how}", sequence_parallel=how == "by sequence", fields=fields)
