@@ -308,7 +308,7 @@ def _effects(
 def _megatron_effects(config: MasterConfig, *, has_experts: bool) -> list[Effect]:
     megatron = config.policy.megatron_cfg
     effects = []
-    if config.cluster.gpus_per_node > 1:
+    if config.cluster.num_processes > 1:
         effects.append(
             Effect(
                 key="policy.megatron_cfg.optimizer.use_distributed_optimizer",

@@ -269,6 +269,14 @@ def test_a_plan_says_what_each_megatron_rank_holds(tmp_path):
     assert f"0 0-1 0 0 - {first.num_params:,} {first.num_adapter_params:,}" in _text(plan)
 
 
+@pytest.mark.parametrize(("nodes", "gpus"), [(1, 1), (1, 2), (2, 1)])
+def test_a_plan_says_of_several_processes_that_each_keeps_its_moments(tiny, nodes, gpus):
+    sizes = [f"cluster={{num_nodes: {nodes}, gpus_per_node: {gpus}}}"]
+    effects = _plan(tiny, "policy.backend=megatron", "policy.lora.dim=4", *sizes).effects
+    said = [e.key for e in effects if e.key == "policy.megatron_cfg.optimizer.use_distributed_optimizer"]
+    assert len(said) == (nodes * gpus > 1)
+
+
 def test_a_plan_says_which_experts_a_rank_holds(tmp_path):
     Qwen3MoeConfig(
         **{key: value for key, value in TINY.items() if key != "architectures"},
