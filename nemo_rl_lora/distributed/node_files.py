@@ -71,6 +71,8 @@ class _Holder:
 
     def drop(self, path: str) -> None:
         Path(path).unlink()
+        with contextlib.suppress(OSError):  # it has others
+            Path(path).parent.rmdir()
 
 
 class BroughtFiles:

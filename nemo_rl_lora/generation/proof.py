@@ -181,8 +181,8 @@ class Witness:
         self._previous: Columns = {}
 
     def expect(self, version: int, columns: Columns) -> None:
-        """From now on the engine has to show these."""
-        if self._is_proven:
+        """From now on the engine has to show these. A version that is sent again has the same one before it."""
+        if self._is_proven and version != self._version:
             self._previous = self._current
         self._version, self._current, self._is_proven, self._told_apart = version, columns, False, None
 

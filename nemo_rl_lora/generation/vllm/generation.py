@@ -17,11 +17,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-import threading
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -249,12 +249,13 @@ class VllmGeneration(Ticketed):
         self._model, self._settings = model, settings
         self._dtype, self._tied = torch_dtype(settings.dtype), has_tied_head(hf)
         self._scales = {module.name: module.scale for module in model.adapted}
-        self._served: tuple[Sent, WeightsRef] | None = None
+        self._newest: tuple[Sent, Source] | None = None  # what an engine serves that is started again
+        self._num_pushes, self._in_flight = 0, settings.in_flight is not None
         self._files = ExitStack()
         stored = stored_tensors(model.path)
-        where = shared_memory(_largest_push(model, settings, stored))
+        room = _largest_push(model, settings, stored) * (2 if self._in_flight else 1)  # with the one before
+        where = shared_memory(room)
         self._directory = self._files.enter_context(owned_directory("nrl-adapter-", where))
-        self._serving_lock = threading.Lock()
         adapter = settings.adapter_rank is not None
         expected = Expected(
             base=base_columns(model.path, self._dtype, settings.num_ranks),
@@ -266,7 +267,7 @@ class VllmGeneration(Ticketed):
 
         def begin(index: int) -> None:
             places = {"index": index, "number": num_engines, "max_failures": max_failures}
-            engine = ProvenEngine(start, expected, self._serving, **places)
+            engine = ProvenEngine(start, expected, lambda: self._newest, **places)
             self._engines.append(engine)
             engine.rest()  # the trainer loads its weights next
 
@@ -283,9 +284,13 @@ class VllmGeneration(Ticketed):
         self._refuse(ref)
         push = Push(ref, self._shown)
         sent = Sent(version=ref.version, mode=ref.mode, digests=push.digests, columns=push.columns)
-        with self._source(push) as source:
-            receipts = in_parallel(lambda engine: engine.sync(sent, source), self._engines)
-        self._served, self._version = (sent, ref), ref.version
+        if not self._in_flight:  # nothing is sampled meanwhile, so that no engine is started again with it
+            self._keep_only(None)
+        source = self._source(push)
+        self._newest = sent, source  # also for an engine that is lost before all have it
+        receipts = in_parallel(lambda engine: engine.sync(sent, source), self._engines)
+        self._keep_only(source)
+        self._version = ref.version
         return SyncReceipt(
             version=ref.version,
             mode=ref.mode,
@@ -331,51 +336,40 @@ class VllmGeneration(Ticketed):
                 f"{'; '.join(problems[:5])}. The engine keeps version {self._version}."
             )
 
-    @contextmanager
-    def _source(self, push: Push) -> Iterator[Source]:
-        """What every engine is given: once read, once merged, and once written where others read it. In this process an
-        engine reads the push itself."""
+    def _source(self, push: Push) -> Source:
+        """What every engine is given: once read, once merged, and once written where others read it, into a place of
+        its own, so that an engine which is started again finds it. In this process an engine reads the push itself."""
         path, manifest = push.ref.path, push.ref.manifest
-        if push.ref.mode == "adapter":
+        is_adapter = push.ref.mode == "adapter"
+        if not is_adapter and path is None and not self._engines[0].engine.takes_files:
+            return push
+        self._num_pushes += 1
+        directory = self._directory / f"push-{self._num_pushes}"
+        directory.mkdir()
+        if is_adapter:
             assert self._model.spec is not None, "checked by _refuse"
             peft_config = spec_to_peft_config(self._model.spec, self._model.name, self._model.adapted)
-            write_adapter(self._directory / "adapter", dict(push), peft_config)
-            yield str(self._directory / "adapter")
-            return
-        if path is None and not self._engines[0].engine.takes_files:
-            yield push
-            return
-        file = path or self._directory / "weights.safetensors"
+            write_adapter(directory, dict(push), peft_config)
+            return str(directory)
+        file = directory / "weights.safetensors"
         if path is None:
             write_tensors(file, [entry_of(info.name, info.shape, info.dtype) for info in manifest], push.__getitem__)
+        elif self._in_flight:
+            _link(path, file)  # the policy removes its own before the next sync
+        else:
+            file.symlink_to(path.resolve())
         push.read_rest()  # of a file that the policy has written
-        try:
-            yield str(file)
-        finally:
-            self._engines[0].engine.release(str(file))
-            if path is None:
-                file.unlink()
+        return str(file)
 
-    @contextmanager
-    def _serving(self) -> Iterator[tuple[Sent, Source] | None]:
-        """What is served, for an engine that was started again; one at a time. Weights are computed once more."""
-        if self._served is None:
-            yield None
-            return
-        sent, ref = self._served
-        if sent.mode == "adapter":
-            yield sent, str(self._directory / "adapter")
-            return
-        with self._serving_lock:
-            push = Push(ref, self._shown)
-            with self._source(push) as source:
-                push.read_rest()
-                if push.digests != sent.digests:
-                    raise GenerationFailed(
-                        f"{KEY}.lora_sync='merged': an engine was lost, and version {sent.version} cannot be merged "
-                        f"again, since the policy has moved on. Set {KEY}.lora_sync=adapter, of which a copy is kept."
-                    )
-                yield sent, source
+    def _keep_only(self, source: Source | None) -> None:
+        """Remove what was written for other syncs, here and on the nodes that it was brought to."""
+        for directory in self._directory.glob("push-*"):
+            files = list(directory.iterdir())
+            if source in (str(directory), *map(str, files)):
+                continue
+            for file in files:
+                self._engines[0].engine.release(str(file))
+            shutil.rmtree(directory)
 
     def _shown(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """What the probes have to show of a tensor of a push."""
@@ -433,6 +427,14 @@ class VllmGeneration(Ticketed):
         return self._completion(
             request.sampling, sampled.token_ids, sampled.logprobs, sampled.finish_reason, sampled.versions
         )
+
+
+def _link(path: Path, at: Path) -> None:
+    """The same file under another name, or a copy on another file system."""
+    try:
+        at.hardlink_to(path)
+    except OSError:
+        shutil.copyfile(path, at)
 
 
 def spread(requests: Mapping[Ticket, GroupRequest], number: int) -> list[dict[Ticket, GroupRequest]]:

@@ -4,8 +4,8 @@ Contract: `version` is the version that this engine has confirmed, None as long 
 `confirmed` are all that it ever has. One thread samples; another one may give it weights meanwhile. Every sync and
 every rollout ends with a comparison of what the engine shows (proof.py). Merged weights are loaded a layer at a time:
 a sync that breaks off leaves an engine that serves no version until the next one. An engine that is lost is started
-again up to `max_failures` times in a row, its base is checked, and it is given what is served before it is asked once
-more. Engines know nothing of each other: generation.py has them all.
+again up to `max_failures` times in a row, its base is checked, and it is given the newest weights that were sent before
+it is asked once more. Engines know nothing of each other: generation.py has them all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -85,8 +84,9 @@ class Expected:
     num_ranks: int  # of each engine
 
 
-Serving = Callable[[], AbstractContextManager[tuple[Sent, Source] | None]]
-"""What is served now, for an engine that was started again; None where nothing is."""
+Newest = Callable[[], tuple[Sent, Source] | None]
+"""What was sent last, for an engine that was started again; None where nothing was. It is said before any engine is
+given it, and its files stay until all engines have confirmed a newer one."""
 
 
 class ProvenEngine:
@@ -96,13 +96,13 @@ class ProvenEngine:
         self,
         start: Callable[[], Engine],
         expected: Expected,
-        serving: Serving,
+        newest: Newest,
         *,
         index: int = 0,
         number: int = 1,
         max_failures: int = 0,
     ) -> None:
-        self._start, self._expected, self._serving = start, expected, serving
+        self._start, self._expected, self._newest = start, expected, newest
         self.index, self._number = index, number
         self._max_failures, self._num_failures = max_failures, 0
         self._witness = Witness(expected.base)
@@ -120,7 +120,7 @@ class ProvenEngine:
 
     def sync(self, sent: Sent, source: Source) -> EngineReceipt:
         """Serve a version from now on, proven. SyncMismatch where the engine shows anything else."""
-        return self._surviving(lambda: self._sync(sent, source), serve_again=False)
+        return self._surviving(lambda: self._sync(sent, source))
 
     def generate(self, jobs: Sequence[Job]) -> list[Sampled]:
         """All jobs, in their order, by an engine that shows its version afterwards too."""
@@ -128,7 +128,7 @@ class ProvenEngine:
 
     def weight_problems(self, manifest: Sequence[TensorInfo]) -> list[str]:
         """Why merged weights of these names and shapes cannot be received."""
-        return self._surviving(lambda: self.engine.weight_problems(manifest), serve_again=False)
+        return self._surviving(lambda: self.engine.weight_problems(manifest))
 
     def rest(self) -> None:
         """The policy trains now: what the engine holds of a device that it shares is free until it is asked again."""
@@ -140,7 +140,12 @@ class ProvenEngine:
 
     def _sync(self, sent: Sent, source: Source) -> EngineReceipt:
         with self._judging:  # between the old weights and the proof of the new ones it has nothing to show
-            return self._sync_alone(sent, source)
+            before = self.version
+            try:
+                return self._sync_alone(sent, source)
+            except EngineLost:
+                self.version = before  # who asks now learns that it is lost
+                raise
 
     def _sync_alone(self, sent: Sent, source: Source) -> EngineReceipt:
         start = time.perf_counter()
@@ -194,13 +199,16 @@ class ProvenEngine:
         return self.engine.receive_adapter(source, sent.version)
 
     def _generate(self, jobs: Sequence[Job]) -> list[Sampled]:
-        with self._judging:  # a sync that runs ends first
+        with self._restarting, self._judging:  # a restart or a sync that runs ends first
             if self.version is None:
                 raise self._mismatch(
                     "no version is served, since the newest sync was not confirmed. Sync weights again."
                 )
-        sampled = self.engine.generate(jobs)
+            engine = self.engine
+        sampled = engine.generate(jobs)
         with self._judging:
+            if engine is not self.engine:
+                raise EngineLost("was lost before it could show what it had sampled from")
             try:
                 self._judge()
             except SyncMismatch as error:
@@ -231,8 +239,8 @@ class ProvenEngine:
             raise
         return engine
 
-    def _surviving(self, action: Callable[[], T], *, serve_again: bool = True) -> T:
-        """What the action returns, repeated on another engine that serves the same where the engine is lost."""
+    def _surviving(self, action: Callable[[], T]) -> T:
+        """What the action returns, repeated on another engine that serves the newest version where one is lost."""
         while True:
             engine = self.engine
             try:
@@ -244,9 +252,9 @@ class ProvenEngine:
                     raise SamplingStopped("generation: the engine is closed.") from lost
                 with self._restarting:
                     if self.engine is engine:  # else another thread has seen it first
-                        self._restart(lost, serve_again=serve_again)
+                        self._restart(lost)
 
-    def _restart(self, lost: EngineLost, *, serve_again: bool) -> None:
+    def _restart(self, lost: EngineLost) -> None:
         """Start the engine again, as often as it takes. GenerationFailed after too many failures in a row."""
         while True:
             name = self.name
@@ -261,10 +269,11 @@ class ProvenEngine:
                 ) from lost
             logger.warning("generation: %s %s; it is started again", name, lost)
             try:
-                self.engine = self._started()
-                with self._serving() if serve_again else nullcontext() as served:
-                    if served is not None:
-                        self._sync(*served)
+                engine = self._started()
+                with self._judging:  # what is newest is read here, so that no older one follows a sync that runs
+                    self.engine = engine
+                    if (newest := self._newest()) is not None:
+                        self._sync(*newest)
                 return
             except EngineLost as again:
                 lost = again
