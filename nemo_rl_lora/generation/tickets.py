@@ -61,8 +61,6 @@ class Ticketed(ABC):
 
     def collect(self, tickets: Sequence[Ticket]) -> list[CompletionGroup]:
         """See Generation."""
-        if self._version is None:
-            raise RuntimeError("generation: no weights yet. Call sync_weights before collect.")
         unknown = [ticket for ticket in tickets if ticket not in self._done and ticket not in self._waiting]
         if unknown or len(set(tickets)) != len(tickets):
             raise ValueError(f"tickets={list(tickets)!r}: each must be submitted and not collected before")
@@ -76,7 +74,11 @@ class Ticketed(ABC):
 
     @abstractmethod
     def _run(self) -> None:
-        """Complete everything that waits."""
+        """Complete everything that waits. First asks `_require_weights`, at a time when no sync is half done."""
+
+    def _require_weights(self) -> None:
+        if self._version is None:
+            raise RuntimeError("generation: no weights yet. Call sync_weights before collect.")
 
     def _stop_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
         return self._eos_token_ids | set(sampling.stop_token_ids)
@@ -90,7 +92,7 @@ class Ticketed(ABC):
         versions: Sequence[tuple[int, int]] | None = None,
     ) -> Completion:
         """`versions` as in Completion; None: all of it from the version that is served now."""
-        assert self._version is not None, "checked by collect"
+        assert self._version is not None, "_run requires weights"
         return Completion(
             token_ids=tuple(token_ids),
             logprobs=tuple(logprobs),

@@ -178,6 +178,7 @@ class InProcessGeneration(Ticketed):
         try:
             while self._waiting or rows:
                 with self._turns.step():
+                    self._require_weights()
                     admitted = self._admissible(len(rows))
                     if admitted:
                         rows += self._open(admitted, groups)
@@ -254,7 +255,7 @@ class InProcessGeneration(Ticketed):
         return uniforms(seeds, positions).view(num_tokens, len(rows))
 
     def _append(self, row: _Sequence, token: int, logprob: float) -> None:
-        assert self._version is not None, "checked by collect"
+        assert self._version is not None, "_run requires weights"
         row.token_ids.append(token)
         row.logprobs.append(logprob)
         one_more(row.versions, self._version)

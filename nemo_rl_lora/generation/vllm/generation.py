@@ -383,6 +383,7 @@ class VllmGeneration(Ticketed):
     def _run(self) -> None:
         """Sample everything that waits, on all engines at the same time; kept only if each that sampled still shows the
         version that was synced."""
+        self._require_weights()
         requests, self._waiting = self._waiting, {}
         shares = spread(requests, len(self._engines))
         busy = [(engine, share) for engine, share in zip(self._engines, shares, strict=True) if share]
@@ -404,7 +405,7 @@ class VllmGeneration(Ticketed):
             for seed in request.seeds
         ]
         first = self._version  # others follow where weights come in flight
-        assert first is not None, "checked by collect"
+        assert first is not None, "_run requires weights"
         found = engine.generate(jobs)
         versions = {version for one in found for _, version in one.versions}
         if wrong := sorted(versions - engine.confirmed | {v for v in versions if v < first}):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,9 @@ from transformers import PreTrainedModel
 
 from nemo_rl_lora.generation.in_process.engine import InProcessGeneration
 from nemo_rl_lora.generation.in_process.fallback import PlainDecoder
+from nemo_rl_lora.generation.in_process.inspection import Inspection
 from nemo_rl_lora.generation.protocol import generate
+from nemo_rl_lora.generation.turns import Turns
 from nemo_rl_lora.types import CompletionGroup, SyncMode, WeightsRef
 from tests.generation.engine_inputs import (
     LetterTokenizer,
@@ -353,10 +356,11 @@ def test_merged_weights_that_break_off_leave_no_version_until_the_next_sync(make
     before = generate(engine, [request(PROMPTS[0])])
     with pytest.raises(ValueError, match="serves no version"):
         engine.sync_weights(_lying(second, "merged"))
+    ticket = engine.submit(request(PROMPTS[0]))
     with pytest.raises(RuntimeError, match="no weights yet"):
-        engine.collect([])
+        engine.collect([ticket])
     engine.sync_weights(ref(first, version=3))
-    (after,), (expected,) = (groups[0].completions for groups in (generate(engine, [request(PROMPTS[0])]), before))
+    (after,), (expected,) = (groups[0].completions for groups in (engine.collect([ticket]), before))
     assert (after.token_ids, after.logprobs) == (expected.token_ids, expected.logprobs)
 
 
@@ -412,3 +416,41 @@ def test_bfloat16_logprobs_stay_near_the_models(make_engine: MakeEngine) -> None
         for completion in group.completions:
             expected = reference_logprobs(model.float(), group.prompt.token_ids, completion.token_ids)
             assert (torch.tensor(completion.logprobs) - expected).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("mode", ["merged", "adapter"])
+def test_collecting_beside_a_sync_waits_for_its_end(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, mode: SyncMode
+) -> None:
+    """Another thread collects while the sync has the engine, which serves no version then."""
+    model = sampling_model("llama")
+    engine = make_engine(model, lora=mode == "adapter")
+    tensors = adapter_tensors(model) if mode == "adapter" else parameters_of(model)
+    engine.sync_weights(ref(tensors, version=1, mode=mode))
+    waits, judge, step = threading.Event(), Inspection.judge, Turns.step
+    ticket, found, errors = engine.submit(request(PROMPTS[0])), [], []
+
+    def collect() -> None:
+        try:
+            found.extend(engine.collect([ticket]))
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=collect)
+
+    def collecting(inspection: Inspection) -> Any:
+        thread.start()
+        while thread.is_alive() and not waits.wait(0.01):
+            pass
+        return judge(inspection)
+
+    def entered(turns: Turns) -> Any:
+        waits.set()
+        return step(turns)
+
+    monkeypatch.setattr(Inspection, "judge", collecting)
+    monkeypatch.setattr(Turns, "step", entered)
+    engine.sync_weights(ref(tensors, version=2, mode=mode))
+    thread.join(60)
+    assert not errors
+    assert {version for group in found for one in group.completions for _, version in one.versions} == {2}
