@@ -35,6 +35,12 @@ class LastNumberEnvConfig(Section):
 class ReasoningGymEnvConfig(Section):
     """The score that the row's reasoning-gym task gives the completion."""
 
+    num_workers: Annotated[int, Field(ge=1)] = 1
+    """Most processes that score at the same time; never more than there are cores."""
+
+    timeout_seconds: Annotated[float, Field(gt=0)] = 5.0
+    """Time for one completion; beyond it the reward is 0 and the metric `reasoning_gym_timeouts` counts it."""
+
 
 class RewardFunctionConfig(Section):
     """A reward function of one's own: `def reward(prompt: str, completion: str, row: dict) -> float`, or one as TRL or

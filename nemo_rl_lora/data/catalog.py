@@ -25,9 +25,9 @@ from nemo_rl_lora.data.own_rows import (
     verl_question,
 )
 from nemo_rl_lora.data.preference_sets import help_steer_pair, tulu_pair
+from nemo_rl_lora.data.reasoning_gym import generate_gym_rows, gym_question
 from nemo_rl_lora.data.rows import Message, Pair, Question, Row
 from nemo_rl_lora.data.squad import squad_answer
-from nemo_rl_lora.environments.reasoning_gym import generate_gym_rows, gym_question
 
 if TYPE_CHECKING:
     from nemo_rl_lora.config.data import DatasetConfig

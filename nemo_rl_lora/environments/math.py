@@ -14,13 +14,12 @@ from collections.abc import Iterable, Sequence
 
 from nemo_rl_lora.config.errors import show
 from nemo_rl_lora.environments.math_worker import TIMED_OUT, Verdict, Verifier
-from nemo_rl_lora.environments.processes import Failed, Program, Workers, in_order
+from nemo_rl_lora.environments.processes import GRACE_SECONDS, Failed, Program, Workers, in_order
 from nemo_rl_lora.environments.protocol import Environment, Scores
 from nemo_rl_lora.types import Prompt
 
 logger = logging.getLogger(__name__)
 
-_GRACE_SECONDS = 0.5
 _PLAIN_NUMBER = re.compile(r"-?\d+(\.\d+)?")
 _MOST_READ_FIRST = 5_000  # different answers that are no plain numbers; 9 ms each
 _MOST_SHOWN = 5
@@ -85,7 +84,7 @@ class MathEnvironment(Environment):
 
         def verdict(index: int) -> Verdict:
             request = (golds[index], texts[index], self._timeout_seconds)
-            answer = self._workers.call(request, self._timeout_seconds + _GRACE_SECONDS)
+            answer = self._workers.call(request, self._timeout_seconds + GRACE_SECONDS)
             return TIMED_OUT if isinstance(answer, Failed) else answer
 
         return in_order(verdict, len(texts), self._num_workers)

@@ -6,10 +6,10 @@ A computation inside compiled code does not see the alarm: the driver's process 
 from __future__ import annotations
 
 import logging
-import signal
 from typing import Any, NamedTuple
 
 from nemo_rl_lora.environments.math_forms import Form, completion_form, plain_form
+from nemo_rl_lora.environments.worker import TookTooLong, time_limit
 
 
 class Verdict(NamedTuple):
@@ -21,10 +21,6 @@ class Verdict(NamedTuple):
 
 
 TIMED_OUT = Verdict(reward=0.0, timed_out=True)
-
-
-class _AlarmError(BaseException):
-    """Not an Exception, so that no handler inside sympy swallows it."""
 
 
 def verify(gold: str, text: str) -> Verdict:
@@ -69,23 +65,16 @@ class Verifier:
 
     def __init__(self) -> None:
         logging.disable(logging.CRITICAL)
-        signal.signal(signal.SIGALRM, _raise_alarm)
         verify("1", "1")  # imports sympy before the first clock runs
 
     def call(self, request: tuple[str, str, float]) -> Verdict:
         """Of a gold answer, a completion and the seconds that they may take."""
         gold, text, timeout_seconds = request
-        signal.setitimer(signal.ITIMER_REAL, timeout_seconds)
         try:
-            return verify(gold, text)
-        except (_AlarmError, RecursionError, MemoryError):
+            with time_limit(timeout_seconds):
+                return verify(gold, text)
+        except (TookTooLong, RecursionError, MemoryError):
             return TIMED_OUT
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
 
     async def call_async(self, request: tuple[str, str, float]) -> Verdict:
         return self.call(request)
-
-
-def _raise_alarm(signum: int, frame: Any) -> None:
-    raise _AlarmError

@@ -1,31 +1,38 @@
-"""Rows and rewards of the reasoning-gym package: any of its tasks, seeded, scored by the task's own scorer.
+"""The score that a row's task of the reasoning-gym package (data/reasoning_gym.py) gives a completion.
 
-A row: {"question": "4 + 3 =", "answer": "7", "metadata": {...}, "task": "chain_sum", "task_settings": {"seed": 42,
-"size": 1000}}. The answer of a completion is what stands between its last <answer> tags, or all of it.
+The answer of a completion is what stands between its last <answer> tags, or all of it. Scorers run in processes of
+their own, as those of `math` do, which start when they are first needed.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Iterable, Sequence
 
-from nemo_rl_lora.data.rows import Question, Row
+from nemo_rl_lora.data.reasoning_gym import Settings, make_task, task_key
+from nemo_rl_lora.environments.processes import GRACE_SECONDS, Failed, Program, Workers, in_order
 from nemo_rl_lora.environments.protocol import Environment, Scores
+from nemo_rl_lora.environments.reasoning_gym_worker import Scored, Scorer
 from nemo_rl_lora.types import Prompt
-
-if TYPE_CHECKING:
-    from nemo_rl_lora.config.data import DatasetConfig
 
 
 class ReasoningGymEnvironment(Environment):
     name = "reasoning_gym"
 
-    def __init__(self) -> None:
-        self._tasks: dict[str, Any] = {}
+    def __init__(self, num_workers: int, timeout_seconds: float) -> None:
+        self._num_workers = max(1, min(num_workers, len(os.sched_getaffinity(0))))
+        self._timeout_seconds = timeout_seconds
+        self._tasks: dict[str, tuple[str, Settings]] = {}  # a process that starts makes those known by then
+        program = Program(
+            module=Scorer.__module__,
+            name=Scorer.__name__,
+            arguments=(self._tasks,),
+            key="env.reasoning_gym",
+            imports="reasoning-gym",
+            is_quiet=True,
+        )
+        self._workers = Workers(program, self._num_workers)
+        self._workers.admit(self._num_workers)
 
     def check(self, prompts: Iterable[Prompt]) -> None:
         for prompt in prompts:
@@ -34,66 +41,33 @@ class ReasoningGymEnvironment(Environment):
                     f"env.reasoning_gym: {prompt.named} is not of a reasoning-gym task. Use it with "
                     f"dataset_name='reasoning_gym', or set data.train.env_name to another environment."
                 )
-            self._task_of(prompt)
+            name, settings = prompt.row["task"], prompt.row["task_settings"]
+            if (key := task_key(name, settings)) not in self._tasks:
+                make_task(name, settings, "env.reasoning_gym")
+                self._tasks[key] = name, settings
 
     def score(
         self, prompts: Sequence[Prompt], texts: Sequence[str], token_ids: Sequence[Sequence[int]] | None = None
     ) -> Scores:
-        """Answers on which a scorer fails are worth 0 and counted as `reasoning_gym_scorer_errors`."""
-        scores = [self._score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-        num_errors = float(sum(score is None for score in scores))
+        """Answers on which a scorer fails or ends its process are worth 0 and counted as `reasoning_gym_scorer_errors`,
+        those on which it takes too long as `reasoning_gym_timeouts`."""
+
+        def scored(index: int) -> Scored:
+            request = (dict(prompts[index].row), texts[index], self._timeout_seconds)
+            answer = self._workers.call(request, self._timeout_seconds + GRACE_SECONDS)
+            if isinstance(answer, Failed):
+                return Scored(failure="timeout" if answer.kind == "timeout" else "error")
+            return answer
+
+        assert len(prompts) == len(texts), (len(prompts), len(texts))
+        found = in_order(scored, len(texts), self._num_workers)
         return Scores(
-            rewards=tuple(score or 0.0 for score in scores), metrics={"reasoning_gym_scorer_errors": num_errors}
+            rewards=tuple(each.reward for each in found),
+            metrics={
+                "reasoning_gym_scorer_errors": float(sum(each.failure == "error" for each in found)),
+                "reasoning_gym_timeouts": float(sum(each.failure == "timeout" for each in found)),
+            },
         )
 
     def close(self) -> None:
-        self._tasks.clear()
-
-    def _score(self, prompt: Prompt, text: str) -> float | None:
-        from reasoning_gym.utils import extract_answer
-
-        answer = extract_answer(text) or text.strip()
-        try:
-            score = float(self._task_of(prompt).score_answer(answer, dict(prompt.row)))
-        except Exception:  # noqa: BLE001 a scorer parses what the model wrote, and may fail in any way
-            return None
-        return score if math.isfinite(score) else None
-
-    def _task_of(self, prompt: Prompt) -> Any:
-        name, settings = prompt.row["task"], prompt.row["task_settings"]
-        key = name + json.dumps(settings, sort_keys=True, default=str)
-        if key not in self._tasks:
-            self._tasks[key] = make_task(name, settings, "env.reasoning_gym")
-        return self._tasks[key]
-
-
-def make_task(name: str, settings: Mapping[str, Any], key: str) -> Any:
-    """The package's dataset for a task. Raises ValueError for an unknown task or a setting that it refuses."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # of a package that reasoning-gym imports
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
-    if name not in DATASETS:
-        close = get_close_matches(name, DATASETS, n=3)
-        hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else "Its gallery lists them."
-        raise ValueError(f"{key}.task={name!r}: is none of the {len(DATASETS)} tasks of reasoning-gym. {hint}")
-    try:
-        return reasoning_gym.create_dataset(name, **settings)
-    except (TypeError, ValueError, AssertionError) as error:
-        known = ", ".join(sorted(vars(DATASETS[name][1]()))) or "none"
-        raise ValueError(
-            f"{key}.task_config={dict(settings)!r}: {name} refuses it ({error}). Its settings are {known}."
-        ) from error
-
-
-def generate_gym_rows(section: DatasetConfig, key: str) -> Iterator[dict[str, Any]]:
-    """The rows of the section's task, in order."""
-    assert section.task is not None, "checked by DatasetConfig"
-    settings = {"seed": section.seed, "size": section.size, **section.task_config}
-    task = make_task(section.task, settings, key)
-    for index in range(len(task)):
-        yield {**task[index], "task": section.task, "task_settings": settings}
-
-
-def gym_question(row: Row) -> Question:
-    return Question(row.values["question"], row.values)
+        self._workers.close()

@@ -27,7 +27,7 @@ def make_environment(name: str, config: EnvConfig) -> Environment:
     if name == "reasoning_gym":
         from nemo_rl_lora.environments.reasoning_gym import ReasoningGymEnvironment
 
-        return ReasoningGymEnvironment()
+        return ReasoningGymEnvironment(config.reasoning_gym.num_workers, config.reasoning_gym.timeout_seconds)
     if name in config.reward_functions:
         from nemo_rl_lora.environments.reward_function import RewardFunctionEnvironment
 

@@ -12,6 +12,8 @@ import faulthandler
 import fcntl
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection
@@ -86,6 +88,26 @@ async def _answer_at_once(connection: Connection, answering: Answering) -> None:
 
     loop.add_reader(connection, receive)
     await closed.wait()
+
+
+class TookTooLong(BaseException):  # noqa: N818
+    """A call that is answered in turn is over its time. Not an Exception, so that no handler inside sympy swallows
+    it."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """TookTooLong after so many seconds, once Python's own code runs."""
+    signal.signal(signal.SIGALRM, _raise_alarm)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+
+def _raise_alarm(signum: int, frame: Any) -> None:
+    raise TookTooLong
 
 
 def _ignore(*_: Any) -> None:

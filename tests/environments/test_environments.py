@@ -40,39 +40,68 @@ def test_answers_as_text_count_and_rows_without_an_integer_are_named():
 # reasoning_gym
 
 
-def gym_prompt(index=0):
+def gym_prompt(index=0, task="chain_sum"):
     from nemo_rl_lora.config.data import DatasetConfig
-    from nemo_rl_lora.environments.reasoning_gym import generate_gym_rows
+    from nemo_rl_lora.data.reasoning_gym import generate_gym_rows
 
-    section = {"dataset_name": "reasoning_gym", "task": "chain_sum", "seed": 3, "size": 4}
+    section = {"dataset_name": "reasoning_gym", "task": task, "seed": 3, "size": 4}
     rows = list(generate_gym_rows(DatasetConfig(**section), "data.train"))
     return prompt_of("reasoning_gym", index, **rows[index])
 
 
-def test_reasoning_gym_scores_with_the_tasks_own_scorer():
-    environment, prompt = environment_of("reasoning_gym"), gym_prompt(1)
+@pytest.fixture(scope="module")
+def gym_environment():
+    environment = environment_of("reasoning_gym", timeout_seconds=1.0)
+    environment.check([gym_prompt()])
+    yield environment
+    environment.close()
+
+
+def test_reasoning_gym_scores_with_the_tasks_own_scorer(gym_environment):
+    prompt = gym_prompt(1)
     numbers = prompt.row["metadata"]["expression"]
     right, wrong = str(eval(numbers)), str(eval(numbers) + 1)
     texts = [right, f"I think <answer>{right}</answer>, yes", wrong, f"<answer>{wrong}</answer>"]
-    environment.check([prompt])
-    scores = environment.score([prompt] * 4, texts)
+    scores = gym_environment.score([prompt] * 4, texts)
     assert scores.rewards == (1.0, 1.0, 0.0, 0.0)
-    assert scores.metrics == {"reasoning_gym_scorer_errors": 0.0}
+    assert scores.metrics == {"reasoning_gym_scorer_errors": 0.0, "reasoning_gym_timeouts": 0.0}
 
 
-def test_scorer_that_fails_gives_nothing_and_is_counted(monkeypatch):
-    from nemo_rl_lora.environments import reasoning_gym
+@pytest.mark.slow  # three starts of a process
+def test_what_a_scorer_evaluates_cannot_hang_or_end_the_run(gym_environment):
+    """This task's scorer hands the answer to `eval`: the first one computes for ever in C, the second one exits."""
+    prompt = gym_prompt(task="binary_matrix")
+    gym_environment.check([prompt])
+    scores = gym_environment.score([prompt] * 3, ["9**9**9", "__import__('os')._exit(0)", prompt.row["answer"]])
+    assert scores.rewards == (0.0, 0.0, 1.0)
+    assert scores.metrics == {"reasoning_gym_scorer_errors": 1.0, "reasoning_gym_timeouts": 1.0}
+
+
+@pytest.fixture
+def task_of_python(monkeypatch):
+    """A scorer in this process, of a task that evaluates what it is given."""
+    from nemo_rl_lora.environments import reasoning_gym_worker
 
     class Task:
         def score_answer(self, answer, entry):
-            return float(answer)
+            return float(eval(answer))
 
-    prompt = gym_prompt()
-    monkeypatch.setattr(reasoning_gym, "make_task", lambda *args: Task())
-    environment = environment_of("reasoning_gym")
-    scores = environment.score([prompt] * 3, ["0.25", "no number", "nan"])
-    assert scores.rewards == (0.25, 0.0, 0.0)
-    assert scores.metrics == {"reasoning_gym_scorer_errors": 2.0}
+    monkeypatch.setattr(reasoning_gym_worker, "make_task", lambda *args: Task())
+    monkeypatch.setattr(reasoning_gym_worker.logging, "disable", lambda level: None)
+    return reasoning_gym_worker.Scorer({})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0.25", (0.25, None)),
+        ("no number", (0.0, "error")),
+        ("float('nan')", (0.0, "error")),
+        ("[0 for _ in iter(int, 1)]", (0.0, "timeout")),
+    ],
+)
+def test_scorer_that_fails_gives_nothing_and_says_how(task_of_python, text, expected):
+    assert task_of_python.call((gym_prompt().row, text, 0.2)) == expected
 
 
 def test_rows_of_another_dataset_are_refused_by_reasoning_gym():
