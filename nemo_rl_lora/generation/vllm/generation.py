@@ -69,6 +69,7 @@ OWN_ARGUMENTS = {
     *("enable_lora", "max_loras", "max_lora_rank", "lora_dtype", "quantization"),
     *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"),
     *("fully_sharded_loras", "enable_sleep_mode"),
+    *(_OF_A_STEP := ("async_scheduling", "stream_interval")),
 }
 _SPARE_TOKENS = 4 * CPU_BLOCK_TOKENS  # a sequence's last block is part-filled, and vLLM keeps one for itself
 _LEAST_CACHE_BYTES = 16 * 2**20  # for tiny models, and where the machine is full
@@ -110,10 +111,10 @@ def vllm_problems(policy: PolicyConfig, spec: LoraSpec | None, adapted: Sequence
             f"{policy.max_total_sequence_length}. Raise the one or lower the other."
         )
     if owned := sorted(OWN_ARGUMENTS & config.vllm_kwargs.keys()):
-        problems.append(
-            f"{KEY}.vllm_kwargs.{owned[0]}={config.vllm_kwargs[owned[0]]!r}: follows from other keys of "
-            f"{KEY}. Remove it."
-        )
+        why = f"follows from other keys of {KEY}"
+        if owned[0] in _OF_A_STEP:
+            why = "each step has to show the tokens that it has sampled, since a token's version is that of its step"
+        problems.append(f"{KEY}.vllm_kwargs.{owned[0]}={config.vllm_kwargs[owned[0]]!r}: {why}. Remove it.")
     head_size = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     if not torch.cuda.is_available() and head_size not in CPU_HEAD_SIZES:
         problems.append(
