@@ -111,12 +111,16 @@ class ProvenEngine:
         self.confirmed: set[int] = set()
         self._judging, self._restarting = threading.RLock(), threading.RLock()
         self._is_closed = False
-        self.engine = self._started()
+        self.engine: Engine
+        self._start_it()
 
     @property
     def name(self) -> str:
         """As an error names it."""
-        return "the engine" if self._number == 1 else f"engine {self.index} of {self._number} ({self.engine.where})"
+        if self._number == 1:
+            return "the engine"
+        engine = getattr(self, "engine", None)  # None: the first one starts
+        return f"engine {self.index} of {self._number}" + ("" if engine is None else f" ({engine.where})")
 
     def sync(self, sent: Sent, source: Source) -> EngineReceipt:
         """Serve a version from now on, proven. SyncMismatch where the engine shows anything else."""
@@ -252,31 +256,43 @@ class ProvenEngine:
                     raise SamplingStopped("generation: the engine is closed.") from lost
                 with self._restarting:
                     if self.engine is engine:  # else another thread has seen it first
-                        self._restart(lost)
+                        self._start_it(lost)
 
-    def _restart(self, lost: EngineLost) -> None:
-        """Start the engine again, as often as it takes. GenerationFailed after too many failures in a row."""
-        while True:
-            name = self.name
-            self.engine.close()
-            self.version = None
-            self._num_failures += 1
-            if self._num_failures > self._max_failures:
-                raise GenerationFailed(
-                    f"{_FAILURES}={self._max_failures}: {name} {lost}, "
-                    f"{self._num_failures} times in a row. The policy is as it was before the rollout. "
-                    f"Where memory is short, lower policy.generation.max_concurrent_sequences."
-                ) from lost
-            logger.warning("generation: %s %s; it is started again", name, lost)
+    def _start_it(self, lost: EngineLost | None = None) -> None:
+        """Start the engine, or start it again, as often as it takes. GenerationFailed after too many failures in a row,
+        SamplingStopped where it is closed."""
+        while not self._is_closed:
+            if lost is not None:
+                self._count(lost)
             try:
                 engine = self._started()
                 with self._judging:  # what is newest is read here, so that no older one follows a sync that runs
                     self.engine = engine
+                    if self._is_closed:  # by a close() that has seen the one before
+                        engine.close()
+                        break
                     if (newest := self._newest()) is not None:
                         self._sync(*newest)
                 return
             except EngineLost as again:
                 lost = again
+        raise SamplingStopped("generation: the engine is closed.") from lost
+
+    def _count(self, lost: EngineLost) -> None:
+        """A failure more. GenerationFailed where that is one too many."""
+        name, is_first = self.name, not hasattr(self, "engine")
+        if not is_first:
+            self.engine.close()
+        self.version = None
+        self._num_failures += 1
+        if self._num_failures > self._max_failures:
+            state = "" if is_first else "The policy is as it was before the rollout. "
+            raise GenerationFailed(
+                f"{_FAILURES}={self._max_failures}: {name} {lost}, {self._num_failures} times in a row. {state}"
+                f"Where it needs longer, raise policy.generation.timeout_seconds. Where memory is short, lower "
+                f"policy.generation.max_concurrent_sequences or policy.generation.vllm_cfg.gpu_memory_utilization."
+            ) from lost
+        logger.warning("generation: %s %s; it is started again", name, lost)
 
     def _require_empty_cache(self, version: int) -> None:
         """Keys and values of the version before must not be met again: a sync ends with an empty prefix cache."""
