@@ -12,8 +12,10 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,11 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
-from nemo_rl_lora.config.cluster import ClusterConfig
+from nemo_rl_lora.config.cluster import RAY_ADDRESS, ClusterConfig, joins_ray
 from nemo_rl_lora.config.errors import ConfigError
 from nemo_rl_lora.config.generation import GenerationConfig
 from nemo_rl_lora.distributed.node_files import BroughtFiles, node_id, sees
-from nemo_rl_lora.distributed.placement import choose_nodes, device_of, engine_nodes, nodes_of_ray
+from nemo_rl_lora.distributed.placement import Node, choose_nodes, device_of, engine_nodes, nodes_of_ray
 from nemo_rl_lora.distributed.ray_runtime import running_ray, worker_environment
 from nemo_rl_lora.generation.proof import RankShown
 from nemo_rl_lora.generation.vllm.engine import EngineSettings, Job, Sampled, VllmEngine
@@ -37,6 +39,9 @@ from nemo_rl_lora.run.memory import from_process
 from nemo_rl_lora.types import TensorInfo
 
 logger = logging.getLogger(__name__)
+
+_FREE_SECONDS = 30.0  # Ray takes a while to see that a run has ended
+_LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +90,11 @@ class EngineProcess:
         timeout_seconds: float,
         *,
         node: str | None = None,
+        avoided: str | None = None,
         files: BroughtFiles | None = None,
     ) -> None:
-        """`files` are those of all engines of the run; without it this one has its own."""
+        """`files` are those of all engines of the run; without it this one has its own. `avoided`: where no node is
+        named, it does not run on this one."""
         self._timeout_seconds, self._is_closed = timeout_seconds, False
         self._cleanup = contextlib.ExitStack()
         try:
@@ -97,7 +104,7 @@ class EngineProcess:
                 files = BroughtFiles()
                 self._cleanup.callback(files.close)
             self._files = files
-            self._host = _host(node, settings)
+            self._host = _host(node, settings, avoided)
             self._cleanup.callback(ray.kill, self._host)
             started: Started = self._wait("start", self._host.start.remote(settings))
         except BaseException:
@@ -168,7 +175,8 @@ class EngineProcess:
         except RayTaskError as error:
             raise (error.cause or error) from None
         except GetTimeoutError:
-            raise EngineLost(f"did not answer {verb!r} within {self._timeout_seconds:g} s") from None
+            limit = f"policy.generation.timeout_seconds={self._timeout_seconds:g}"
+            raise EngineLost(f"did not answer {verb!r} within {self._timeout_seconds:g} s ({limit})") from None
         except RayError as error:
             raise EngineLost(f"died during {verb!r} ({type(error).__name__})") from error
 
@@ -186,9 +194,12 @@ class EngineProcesses:
         try:
             taken = int(alone and torch.cuda.is_available())
             self._cleanup.enter_context(running_ray(room, taken_gpus=taken))
-            nodes, own = nodes_of_ray(), node_id()
-            training = [] if alone else choose_nodes(nodes, cluster, driver=own)
-            self.nodes = engine_nodes(nodes, generation, training=training, per_node=cluster.gpus_per_node, driver=own)
+            own = node_id()
+            training = [] if alone else choose_nodes(nodes_of_ray(), cluster, driver=own)
+            choose = partial(engine_nodes, generation=generation, training=training, per_node=cluster.gpus_per_node)
+            # a cluster that is joined may give away the GPU that this process uses: then other nodes are left
+            self._avoided = own if taken and joins_ray() else None
+            self.nodes = _free_nodes(partial(choose, driver=own), self._avoided)
             self._files = BroughtFiles()
             self._cleanup.callback(self._files.close)
         except BaseException:
@@ -205,7 +216,11 @@ class EngineProcesses:
             alive = {node.node_id for node in nodes_of_ray()}
             node = self.nodes[place].node_id
             engine = EngineProcess(
-                settings, self._timeout_seconds, node=node if node in alive else None, files=self._files
+                settings,
+                self._timeout_seconds,
+                node=node if node in alive else None,
+                avoided=self._avoided,
+                files=self._files,
             )
         except BaseException:
             with self._lock:
@@ -218,10 +233,47 @@ class EngineProcesses:
         self._cleanup.close()
 
 
-def _host(node: str | None, settings: EngineSettings) -> Any:
+def _usable_nodes(avoided: str | None) -> list[Node]:
+    """Ray's nodes, without one that is avoided where that has GPUs."""
+    return [node for node in nodes_of_ray() if node.node_id != avoided or not node.num_gpus]
+
+
+def _free_nodes(choose: Callable[..., list[Node]], avoided: str | None) -> list[Node]:
+    """Places that are free, or will be within _FREE_SECONDS, as after a run that has just ended. ConfigError
+    where the cluster has too few, or others use them."""
+    nodes, until = _usable_nodes(avoided), time.monotonic() + _FREE_SECONDS
+    if avoided is not None:
+        _refuse_the_drivers_gpus(nodes)
+    number = len(choose(nodes))
+    while True:
+        with contextlib.suppress(ConfigError):
+            if len(found := choose(nodes, only_free=True)) >= number:
+                return found[:number]
+        nodes = _usable_nodes(avoided)
+        if time.monotonic() > until:
+            raise ConfigError(
+                f"policy.generation.colocated.enabled=False: the cluster has room for {number} engine(s), and other "
+                f"runs use it: free are {', '.join(f'{node.num_free} of {node}' for node in nodes[:8])}. Wait for "
+                f"their end, or lower policy.generation.num_engines."
+            )
+        time.sleep(_LOOK_SECONDS)
+
+
+def _refuse_the_drivers_gpus(nodes: Sequence[Node]) -> None:
+    """ConfigError where a cluster that is joined has no GPUs beside those of the driver's node."""
+    if not any(node.num_gpus for node in nodes):
+        raise ConfigError(
+            f"policy.generation.colocated.enabled=False: one process trains, on a GPU of this node, and the Ray "
+            f"cluster at {RAY_ADDRESS}={os.environ[RAY_ADDRESS]!r} may give an engine the same one, since it has GPUs "
+            f"on no other node. Unset {RAY_ADDRESS} to run on this machine alone, or let several processes train "
+            f"(cluster.gpus_per_node=2)."
+        )
+
+
+def _host(node: str | None, settings: EngineSettings, avoided: str | None) -> Any:
     """The actor, with its devices on one node: the one that is named, or the driver's if they are free there, else the
     first node that has them free. Where weights come in flight it answers two calls at once."""
-    nodes, own, num_devices = nodes_of_ray(), node_id(), settings.num_ranks
+    nodes, own, num_devices = _usable_nodes(avoided), node_id(), settings.num_ranks
     num_threads = 1 if settings.in_flight is None else 2
     if node is None:
         free = [found for found in nodes if found.num_free >= num_devices]

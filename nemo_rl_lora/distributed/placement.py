@@ -84,13 +84,20 @@ def device_of(nodes: Sequence[Node]) -> str:
 
 
 def engine_nodes(
-    nodes: Sequence[Node], generation: GenerationConfig, *, training: Sequence[Node], per_node: int, driver: str
+    nodes: Sequence[Node],
+    generation: GenerationConfig,
+    *,
+    training: Sequence[Node],
+    per_node: int,
+    driver: str,
+    only_free: bool = False,
 ) -> list[Node]:
     """The node of each engine, beside `per_node` processes on each of those that train. An engine takes devices of the
-    driver's node first. ConfigError where the cluster has too little."""
+    driver's node first. ConfigError where the cluster has too little; `only_free`: of what is free now."""
     device, size = device_of(nodes), generation.devices_per_engine
     taken = {node.node_id: per_node for node in training}
-    left = {node.node_id: node.num_devices(device) - taken.get(node.node_id, 0) for node in nodes}
+    has = {node.node_id: node.num_free if only_free else node.num_devices(device) for node in nodes}
+    left = {node.node_id: has[node.node_id] - taken.get(node.node_id, 0) for node in nodes}
     ordered = sorted(nodes, key=lambda node: node.node_id != driver)  # stable: the others by their addresses
     resources, wanted = generation.colocated.resources, generation.known_engines
     if resources.gpus_per_node is not None:

@@ -1,8 +1,10 @@
 """Which nodes train, from lists of nodes alone."""
 
+import contextlib
 import re
 
 import pytest
+import torch
 
 from nemo_rl_lora.config.cluster import ClusterConfig
 from nemo_rl_lora.config.errors import ConfigError
@@ -122,3 +124,41 @@ def test_the_bundles_of_a_node_are_consecutive():
     ]
     assert all(bundle["GPU"] == bundle["CPU"] == 1 for bundle in found)
     assert all("GPU" not in bundle for bundle in bundles_of(nodes(2), 2, gpus=False))
+
+
+def places_of(monkeypatch, found, *overrides, cuda=False):
+    """The nodes of engines beside one process that trains, in a cluster that is joined, as the run's start says."""
+    pytest.importorskip("ray")
+    from nemo_rl_lora.distributed import engine_process
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(engine_process, "running_ray", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(engine_process, "nodes_of_ray", lambda: found.pop(0) if len(found) > 1 else found[0])
+    monkeypatch.setattr(engine_process, "node_id", lambda: "n1")
+    monkeypatch.setattr(engine_process, "_FREE_SECONDS", 0.0 if len(found) == 1 else 30.0)
+    monkeypatch.setattr(engine_process, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    config = load_config(None, ["policy.generation.backend=vllm", *APART, *overrides], "grpo")
+    return [node.node_id for node in engine_process.EngineProcesses(config.policy.generation, config.cluster).nodes]
+
+
+APART = ("policy.generation.colocated.enabled=false",)
+
+
+def test_engines_take_what_is_free_and_wait_a_while_for_it(monkeypatch):
+    busy, free = nodes(2, 2, free=(0, 0), gpus=True), nodes(2, 2, free=(0, 1), gpus=True)
+    assert places_of(monkeypatch, [free], "policy.generation.num_engines=1") == ["n2"]
+    assert places_of(monkeypatch, [busy, busy, busy, free], "policy.generation.num_engines=1") == ["n2"]
+
+
+def test_engines_whose_places_others_use_are_refused_by_name(monkeypatch):
+    busy = nodes(2, 2, free=(1, 0), gpus=True)
+    says = r"room for 2 engine\(s\), and other runs use it: free are 1 of 10.0.0.1 \(2 GPUs, 64 CPUs\), 0 of 10.0.0.2"
+    with pytest.raises(ConfigError, match=says):
+        places_of(monkeypatch, [busy], "policy.generation.num_engines=2")
+
+
+def test_beside_one_process_that_trains_engines_of_a_joined_cluster_take_no_gpu_of_its_node(monkeypatch):
+    assert places_of(monkeypatch, [nodes(2, 2, gpus=True)], "policy.generation.num_engines=1", cuda=True) == ["n2"]
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS='10.0.0.1:6379' may give an engine the same one"):
+        places_of(monkeypatch, [nodes(2, gpus=True)], "policy.generation.num_engines=1", cuda=True)
