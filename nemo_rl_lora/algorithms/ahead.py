@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 from nemo_rl_lora.algorithms.algorithm import Run
 from nemo_rl_lora.algorithms.group_records import group_from, group_record, prompt_of, prompt_record
@@ -33,6 +35,7 @@ from nemo_rl_lora.run.metrics import Stopwatch
 from nemo_rl_lora.types import CompletionGroup, GroupRequest, Prompt, RolloutGroup
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 AHEAD_FILE = "groups_ahead.json"
 
@@ -75,6 +78,39 @@ class _BusyClock:
         return self._total + (0.0 if started is None else time.perf_counter() - started)
 
 
+class _Threads:
+    """Threads that take calls in their order, and do not keep the interpreter from ending, whatever a call does."""
+
+    def __init__(self, number: int, name: str) -> None:
+        self._number = number
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = SimpleQueue()
+        for _ in range(number):
+            threading.Thread(target=self._work, daemon=True, name=name).start()
+
+    def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        future: Future[T] = Future()
+        self._calls.put((future, function, arguments))
+        return future
+
+    def close(self) -> None:
+        """Cancel what has not begun."""
+        with suppress(Empty):
+            while call := self._calls.get_nowait():
+                call[0].cancel()
+        for _ in range(self._number):
+            self._calls.put(None)
+
+    def _work(self) -> None:
+        while call := self._calls.get():
+            future, function, arguments = call
+            future.set_running_or_notify_cancel()
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:  # raised where the result is asked for
+                future.set_exception(error)
+            del call, future  # and with them the groups
+
+
 class SourceAhead:
     """A RolloutSource; see the module's contract."""
 
@@ -94,8 +130,7 @@ class SourceAhead:
         self._in_flight = config.grpo.async_grpo.in_flight_weight_updates
         self._asked: dict[int, _Asked] = {}  # by step
         self._again: dict[int, Sequence[Prompt]] = {}  # by step: what an interrupted run had asked
-        self._sampling = ThreadPoolExecutor(1, thread_name_prefix="sampling")
-        self._scoring = ThreadPoolExecutor(self._num_ahead + 1, thread_name_prefix="scoring")
+        self._sampling, self._scoring = _Threads(1, "sampling"), _Threads(self._num_ahead + 1, "scoring")
         self._engine_clock, self._last_seen = _BusyClock(), (time.perf_counter(), 0.0)
 
     def next(self, step: int, version: int, watch: Stopwatch) -> Rollout:
@@ -182,9 +217,10 @@ class SourceAhead:
             )
 
     def close(self) -> None:
-        """Ask for nothing more. What is sampled now ends with the engine, what is scored with the environments."""
-        self._sampling.shutdown(wait=False, cancel_futures=True)
-        self._scoring.shutdown(wait=False, cancel_futures=True)
+        """Ask for nothing more. What is sampled now ends with the engine, what is scored with the environments, or in a
+        thread of this process that nothing waits for."""
+        self._sampling.close()
+        self._scoring.close()
 
     def _ask(self, step: int, version: int) -> None:
         prompts = self._again.pop(step, None)

@@ -233,6 +233,33 @@ def test_an_error_beside_a_step_ends_the_run_with_its_own_words_and_the_last_ste
     assert tiny_run(*of_age(1)).code == 0
 
 
+def test_a_reward_that_hangs_keeps_no_process_from_ending(tiny_run, monkeypatch):
+    """The environment hangs at the third step's groups; the run has ended by then for another reason."""
+    score, calls, hangs, goes_on = RewardFunctionEnvironment.score, [], threading.Event(), threading.Event()
+
+    def hanging(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            hangs.set()
+            assert goes_on.wait(60)
+        return score(self, *arguments)
+
+    def fails(self, batch, loss_fn):
+        assert hangs.wait(60)
+        raise ValueError("of the first step")
+
+    monkeypatch.setattr(RewardFunctionEnvironment, "score", hanging)
+    monkeypatch.setattr(DTensorPolicy, "train_step", fails)
+    threads = set(threading.enumerate())
+    try:
+        assert tiny_run(*of_age(2)).code == 1
+        left = [thread for thread in set(threading.enumerate()) - threads if thread.is_alive()]
+        assert left  # the one that hangs
+        assert all(thread.daemon for thread in left)
+    finally:
+        goes_on.set()
+
+
 def test_a_run_ends_where_the_rows_end(tiny_run):
     ended = tiny_run(*of_age(2), "grpo.max_num_steps=100", "data.train.num_rows=16", "grpo.max_num_epochs=1")
     assert ended.code == 0, ended.err
