@@ -116,6 +116,13 @@ def _ahead_problems(config: GrpoMaster) -> list[str]:
         return []
     if engine == "replay":
         return [f"policy.generation.backend='replay': its rollouts are there already. Choose another, or {off}."]
+    for name, limit in generation.parity:
+        if limit is not None:
+            return [
+                f"policy.generation.parity.{name}={limit}: compares the engine with the policy that trains, and with "
+                f"grpo.async_grpo.max_trajectory_age_steps={ahead.num_steps_ahead} an earlier one has sampled, from "
+                f"which it has moved. Remove it, or {off}."
+            ]
     if engine == "vllm" and generation.colocated.enabled:
         return [
             f"policy.generation.colocated.enabled=True: vLLM has to sample while this process trains. Set it to false, "

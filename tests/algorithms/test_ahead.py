@@ -272,6 +272,11 @@ def test_a_run_ends_where_the_rows_end(tiny_run):
     [
         (("loss_fn.use_importance_sampling_correction=false",), "the loss has to account for it"),
         (("grpo.use_dynamic_sampling=true",), "is known only once they are scored"),
+        (("policy.generation.parity.max_gen_kl_error=0.1",), "parity.max_gen_kl_error=0.1: compares the engine with"),
+        (
+            ("policy.generation.parity.max_token_mult_prob_error=2",),
+            "an earlier one has sampled, from which it has moved",
+        ),
         (("loss_fn.vespo={}",), "Choose another objective than loss_fn.vespo"),
         (
             ("grpo.async_grpo.in_flight_weight_updates=true", "grpo.async_grpo.max_trajectory_age_steps=0"),
