@@ -130,6 +130,7 @@ class SourceAhead:
         self._in_flight = config.grpo.async_grpo.in_flight_weight_updates
         self._asked: dict[int, _Asked] = {}  # by step
         self._again: dict[int, Sequence[Prompt]] = {}  # by step: what an interrupted run had asked
+        self._late: set[int] = set()  # steps that an interrupted run had not asked for
         self._sampling, self._scoring = _Threads(1, "sampling"), _Threads(self._num_ahead + 1, "scoring")
         self._engine_clock, self._last_seen = _BusyClock(), (time.perf_counter(), 0.0)
 
@@ -140,6 +141,7 @@ class SourceAhead:
         for later in range(step, min(step + self._num_ahead, self._run.num_steps - 1) + 1):
             if later not in self._asked:
                 self._ask(later, version)
+        self._say_what_was_late()
         if step not in self._asked:
             raise StopIteration
         asked = self._asked[step]
@@ -215,6 +217,19 @@ class SourceAhead:
                 f"grpo.async_grpo: the groups of step {steps} were not complete when the run stopped. Their prompts "
                 f"are asked again, of newer weights than before: from here on the run is not the one that stopped."
             )
+        assert self._run.resume is not None, "its directory is loaded"
+        step = self._run.resume.step
+        self._late = set(range(step, step + self._num_ahead)) - self._asked.keys() - self._again.keys()
+
+    def _say_what_was_late(self) -> None:
+        """Warn of the steps that would have had older weights in a run that never stopped."""
+        if steps := sorted(self._late & self._asked.keys()):
+            logger.warning(
+                f"grpo.async_grpo: the groups of step {', '.join(str(step + 1) for step in steps)} were not asked for "
+                f"before the run stopped, which was to end there, or their prompts are gone. They are asked now, of "
+                f"newer weights: from here on the run is not one that never stopped."
+            )
+        self._late = set()
 
     def close(self) -> None:
         """Ask for nothing more. What is sampled now ends with the engine, what is scored with the environments, or in a

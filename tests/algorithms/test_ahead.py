@@ -157,8 +157,17 @@ def test_what_was_not_there_at_an_urgent_save_is_asked_again(tiny_run, monkeypat
     assert went_on.code == 0, went_on.err
     log = (tiny_run.logs / "exp_002" / "run.log").read_text()
     assert "were not complete when the run stopped. Their prompts are asked again" in log
+    assert "were not asked for" not in log
     assert [r.prompt.index for r in asked[:4]] == [record["prompt_index"] for record in first["prompts"]]
     assert [line["step"] for line in tiny_run.metrics(experiment=2)][-1] == 5
+
+
+def test_a_finished_run_that_is_given_more_steps_says_which_come_from_newer_weights(tiny_run):
+    assert tiny_run(*of_age(2), "grpo.max_num_steps=2").code == 0
+    assert tiny_run(*of_age(2)).code == 0
+    log = (tiny_run.logs / "exp_002" / "run.log").read_text()
+    assert "the groups of step 3, 4 were not asked for before the run stopped, which was to end there" in log
+    assert [line["trajectory_age_max"] for line in tiny_run.metrics(experiment=2)] == [0, 1, 2]
 
 
 def test_completions_go_on_under_new_weights_and_say_which_tokens_are_whose(tiny_run, monkeypatch):
