@@ -60,15 +60,20 @@ def base_beside(step: Path, name: str | None = None) -> Path | None:
     return next((place.resolve() for place in places if (place / PHASE_RECORD_FILE).is_file()), None)
 
 
+def base_step(path: Path) -> int | None:
+    """The step that a base was made from; None where a directory is no base of a phase: its name and its record have to
+    be of one phase, which those of a copy under another name are not."""
+    with contextlib.suppress(DamagedError, KeyError, TypeError, ValueError, OSError):
+        record = read_json_file(path, PHASE_RECORD_FILE)
+        if not path.is_symlink() and path.name == f"{PHASE_BASE_PREFIX}{int(record['index']) + 1}":
+            return int(record["step"])
+    return None
+
+
 def bases_of(directory: Path) -> dict[Path, int]:
     """The directories of a run that its phases build on, with the step that each was made from."""
-    found = {}
-    for path in directory.glob(f"{PHASE_BASE_PREFIX}*"):
-        if path.is_symlink() or not (path / PHASE_RECORD_FILE).is_file():
-            continue
-        with contextlib.suppress(DamagedError, KeyError, TypeError, ValueError):  # it is left alone
-            found[path] = int(read_json_file(path, PHASE_RECORD_FILE)["step"])
-    return found
+    found = ((path, base_step(path)) for path in directory.glob(f"{PHASE_BASE_PREFIX}*"))
+    return {path: step for path, step in found if step is not None}
 
 
 def prune_bases(directory: Path, steps: Steps) -> None:

@@ -14,8 +14,8 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from nemo_rl_lora.algorithms.phase import Phase, ScheduleSpan
-from nemo_rl_lora.checkpoints.record import PHASE_BASE_PREFIX, PHASE_RECORD_FILE, PHASE_WEIGHTS, PhaseBegin
-from nemo_rl_lora.checkpoints.retention import base_beside
+from nemo_rl_lora.checkpoints.record import PHASE_BASE_PREFIX, PHASE_WEIGHTS, PhaseBegin
+from nemo_rl_lora.checkpoints.retention import base_beside, base_step
 from nemo_rl_lora.checkpoints.steps import Checkpointer, ResumePoint
 from nemo_rl_lora.config.errors import ConfigError
 from nemo_rl_lora.config.load import derived
@@ -264,7 +264,7 @@ def _expected_lr(
 
 def refuse_what_is_in_the_way(base: Path) -> None:
     """ValueError where the name of what a phase's end makes is taken by something that no run made."""
-    if os.path.lexists(base) and (base.is_symlink() or not (base / PHASE_RECORD_FILE).is_file()):
+    if os.path.lexists(base) and base_step(base) is None:
         raise ValueError(
             f"checkpointing.checkpoint_dir={str(base.parent)!r}: {base} is in the way, and was not made by a run. Move "
             f"it away, and give the same command again."

@@ -433,6 +433,25 @@ def test_what_others_put_into_a_step_outlives_it(tmp_path, checksums, caplog):
     assert f"{tmp_path / 'step_1'}: what it held besides its own files was moved to" in caplog.text
 
 
+def make_base(path, index, step=2):
+    path.mkdir()
+    (path / "phase_base.json").write_text(json.dumps({"step": step, "index": index}))
+
+
+@pytest.mark.parametrize("name", ["base_of_phase_2_my_backup", "base_of_phase_3", "base_of_phase_02", "base_of_phase_"])
+def test_a_copy_of_a_base_is_its_makers(tmp_path, name):
+    make_base(tmp_path / "base_of_phase_2", index=1)
+    make_base(tmp_path / name, index=1)
+    checkpointer(tmp_path, load_path="none").save(info(3), write_policy)
+    assert (tmp_path / "set_aside_001" / "base_of_phase_2").is_dir()
+    make_base(tmp_path / "base_of_phase_2", index=1)
+    keeper = checkpointer(tmp_path)
+    keeper.find_resume()
+    keeper.save(info(4), write_policy)
+    assert not (tmp_path / "base_of_phase_2").exists()
+    assert (tmp_path / name / "phase_base.json").is_file()
+
+
 def test_a_step_of_another_product_is_no_step(tmp_path):
     (tmp_path / "step_2").mkdir()
     (tmp_path / "step_2" / "training_info.json").write_text('{"epoch": 0, "step": 2}')

@@ -288,14 +288,15 @@ def test_a_new_run_in_the_same_place_loses_nothing(whole, phased):
     assert not same(adapter(phased.tiny.checkpoints / "step_6"), adapter(aside / "step_6"))
 
 
-def test_what_is_in_the_way_is_left_alone(phased):
+@pytest.mark.parametrize("file", ["notes.txt", pytest.param("phase_base.json", id="the base of another phase")])
+def test_what_is_in_the_way_is_left_alone(phased, file):
     mine = phased.tiny.checkpoints / "base_of_phase_2"
     mine.mkdir(parents=True)
-    (mine / "notes.txt").write_text("mine")
+    (mine / file).write_text('{"step": 4, "index": 2}')
     ended = phased("sft.phases=[{train: full, steps: 1}, {train: lora, steps: 1}]")
     assert ended.code == 2
     assert f"{mine} is in the way, and was not made by a run" in ended.err
-    assert (mine / "notes.txt").read_text() == "mine"
+    assert [path.name for path in mine.iterdir()] == [file]
     assert phased.tiny.steps() == []
 
 
