@@ -227,7 +227,8 @@ class TrainingLoop:
     def _checkpoint(self) -> Path | None:
         """The newest."""
         run = self._run
-        return run.checkpointer.saved or (None if run.resume is None else run.resume.path)
+        before = None if run.phase is None else run.phase.after
+        return run.checkpointer.saved or (before if run.resume is None else run.resume.path)
 
     def _is_saved(self) -> bool:
         return self._checkpoint is not None and self._checkpoint.name == f"step_{self._step}"

@@ -25,6 +25,7 @@ class Phase:
     begin: PhaseBegin
     is_last: bool
     counters: Mapping[str, float]  # totals of the run when it began
+    after: Path | None  # the step that the phase before ended with; None: the first, or one that a run continues in
     goes_on_from: Path | None  # a step's `policy`, whose weights and moments it begins with; None: it has its own
     lr_over: Callable[[ScheduleSpan], float]
 

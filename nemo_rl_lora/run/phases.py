@@ -54,7 +54,8 @@ class PhaseStart(Start):
         self.following: tuple[PhaseStart, ...] = ()
         self._begin = PhaseBegin(index=index, name=self.name)
         self._counters: Mapping[str, float] = {}
-        self._goes_on_from: Path | None = None
+        self._after: Path | None = None
+        self._goes_on = False
         self._kept_initial: Mapping[str, str] | None = None
 
     @property
@@ -139,7 +140,8 @@ class PhaseStart(Start):
             begin=self._begin,
             is_last=not self.following,
             counters=self._counters,
-            goes_on_from=self._goes_on_from,
+            after=self._after,
+            goes_on_from=self._after / "policy" if self._after is not None and self._goes_on else None,
             lr_over=self.lr_over(),
         )
 
@@ -185,9 +187,9 @@ class PhaseStart(Start):
             schedule_tokens=num_tokens - length_before(phases, self.index),  # of which a phase may have some more
             base=earlier.base if base is None else base.name,
         )
-        self._counters = counters
+        self._counters, self._after, self._goes_on = counters, at, base is None
         if base is None:
-            self._goes_on_from, self._kept_initial = at / "policy", before.initial_record
+            self._kept_initial = before.initial_record
         if self._begin.base is not None:
             self._build_on(self._directory / self._begin.base)
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nemo_rl_lora.lora.files import read_moments
+from nemo_rl_lora.policy.dtensor.policy import DTensorPolicy
 from nemo_rl_lora.run import crossing, start
 from nemo_rl_lora.seeds import derive_seed
 from tests.driver import Ended, TinyRun, adapter, run_command, run_driver, same, without_seconds
@@ -353,6 +354,27 @@ def test_a_full_disk_and_a_signal_at_a_boundary_lose_nothing(whole, phased, monk
     monkeypatch.undo()
     ended = phased(*ALL)
     assert ended.code == 0, ended.err
+    assert same(adapter(phased.tiny.checkpoints / "step_6"), adapter(whole.tiny.checkpoints / "step_6"))
+
+
+@pytest.mark.parametrize("error", [FloatingPointError, RuntimeError])  # which says that no weight has moved, or not
+def test_a_phase_that_fails_at_once_leaves_the_last_step_of_the_one_before(whole, phased, monkeypatch, error):
+    phased.with_steps_until(whole, 2, bases_of=0)
+    step = phased.tiny.checkpoints / "step_2"
+    before = record_of(step), weights_of(step / "policy" / "weights")
+
+    def fails(self, batch, loss_fn):
+        raise error("of the phase's first step")
+
+    monkeypatch.setattr(DTensorPolicy, "train_step", fails)
+    ended = phased(*ALL, "checkpointing.save_period=0")
+    assert ended.code == 1
+    assert f"Step 2, the last complete one, is saved: {step}." in ended.err
+    assert record_of(step) == before[0]
+    assert same(weights_of(step / "policy" / "weights"), before[1])
+    monkeypatch.undo()
+    again = phased(*ALL)
+    assert again.code == 0, again.err
     assert same(adapter(phased.tiny.checkpoints / "step_6"), adapter(whole.tiny.checkpoints / "step_6"))
 
 
