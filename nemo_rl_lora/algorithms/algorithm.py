@@ -7,7 +7,7 @@ then it trains. It knows no backend and no engine.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -43,6 +43,7 @@ class Run:
     tokenizer: Any
     num_steps: int  # of the phase, where the run has some
     phase: Phase | None  # None: the run has no phases
+    lr_at: Callable[[int], float]  # the learning rate of a step of the run, from 0, where it has no phases
     resume: ResumePoint | None  # where it continues; None for a new run
     origin: TrainingInfo  # before the first step: what every checkpoint says of the base and of the adapter's start
     checkpointer: Checkpointer

@@ -154,7 +154,8 @@ class Grpo(Algorithm[GrpoMaster]):
         self.source.close()
 
     def train(self, step: int, watch: Stopwatch) -> StepDone:
-        """Sample groups, score them, and take the optimizer steps of their batch."""
+        """Sample groups, score them, and take the optimizer steps of their batch, which have one learning rate: NeMo
+        RL's schedulers count rollouts."""
         receipt = self._sync(step, watch)
         rollout = self.source.next(step, receipt.version, watch)
         self.has_moved = self.loop.keep_surplus_groups  # which are those of the next step now
@@ -162,7 +163,7 @@ class Grpo(Algorithm[GrpoMaster]):
             advantages = rollout_advantages(rollout.groups, self.loop)
         with watch.measure("data_processing"):
             batch = collate_rollouts(rollout.groups, advantages, overlong_filtering=self.loop.overlong_filtering)
-        batch = self._with_logprobs(batch, rollout.groups, watch)
+        batch = replace(self._with_logprobs(batch, rollout.groups, watch), lr=self.run.lr_at(step))
         self.run.console.stage("training")
         with watch.measure("policy_training"):
             outputs = [self._optimizer_step(part, step) for part in self._slices(batch)]

@@ -1,6 +1,7 @@
 """The optimizer and the learning-rate schedule, in NeMo RL's list form and in a short form of our own.
 
-`lr_factor` is a pure function of the step, so that a resumed run needs no scheduler state. Steps count from 0.
+`lr_factor` is a pure function of the step, so that a resumed run needs no scheduler state. Steps are those of the run
+(in GRPO rollouts, however many optimizer steps each has), and count from 0.
 This module holds no optimizer and imports no torch.
 """
 
@@ -87,7 +88,7 @@ class ShortScheduler(Section):
         if self.total_steps is None:
             raise ValueError(
                 f"total_steps=None: the {self.name} scheduler has to know where its decay ends. Set it to the number "
-                "of optimizer steps."
+                "of the run's steps."
             )
         if self.name == "wsd" and self.decay_steps is None:
             raise ValueError("decay_steps=None: wsd has to know how long its decay is. Set a number of steps.")

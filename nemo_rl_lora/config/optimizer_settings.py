@@ -45,7 +45,7 @@ CLIP, MEGATRON_CLIP = "policy.max_grad_norm", f"{_MEGATRON}.optimizer.clip_grad"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdamSettings:
-    """AdamW and its schedules. Steps count from 0."""
+    """AdamW and its schedules, by the steps of the run, which in GRPO are rollouts. They count from 0."""
 
     lr_at: Callable[[int], float]
     weight_decay_at: Callable[[int], float]

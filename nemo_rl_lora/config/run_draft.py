@@ -136,7 +136,7 @@ def set_schedule(
     if name == "constant":
         return
     if total is None:
-        draft.leave_open("policy.scheduler.total_steps", f"the number of optimizer steps. {why_open}")
+        draft.leave_open("policy.scheduler.total_steps", f"the number of the run's steps. {why_open}")
     else:
         draft.set("policy.scheduler.total_steps", total)
     if min_lr_ratio:

@@ -237,7 +237,7 @@ def _schedule_problems(config: MasterConfig) -> list[str]:
     elif style != "constant" and (end is None or end <= warmup):
         problems.append(
             f"{key}.lr_decay_iters={end}: the {style} schedule has to end after its warm-up of {warmup} steps. "
-            f"Set it to the number of optimizer steps."
+            f"Set it to the number of the run's steps."
         )
     if style != "constant" and megatron.optimizer.min_lr > peak:
         problems.append(

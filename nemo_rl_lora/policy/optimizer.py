@@ -37,7 +37,8 @@ class MasterAdam(torch.optim.AdamW):
     def move(self, loss: float, norm: Tensor, lr: float | None = None) -> tuple[float, float]:
         """One step from the masters' gradients: the gradient's norm before clipping, and the learning rate.
 
-        `norm` is their L2 norm over all processes; `lr` None: what the schedule says. FloatingPointError
+        `norm` is their L2 norm over all processes; `lr` None: what the schedule says of the step that this one is,
+        which is right where a step of the run is one of the optimizer. FloatingPointError
         before the optimizer moves.
         """
         read = float(norm)

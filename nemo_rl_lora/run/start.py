@@ -82,6 +82,7 @@ def build_run(start: Start, log: RunLog, cleanup: ExitStack) -> Run:
         tokenizer=start.tokenizer,
         num_steps=start.num_steps,
         phase=phase,
+        lr_at=start.adam.lr_at,
         resume=start.resume,
         origin=replace(_origin(start), train_mb_tokens=train_tokens),
         checkpointer=start.checkpointer,

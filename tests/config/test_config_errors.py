@@ -53,7 +53,7 @@ OVERRIDES = {
     "'linear', 'cosine' or 'wsd'. Did you mean 'cosine'?",
     "policy.scheduler={name: cosine, total_steps: null}": "policy.scheduler.total_steps=None: the cosine scheduler "
     "has to know where its "
-    "decay ends. Set it to the number of optimizer steps.",
+    "decay ends. Set it to the number of the run's steps.",
     "policy.scheduler=[3]": "policy.scheduler.0=3: must be a mapping. Correct the value.",
     "policy.optimizer.kwargs={foreach: true, fused: true}": "policy.optimizer.kwargs.fused=True: AdamW runs either "
     "fused or foreach, and both are true. Set one of the two to false.",

@@ -74,6 +74,27 @@ def test_the_engine_samples_from_the_adapter_that_is_trained(tiny_run, mode):
     assert all(line["gen_kl_error"] < 1e-4 for line in tiny_run.metrics())
 
 
+@pytest.mark.parametrize("schedule", ["policy.scheduler", "policy.megatron_cfg.scheduler"])
+def test_a_schedule_counts_rollouts_and_goes_on_from_where_it_was(tiny_run, schedule):
+    """Of two optimizer steps each: up over two rollouts, then down to 0 at the fourth or the fifth."""
+    ours = ["policy.scheduler={_override_: true, name: linear, warmup_steps: 2, total_steps: 4}"]
+    theirs = {"lr_decay_style": "linear", "lr_warmup_init": 0.0, "lr_warmup_iters": 2, "lr_decay_iters": 4}
+    is_ours = schedule == "policy.scheduler"
+    settings = ours if is_ours else [f"{schedule}.{key}={value}" for key, value in theirs.items()]
+    settings += [] if is_ours else ["policy.megatron_cfg.optimizer.min_lr=0"]
+    for num_steps in (2, 4):
+        ended = tiny_run(
+            *MEGATRON,
+            *settings,
+            "policy.optimizer.kwargs.lr=0.02",
+            "policy.train_global_batch_size=8",
+            f"grpo.max_num_steps={num_steps}",
+        )
+        assert ended.code == 0, ended.err
+    rates = [line["lr"] for experiment in (1, 2) for line in tiny_run.metrics(experiment=experiment)]
+    assert rates == pytest.approx([0.01, 0.02, 0.02, 0.01] if is_ours else [0.0, 0.01, 0.02, 0.01])
+
+
 SPLIT = {
     "sft": ["policy.megatron_cfg.pipeline_model_parallel_size=2", "policy.megatron_cfg.activation_checkpointing=true"],
     "dpo": [],
