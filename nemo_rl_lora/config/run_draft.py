@@ -73,11 +73,13 @@ class Draft:
         """Say what is otherwise here than there."""
         self.differences.append(text)
 
-    def finish(self, tool: str, harmless: Mapping[str, Sequence[Any] | None]) -> RunTranslation:
+    def finish(
+        self, tool: str, harmless: Mapping[str, Sequence[Any] | None], own_switches: Sequence[str] = ()
+    ) -> RunTranslation:
         """The translation. `harmless`: globs of their keys, with the values at which they change no result here (None:
-        at any)."""
+        at any). `own_switches`: sections whose `enable` switches only some of them off."""
         unread = self.theirs.unread()
-        off = {key.rpartition(".")[0] for key in self.theirs.switched_off()}
+        off = {key.rpartition(".")[0] for key in self.theirs.switched_off()} - {*own_switches}
         quiet = {
             key
             for key, value in unread.items()

@@ -31,7 +31,21 @@ _HARMLESS_EVERYWHERE: dict[str, tuple[Any, ...] | None] = {
     "*._target_": None,
     "defaults": None,
     "hydra.*": None,
-    "trainer.*": None,
+    **dict.fromkeys(
+        f"trainer.{key}"
+        for key in (
+            *("balance_batch", "device", "use_legacy_worker_impl", "ray_wait_register_center_timeout"),
+            *("project_name", "experiment_name", "default_hdfs_dir", "del_local_ckpt_after_load"),
+            *("max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep", "max_ckpt_to_keep", "remove_previous_ckpt_in_save"),
+            *("log_val_generations", "val_generations_to_log_to_wandb", "rollout_data_dir", "validation_data_dir"),
+            *("esi_redundant_time", "seed", "val_before_train", "strategy"),
+            *("profile_steps", "npu_profile.*", "worker_nsight_options.*", "controller_nsight_options.*"),
+        )
+    ),
+    "trainer.resume_mode": ("auto", "disable"),
+    "trainer.resume_from_path": (False,),
+    "trainer.val_only": (False,),
+    "trainer.critic_warmup": (0,),  # steps in which the policy is not trained, without a critic too
     "data.*num_workers": None,
     "data.*_workers": None,
     "data.use_shm": None,
@@ -67,29 +81,67 @@ _HARMLESS_EVERYWHERE: dict[str, tuple[Any, ...] | None] = {
     "*zero_indexed_step": None,
     "*min_lr_ratio": (0, 0.0),
 }
+# Where verl has had what belongs to rewards, and what of it changes no reward.
+_REWARDS = ("reward_model", "reward", "reward.reward_model")
+_HARMLESS_OF_REWARDS: dict[str, tuple[Any, ...] | None] = {
+    **dict.fromkeys(
+        (
+            *("enable_resource_pool", "n_gpus_per_node", "nnodes", "num_workers", "nccl_timeout"),
+            *("launch_reward_fn_async", "use_reward_loop", "use_dynamic_bsz", "sandbox_fusion.*"),
+            *("model.*", "model_path", "rollout.*"),  # of a model that scores, which is not here
+            *("micro_batch_size", "micro_batch_size_per_gpu", "max_length", "forward_max_token_len_per_gpu"),
+            *("overlong_buffer.log", "reward_kwargs.overlong_buffer_cfg.log"),
+        )
+    ),
+    "reward_manager": ("naive", "dapo", "prime"),  # which call a function of the file's own alike
+    "reward_manager.name": ("naive", "dapo", "prime"),
+    "reward_manager.source": ("register",),
+    "reward_manager.module.name": ("custom_reward_manager",),  # without a path
+}
+# What of `actor_rollout_ref.rollout` is about the engine, and not about what is sampled.
+_ENGINE = (
+    *("name", "mode", "prompt_length", "gpu_memory_utilization", "enforce_eager", "cudagraph_capture_sizes"),
+    *("free_cache_engine", "*_parallel_size", "max_num_batched_tokens", "max_model_len", "max_num_seqs", "seed"),
+    *("log_prob_*", "disable_log_stats", "multi_stage_wake_up", "calculate_log_probs", "checkpoint_engine.*"),
+    *("agent.num_workers", "update_weights_bucket_megabytes", "trace.*", "skip_dump_dir", "skip_tokenizer_init"),
+    *("enable_chunked_prefill", "enable_prefix_caching", "load_format", "layered_summon", "micro_batch_size"),
+    *("multi_turn.*", "val_kwargs.do_sample", "engine_kwargs.*.swap_space", "engine_kwargs.*.attention_backend"),
+    *("engine_kwargs.*.disable_mm_preprocessor_cache", "prometheus.*", "scheduling_policy", "logprobs_mode"),
+)
 _HARMLESS_IN_GRPO = _HARMLESS_EVERYWHERE | {
     "critic.*": None,
-    "reward_model.*": None,
-    "reward.*": None,
+    **{f"{place}.{key}": values for place in _REWARDS for key, values in _HARMLESS_OF_REWARDS.items()},
     "ray_kwargs.*": None,
     "ray_init.*": None,
     "global_profiler.*": None,
     "transfer_queue.*": None,
     "actor_rollout_ref.hybrid_engine": None,
     "actor_rollout_ref.nccl_timeout": None,
-    "actor_rollout_ref.ref.*": None,
+    "actor_rollout_ref.ref.log_prob_*": None,
+    "actor_rollout_ref.ref.entropy_*ing": None,
+    "actor_rollout_ref.ref.rollout_n": None,
+    "actor_rollout_ref.ref.router_replay.mode": ("disabled",),
     "actor_rollout_ref.actor.ppo_micro_batch_size*": None,
     "actor_rollout_ref.actor.shuffle": (False,),
     "actor_rollout_ref.actor.data_loader_seed": None,
     "actor_rollout_ref.actor.rollout_n": None,
     "actor_rollout_ref.actor.freeze_vision_tower": None,
     "actor_rollout_ref.actor.tau_*": None,
+    "actor_rollout_ref.actor.tis_imp_ratio_cap": (-1,),
     "actor_rollout_ref.actor.calculate_*": None,
     "actor_rollout_ref.actor.router_replay.mode": ("disabled",),
     "actor_rollout_ref.actor.entropy_coeff": (0, 0.0),
     "actor_rollout_ref.actor.entropy_*ing": None,
     "actor_rollout_ref.actor.policy_loss.*": None,
-    "actor_rollout_ref.rollout.*": None,
+    **{f"actor_rollout_ref.rollout.{key}": None for key in _ENGINE},
+    "actor_rollout_ref.rollout.agent.default_agent_loop": ("single_turn_agent",),
+    "actor_rollout_ref.rollout.over_sample_rate": (0,),
+    "actor_rollout_ref.rollout.skip_rollout": (False,),
+    "actor_rollout_ref.rollout.repetition_penalty": (1,),
+    "actor_rollout_ref.rollout.presence_penalty": (0,),
+    "actor_rollout_ref.rollout.frequency_penalty": (0,),
+    "actor_rollout_ref.rollout.min_p": (0,),
+    "actor_rollout_ref.rollout.logprobs": (0, 1),
     "algorithm.gamma": None,
     "algorithm.lam": None,
     "algorithm.kl_*": None,
@@ -127,7 +179,7 @@ def verl_run(theirs: Theirs) -> RunTranslation:
     draft = Draft(theirs)
     if _is_grpo(theirs):
         _grpo(draft)
-        return draft.finish(TOOL, _HARMLESS_IN_GRPO)
+        return draft.finish(TOOL, _HARMLESS_IN_GRPO, own_switches=_REWARDS)
     _sft(draft)
     return draft.finish(TOOL, _HARMLESS_EVERYWHERE)
 
@@ -261,7 +313,7 @@ def _set_advantages(draft: Draft) -> None:
 def _set_lengths(draft: Draft) -> None:
     theirs = draft.theirs
     asked = theirs.take_count("data.max_prompt_length", default=512)
-    answered = theirs.take_count("data.max_response_length", default=512)
+    answered = theirs.take_count("actor_rollout_ref.rollout.response_length", "data.max_response_length", default=512)
     draft.set("policy.max_total_sequence_length", asked + answered)
     draft.set("policy.generation.max_new_tokens", answered)
     draft.set("data.max_input_seq_length", asked)
@@ -303,15 +355,19 @@ def _set_questions(draft: Draft) -> None:
 
 def _set_reward_model(draft: Draft) -> None:
     """What verl adds to a reward: DAPO's penalty of length, and a model that scores, which is not here."""
-    theirs, overlong = draft.theirs, "reward_model.overlong_buffer"
+    theirs = draft.theirs
     if theirs.take_switch("reward_model.enable", "reward.reward_model.enable", default=False):
         draft.leave_open("data.default.env_name", "what scores completions: there is no reward model here")
-    if theirs.take_switch(f"{overlong}.enable", default=False):
-        draft.set("grpo.reward_shaping.enabled", True)
-        draft.carry("grpo.reward_shaping.overlong_buffer_length", theirs.take_count(f"{overlong}.len"))
-        penalty = theirs.take_number(f"{overlong}.penalty_factor", least=0)
-        draft.carry("grpo.reward_shaping.overlong_buffer_penalty", penalty)
-        draft.set("grpo.reward_shaping.max_response_length", draft.tree["policy"]["generation"]["max_new_tokens"])
+    of_managers = [f"{place}.reward_kwargs" for place in _REWARDS[:2]]
+    limit = theirs.take_count(*(f"{place}.max_resp_len" for place in of_managers))
+    for overlong in ("reward_model.overlong_buffer", *(f"{place}.overlong_buffer_cfg" for place in of_managers)):
+        if theirs.take_switch(f"{overlong}.enable", default=False):
+            draft.set("grpo.reward_shaping.enabled", True)
+            draft.carry("grpo.reward_shaping.overlong_buffer_length", theirs.take_count(f"{overlong}.len"))
+            penalty = theirs.take_number(f"{overlong}.penalty_factor", least=0)
+            draft.carry("grpo.reward_shaping.overlong_buffer_penalty", penalty)
+            longest = limit or draft.tree["policy"]["generation"]["max_new_tokens"]
+            draft.set("grpo.reward_shaping.max_response_length", longest)
 
 
 def _set_loss(draft: Draft) -> None:

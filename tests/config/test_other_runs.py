@@ -160,6 +160,64 @@ def test_verls_grpo_has_its_numbers_here(run, tmp_path):
     assert dapo.left_out == {}
 
 
+@pytest.mark.parametrize("place", ["reward_model", "reward"])
+def test_dapos_penalty_of_length_is_read_below_a_reward_managers_arguments(run, place):
+    found = run(
+        "verl_grpo",
+        **{
+            f"{place}__reward_manager": "dapo",
+            f"{place}__reward_kwargs": {
+                "overlong_buffer_cfg": {"enable": True, "len": 2, "penalty_factor": 0.5, "log": False},
+                "max_resp_len": 4,
+            },
+        },
+        reward_model__enable=False,
+        actor_rollout_ref__rollout__response_length=3,
+    )
+    assert found.tree["grpo"]["reward_shaping"] == {
+        "enabled": True,
+        "overlong_buffer_length": 2,
+        "overlong_buffer_penalty": 0.5,
+        "max_response_length": 4,
+    }
+    assert at(found, "policy.generation.max_new_tokens") == 3
+    assert found.is_whole, (found.to_decide, found.left_out)
+
+
+@pytest.mark.parametrize(
+    ("tool", "changes", "harmless"),
+    [
+        ("verl_grpo", "reward__custom_reward_function__reward_kwargs__weight", {}),
+        ("verl_grpo", "custom_reward_function__reward_kwargs__weight", {}),
+        ("verl_grpo", "reward_model__reward_kwargs__weight", {"reward_model__enable": False}),
+        ("verl_grpo", "reward_model__reward_manager", {"reward_model__reward_manager": "naive"}),
+        ("verl_grpo", "reward__reward_manager__name", {"reward__reward_manager__name": "dapo"}),
+        *(
+            ("verl_grpo", f"actor_rollout_ref__rollout__{key}", {f"actor_rollout_ref__rollout__{key}": neutral})
+            for key, neutral in (("repetition_penalty", 1.0), ("min_p", 0.0), ("presence_penalty", 0), ("later", None))
+        ),
+        ("verl_grpo", "actor_rollout_ref__rollout__engine_kwargs__vllm__quantization", {}),
+        ("verl_grpo", "actor_rollout_ref__rollout__agent__default_agent_loop", {}),
+        ("verl_grpo", "actor_rollout_ref__ref__model__path", {}),
+        ("verl_grpo", "trainer__val_only", {"trainer__val_only": False}),
+        ("verl_grpo", "trainer__critic_warmup", {"trainer__critic_warmup": 0}),
+        *(
+            (tool, f"trainer__{key}", {f"trainer__{key}": neutral})
+            for tool in ("verl_sft", "verl_grpo")
+            for key, neutral in (("resume_mode", "disable"), ("resume_from_path", None), ("later", None))
+        ),
+        ("veomni", "train__checkpoint__load_path", {"train__checkpoint__load_path": "auto"}),
+        ("veomni", "train__checkpoint__later", {}),
+    ],
+)
+def test_what_changes_training_is_not_among_what_changes_nothing(run, tool, changes, harmless):
+    key = changes.replace("__", ".")
+    for value in (7, "resume_path"):
+        assert run(tool, **harmless | {changes: value}).left_out == {key: value}
+    known = run(tool, **harmless)
+    assert (known.left_out, known.is_whole) == ({}, True)
+
+
 @pytest.mark.parametrize(
     ("change", "decided"),
     [

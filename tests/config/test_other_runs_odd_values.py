@@ -23,6 +23,7 @@ MORE = {
     "verl_grpo": [
         {},
         {"algorithm": {"filter_groups": {"enable": True}}, "reward_model": {"overlong_buffer": {"enable": True}}},
+        {"reward": {"reward_kwargs": {"overlong_buffer_cfg": {"enable": True}, "max_resp_len": 9}}},
         {
             "actor_rollout_ref": {
                 "actor": {"fsdp_config": {"dtype": "bf16", "mixed_precision": {"param_dtype": "bf16"}}}
