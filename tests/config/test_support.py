@@ -3,7 +3,7 @@
 import pytest
 
 from nemo_rl_lora.config.load import CONFIG_DIR, load_config
-from nemo_rl_lora.config.support import check_runnable
+from nemo_rl_lora.config.support import check_runnable, phase_problems
 
 
 @pytest.mark.parametrize("backend", ["dtensor", "megatron"])
@@ -93,3 +93,47 @@ def test_recipe_that_is_silent_about_the_other_backend_is_not_refused_for_it(nam
     if algorithm == "grpo":
         overrides.append("policy.generation.backend=auto")
     assert check_runnable(load_config(CONFIG_DIR / "recipes" / "llm" / f"{name}.yaml", overrides, algorithm)) == []
+
+
+FULL, LORA = "{train: full, steps: 1}", "{train: lora, steps: 1}"
+OWN = "{train: full, steps: 1, lr: 0.1, warmup_pct: 0.5, data: {dataset_name: squad}}"
+MEGATRON = "policy.backend=megatron"
+
+
+@pytest.mark.parametrize(
+    ("phases", "overrides", "said"),
+    [
+        (FULL, ["policy.lora={enabled: true, dim: 8}"], "policy.lora.enabled=True: is read by nothing (nor are policy"),
+        (FULL, ["policy.lora.dim=8"], "policy.lora.dim=8: is read by nothing"),
+        (FULL, ["policy.dtensor_cfg.lora_cfg.enabled=true"], "policy.dtensor_cfg.lora_cfg.enabled=True: is read by"),
+        (FULL, [MEGATRON, "policy.megatron_cfg.peft={enabled: true, dim: 4}"], "policy.megatron_cfg.peft.enabled=True"),
+        (OWN, ["policy.optimizer.kwargs.lr=0.1"], "policy.optimizer.kwargs.lr=0.1: is read by nothing"),
+        (OWN, ["policy.optimizer.full_finetuning_lr=0.1"], "policy.optimizer.full_finetuning_lr=0.1: is read by no"),
+        (OWN, [MEGATRON, "policy.megatron_cfg.optimizer.lr=0.1"], "policy.megatron_cfg.optimizer.lr=0.1: is read by"),
+        (OWN, ["policy.scheduler={_override_: true, name: constant}"], "policy.scheduler.name='constant': is read by"),
+        (
+            OWN,
+            [MEGATRON, "policy.megatron_cfg.optimizer.min_lr=0"],
+            "policy.megatron_cfg.optimizer.min_lr=0.0: is read",
+        ),
+        (OWN, ["data.train.dataset_name=gsm8k"], "data.train.dataset_name='gsm8k': is read by nothing"),
+        (OWN, ["data.train=[{dataset_name: gsm8k, rate: 1.0}]"], "data.train=[{"),
+    ],
+)
+def test_keys_of_the_run_are_refused_where_every_phase_has_its_own(phases, overrides, said):
+    config = load_config(None, [f"sft.phases=[{phases}]", *overrides], "sft")
+    (problem,) = phase_problems(config)
+    assert problem.startswith(said), problem
+    others = load_config(None, [f"sft.phases=[{phases}, {LORA}]", *overrides], "sft")
+    assert phase_problems(others) == []  # one phase reads them
+
+
+def test_keys_that_phases_refer_to_or_that_were_inherited_are_not_refused():
+    for overrides in (
+        [],
+        ["data.train=${sft.phases.0.data}"],
+        ["data.train=[{dataset_name: squad}]", "data.validation=${data.train}"],
+    ):
+        assert phase_problems(load_config(None, [f"sft.phases=[{OWN}]", *overrides], "sft")) == [], overrides
+    switched_off = ["policy.lora={enabled: false, dim: 8}"]
+    assert phase_problems(load_config(None, [f"sft.phases=[{FULL}]", *switched_off], "sft")) == []
