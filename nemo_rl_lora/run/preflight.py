@@ -278,11 +278,16 @@ def _data(start: Start) -> str:
 
 def expected_steps(start: Start) -> tuple[int, int]:
     """At which steps the run, or the phase, ends at the latest and at the earliest, by the mean of the rows."""
-    algorithm, loader = start.algorithm, start.loader
-    if (tokens := algorithm.loop.max_num_tokens) is None:
+    if (tokens := start.algorithm.loop.max_num_tokens) is None:
         return start.num_steps, start.num_steps
-    least, most = (loader.mean_of_a_batch(partial(_tokens_of, algorithm, which)) for which in (0, 1))
-    return min(math.ceil(tokens / least), start.num_steps), min(math.ceil(tokens / most), start.num_steps)
+    latest, earliest = (min(math.ceil(tokens / of_a_step), start.num_steps) for of_a_step in _tokens_of_a_step(start))
+    return latest, earliest
+
+
+def _tokens_of_a_step(start: Start) -> tuple[float, float]:
+    """At least and at most, by the mean of the rows."""
+    least, most = (start.loader.mean_of_a_batch(partial(_tokens_of, start.algorithm, which)) for which in (0, 1))
+    return least, most
 
 
 def _tokens_of(algorithm: Algorithm[Any], which: int, row: Any) -> int:
@@ -295,9 +300,19 @@ def _token_budget(start: Start) -> str:
         return ""
     latest, earliest = expected_steps(start)
     when = f"about step {latest}" if latest == earliest else f"a step from {earliest} to {latest}"
+    loop, ends = start.config.algorithm, start.num_steps
+    least, most = (of_a_step * ends for of_a_step in _tokens_of_a_step(start))
+    if least < tokens:
+        when = f"step {earliest} at the earliest, if at all"
+    if most < tokens:
+        about = " to ".join(dict.fromkeys(f"{total:.0f}" for total in (least, most)))
+        return (
+            f"; {loop}.max_num_tokens={tokens} is not reached: the run ends at step {ends} ({loop}.max_num_steps or "
+            f"{loop}.max_num_epochs), with about {about} tokens"
+        )
     if start.phase is not None:
         return f"; its {tokens} tokens are reached at {when} of the phase"
-    return f"; {start.config.algorithm}.max_num_tokens={tokens} is reached at {when}, of {start.num_steps} at most"
+    return f"; {loop}.max_num_tokens={tokens} is reached at {when}, of {ends} at most"
 
 
 def _evaluations(start: Start) -> str | None:

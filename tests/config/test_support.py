@@ -117,7 +117,7 @@ MEGATRON = "policy.backend=megatron"
             "policy.megatron_cfg.optimizer.min_lr=0.0: is read",
         ),
         (OWN, ["data.train.dataset_name=gsm8k"], "data.train.dataset_name='gsm8k': is read by nothing"),
-        (OWN, ["data.train=[{dataset_name: gsm8k, rate: 1.0}]"], "data.train=[{"),
+        (OWN, ["data.train=[{dataset_name: gsm8k, rate: 1.0}]"], "data.train="),
     ],
 )
 def test_keys_of_the_run_are_refused_where_every_phase_has_its_own(phases, overrides, said):

@@ -74,5 +74,22 @@ def test_the_plan_says_when_it_is_reached(tiny):
         assert abs(int(about) - num_steps) <= 1
 
 
+def test_the_plan_says_when_it_is_not_reached(tiny):
+    loop = tiny.algorithm
+    planned = tiny(*LONG[loop], f"{loop}.max_num_tokens=1000000000", f"{loop}.max_num_steps=3", "--plan")
+    said = " ".join(planned.out.split())
+    about = re.search(
+        rf"{loop}.max_num_tokens=1000000000 is not reached: the run ends at step 3 \({loop}.max_num_steps or "
+        rf"{loop}.max_num_epochs\), with about (\d+)(?: to (\d+))? tokens",
+        said,
+    )
+    assert about is not None, said
+    least, most = int(about[1]), int(about[2] or about[1])
+    assert (least < most) == (loop == "grpo")
+    between = tiny(*LONG[loop], f"{loop}.max_num_tokens={(least + most) // 2}", f"{loop}.max_num_steps=3", "--plan")
+    said = " ".join(between.out.split())
+    assert ("at the earliest, if at all, of 3 at most" if loop == "grpo" else "at about step 3, of 3 at most") in said
+
+
 def test_nonsense_is_refused(tiny_sft):
     assert "sft.max_num_tokens=0: " in tiny_sft("sft.max_num_tokens=0").err
