@@ -53,6 +53,7 @@ class Draft:
     tree: dict[str, Any] = field(default_factory=dict)
     to_decide: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
+    left_out: dict[str, Any] = field(default_factory=dict)  # below what was read: the rest finds itself in `finish`
 
     def set(self, key: str, value: Any) -> None:
         """Write a value at a dotted key."""
@@ -90,7 +91,7 @@ class Draft:
             tree=self.tree,
             to_decide=tuple(self.to_decide),
             differences=tuple(self.differences),
-            left_out={key: value for key, value in unread.items() if key not in quiet},
+            left_out={key: value for key, value in unread.items() if key not in quiet} | self.left_out,
             without_effect=tuple(key for key in unread if key in quiet and unread[key] not in EMPTY),
         )
 

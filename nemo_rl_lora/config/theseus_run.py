@@ -37,12 +37,12 @@ _HARMLESS: dict[str, tuple[Any, ...] | None] = {
     "training.evaluate": None,
     "training.validation*": None,
     "training.skip_first_dataset_validation": None,
-    "training.checkpoint_interval": None,
     "architecture.vram_calib_factor": None,
     "architecture.backbone.implementation": None,
     "architecture.dtype.*": None,
     "optimization.constant_pct": None,
 }
+_OF_A_DATASET = ("name", "rate", "suffix", "style")
 _FINEWEB = [[{"name": "fineweb", "rate": 1, "style": "PMD"}]]
 # theseus's datasets that are here, by their rows; its others have no counterpart.
 _DATASETS: dict[str, dict[str, Any]] = {
@@ -106,10 +106,23 @@ def theseus_run(theirs: Theirs) -> RunTranslation:
             "theseus's adapters have an Adam without weight decay or clipping in some versions; here the phases share "
             "policy.optimizer."
         )
+    _set_evaluations_and_checkpoints(draft)
     draft.set("data", {"train": "${sft.phases.0.data}", "validation": None})
     draft.set("sft.val_period", 0)
     draft.set("sft.val_at_start", False)
     return draft.finish(TOOL, _HARMLESS)
+
+
+def _set_evaluations_and_checkpoints(draft: Draft) -> None:
+    theirs = draft.theirs
+    names = theirs.take_texts("eval.evaluations")
+    if names and theirs.take_switch("training.evaluate", default=True):
+        draft.to_decide.append(
+            f"evaluate: theseus's evaluations, {', '.join(names)}, as a list of name and data each (docs/eval.md); to "
+            f"train without them, set training.evaluate: false in theseus's file"
+        )
+    interval = theirs.take_count("logging.checkpoint_interval", "training.checkpoint_interval", default=1024, least=-1)
+    draft.set("checkpointing.save_period", max(interval, 0))
 
 
 def _stages(draft: Draft, part: str) -> list[_Stage]:
@@ -160,7 +173,11 @@ def _mixture(draft: Draft, stage: _Stage, place: str) -> list[dict[str, Any]]:
         key = f"{stage.key}.{n}" if is_list else stage.key
         if not isinstance(sampling, Mapping) or not isinstance(sampling.get("name"), str):
             raise wrong(key, sampling, "a mapping with name and rate")
-        name, suffix = sampling["name"], sampling.get("suffix")
+        name, suffix, style = sampling["name"], sampling.get("suffix"), sampling.get("style")
+        draft.left_out |= {f"{key}.{k}": value for k, value in sampling.items() if k not in _OF_A_DATASET}
+        said = f"style={style}: how theseus lays rows out; here they are packed, or padded, as policy says for all."
+        if style is not None and said not in draft.differences:
+            draft.differs(said)
         known = _DATASETS.get(name) if not suffix else None
         block = known or {"dataset_name": "openai_format", "data_path": OPEN}
         if known is None:

@@ -287,6 +287,24 @@ def test_theseus_numbers_are_carried(run):
     assert at(anew, "policy.model_name") == "???"
 
 
+def test_theseus_evaluations_checkpoints_and_keys_of_a_dataset_are_in_one_of_the_lists(run):
+    plain = run("theseus")
+    assert at(plain, "checkpointing.save_period") == 95
+    assert at(run("theseus", logging__checkpoint_interval=None), "checkpointing.save_period") == 1024
+    assert [line.split(":")[0] for line in plain.differences if line.startswith("style")] == [
+        "style=PMD",
+        "style=PADDED",
+    ]
+    evaluated = run("theseus", eval={"evaluations": ["gsm8k", "squad"]})
+    (line,) = set(evaluated.to_decide) - set(plain.to_decide)
+    assert line.startswith("evaluate: theseus's evaluations, gsm8k, squad, as a list of name and data each")
+    assert run("theseus", eval={"evaluations": ["gsm8k"]}, training__evaluate=False).to_decide == plain.to_decide
+    dataset = {"name": "squad", "rate": 1.0, "split": "train", "weight": 2}
+    more = run("theseus", training__post_lora_dataset=[[dataset]])
+    key = "training.post_lora_dataset.0.0"
+    assert more.left_out == {f"{key}.split": "train", f"{key}.weight": 2}
+
+
 def test_theseus_keys_may_be_written_with_slashes(run, tmp_path):
     document = yaml.safe_load(write_file(tmp_path, "theseus").read_text())
     slashes = {key.replace(".", "/"): value for key, value in flatten(document).items()}
