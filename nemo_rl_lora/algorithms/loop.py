@@ -84,7 +84,7 @@ class TrainingLoop:
         if self._step == 0 and self._settings.val_at_start:
             reached = self._validate()
         if self._step == 0 or self._run.resume is not None:  # at its last step a run that failed may owe one
-            self._evaluate(is_last=reached is not None)
+            self._evaluate(stop, is_last=reached is not None)
         if reached is not None:
             return self._result(f"completed: {reached}")
         while not self._is_over:
@@ -102,11 +102,17 @@ class TrainingLoop:
             if self._run.config.logger.record_digests:
                 tensors = tensor_digests(self._run.policy.save, self._run.log.directory)
                 self._run.log.log_digests(self._step, {"tokens": token_digest(done.token_ids), **tensors})
-            reached = self._validate() if self._validation_is_due() else None
-            self._evaluate(is_last=self._is_over or reached is not None)
-            reason = self._why_save(stop, reached is not None, time.monotonic() - started)
+            reason = self._why_save_at_once(stop, time.monotonic() - started)
             if reason is not None:
                 self._save(reason)
+            reached = self._validate() if self._validation_is_due() else None
+            is_last = self._is_over or reached is not None
+            if reason is None or is_last:  # else the run that continues makes what is due here
+                self._evaluate(stop, is_last=is_last)
+            if reason is None:
+                reason = self._why_save(stop, reached is not None, time.monotonic() - started)
+                if reason is not None:
+                    self._save(reason)
             self._longest_seconds = max(self._longest_seconds, time.monotonic() - started)
             if stop.requested:
                 return self._result(f"stopped by {stop.signal_name}", is_complete=False)
@@ -118,7 +124,7 @@ class TrainingLoop:
                 )
         if self._settings.val_at_end and self._validated_step != self._step:
             self._validate()
-        self._evaluate(is_last=True)
+        self._evaluate(stop, is_last=True)
         if self._checkpointing.enabled and not self._is_saved():
             self._save("end" if self._run.phase is None or self._run.phase.is_last else "phase")
         return self._result(outcome)
@@ -177,14 +183,15 @@ class TrainingLoop:
             run.console.samples(found.samples[: run.config.logger.num_val_samples_to_print])
         return found.reached
 
-    def _evaluate(self, *, is_last: bool) -> None:
+    def _evaluate(self, stop: StopRequest, *, is_last: bool) -> None:
         """Make the evaluations that are due at this step and were not made yet. `is_last`: the run, or its phase, ends
-        here."""
+        here; else, once it is to stop, the run that continues makes them."""
         run = self._run
         for evaluation in run.evaluations:
             name, watch = evaluation.name, Stopwatch()
             was_made = f"eval:{name}/accuracy" in self._newest
-            if was_made or not evaluation.is_due(self._step, is_last=is_last):
+            is_put_off = stop.requested and not is_last
+            if was_made or is_put_off or not evaluation.is_due(self._step, is_last=is_last):
                 continue
             with watch.measure(f"{name}/total_evaluation_time"):
                 generation = self._algorithm.serve(self._step, self._watch)
@@ -203,18 +210,25 @@ class TrainingLoop:
             return True
         return self._settings.val_period > 0 and self._step % self._settings.val_period == 0
 
-    def _why_save(self, stop: StopRequest, reached: bool, step_seconds: float) -> SaveReason | None:
-        """Whether to save after this step, and why. Counts the epochs that have ended."""
-        before, self._num_finished_epochs = self._num_finished_epochs, self._count_finished_epochs()
-        finished_epochs = self._num_finished_epochs if self._num_finished_epochs > before else None
+    def _why_save_at_once(self, stop: StopRequest, step_seconds: float) -> SaveReason | None:
+        """Why the step is to be saved before anything is measured, which may take longer than there is time."""
         if not self._checkpointing.enabled:
             return None
         if stop.requested:
             return "signal"
+        return "deadline" if self._deadline.is_near(max(step_seconds, self._longest_seconds)) else None
+
+    def _why_save(self, stop: StopRequest, reached: bool, step_seconds: float) -> SaveReason | None:
+        """Whether to save after this step, and why. Counts the epochs that have ended."""
+        before, self._num_finished_epochs = self._num_finished_epochs, self._count_finished_epochs()
+        finished_epochs = self._num_finished_epochs if self._num_finished_epochs > before else None
+        at_once = self._why_save_at_once(stop, step_seconds)
+        if not self._checkpointing.enabled or at_once == "signal":
+            return at_once
         if reached:
             return "threshold"
-        if self._deadline.is_near(max(step_seconds, self._longest_seconds)):
-            return "deadline"
+        if at_once is not None:
+            return at_once
         if self._run.checkpointer.is_due(self._step, num_finished_epochs=None):
             return "period"
         return "epoch" if self._run.checkpointer.is_due(self._step, num_finished_epochs=finished_epochs) else None

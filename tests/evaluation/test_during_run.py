@@ -1,6 +1,7 @@
 """Evaluations during a run, in the three drivers: their figures are the evaluation driver's; training is as without."""
 
 import json
+import os
 import signal
 from dataclasses import replace
 from functools import partial
@@ -8,8 +9,11 @@ from functools import partial
 import pytest
 import torch
 
+from nemo_rl_lora.algorithms.loop import TrainingLoop
+from nemo_rl_lora.checkpoints.steps import SaveDeadline
 from nemo_rl_lora.config.load import load_config
 from nemo_rl_lora.generation.in_process import engine
+from nemo_rl_lora.policy.dtensor.policy import DTensorPolicy
 from nemo_rl_lora.policy.offer import OfferedTensors
 from tests.config.traced_run import Reads, traced_run
 from tests.driver import REWARD, TinyRun, adapter, same, without_seconds
@@ -280,6 +284,51 @@ def test_a_signal_during_an_evaluation_ends_the_run_with_its_step_saved(sft):
     assert recorded(sft, 1)["metrics"]["eval:sums/accuracy"] == 1.0
     assert sft(*settings).code == 0
     assert list(steps_of(sft, "sums", 1, experiment=2)) == [2]  # that of step 1 was made
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "grpo"])
+def test_a_signal_in_a_step_saves_it_and_leaves_its_evaluation_to_the_run_that_continues(
+    tiny_llama, tmp_path, monkeypatch, algorithm
+):
+    run, whole = (make_run(tmp_path / name, tiny_llama, algorithm) for name in ("run", "whole"))
+    more = [f"{algorithm}.max_num_steps=3", f"{algorithm}.val_period=1"]
+    settings = {each: [*MOVES, *more, *evaluated(each, GREEDY)] for each in (run, whole)}
+    assert whole(*settings[whole]).code == 0
+    train_step, save, measured = DTensorPolicy.train_step, TrainingLoop._save, []
+
+    def stopped(self, batch, loss_fn):
+        if len(run.steps()) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(self, batch, loss_fn)
+
+    def seen(self, reason):
+        measured.extend((reason, name) for name in self._newest if name.startswith(("val:", "eval:")))
+        return save(self, reason)
+
+    monkeypatch.setattr(DTensorPolicy, "train_step", stopped)
+    monkeypatch.setattr(TrainingLoop, "_save", seen)
+    assert run(*settings[run]).code == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert (run.steps(), recorded(run, 2)["reason"]) == (["step_1", "step_2"], "signal")
+    assert {reason for reason, _ in measured} == {"period"}  # on the signal nothing was measured before
+    assert [line["step"] for line in run.metrics("validation")] == [1, 2]
+    assert list(steps_of(run, "sums", 2)) == [0, 1]
+    assert run(*settings[run]).code == 0
+    assert list(steps_of(run, "sums", 2, experiment=2)) == [2, 3]
+    for step in (2, 3):
+        ours, theirs = (recorded(each, step)["metrics"] for each in (run, whole))
+        assert {name: value for name, value in without_seconds([ours])[0].items() if "timing" not in name} == {
+            name: value for name, value in without_seconds([theirs])[0].items() if "timing" not in name
+        }
+    assert same(*(adapter(each.checkpoints / "step_3") for each in (run, whole)))
+
+
+def test_a_deadline_that_is_near_saves_before_an_evaluation(sft, monkeypatch):
+    monkeypatch.setattr(SaveDeadline, "is_near", lambda self, seconds: True)
+    ended = sft(*evaluated(sft, GREEDY))
+    assert "stopped to be in time for checkpointing.checkpoint_must_save_by" in ended.out
+    assert (sft.steps(), recorded(sft, 1)["reason"]) == (["step_1"], "deadline")
+    assert list(steps_of(sft, "sums", 1)) == [0]
 
 
 def test_an_evaluation_that_failed_is_made_up_for_by_the_next_start(sft):
