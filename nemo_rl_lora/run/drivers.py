@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from nemo_rl_lora.run.restarts import Restarts
 
 logger = logging.getLogger(__name__)
+
+_LOAD_PATH = "checkpointing.load_path="
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +57,7 @@ def main(arguments: argparse.Namespace) -> int:
     config = with_fast_precision(config, arguments)
     if arguments.plan:
         return show_plan(config)
-    return train(config, continue_command(sys.argv), arguments.started).exit_code
+    return train(config, continue_command(sys.argv, config.checkpointing.load_path), arguments.started).exit_code
 
 
 def set_up_logging(arguments: argparse.Namespace) -> None:
@@ -189,7 +193,7 @@ def _train(start: Start, restarts: Restarts, command: str | None) -> RunResult:
         log_directory=log.directory,
         checkpoint=result.checkpoint,
         best_checkpoint=start.checkpointer.best_step(),
-        continue_command=None if result.is_complete or result.checkpoint is None else command,
+        continue_command=None if result.is_complete or result.checkpoint is None else _way_on(start, command),
         restarts=restarts.lines,
     )
     return replace(result, exit_code=stop.exit_code)
@@ -204,13 +208,23 @@ def _crossing(start: Start, result: RunResult) -> Crossing:
     return Crossing(start, result)
 
 
-def continue_command(argv: Sequence[str]) -> str:
-    """The same command, continuing from the newest checkpoint wherever the first one started from."""
-    key = "checkpointing.load_path="
-    kept = [argument for argument in argv if not argument.lstrip("+").startswith(key)]
+def _way_on(start: Start, command: str | None) -> str | None:
+    """The command that continues: from where this one began, where the run has saved nothing since."""
+    load_path = start.config.checkpointing.load_path
+    if command is None or start.checkpointer.saved is not None or load_path == "auto":
+        return command
+    written = load_path if re.fullmatch(r"[\w./~-]+", load_path) else json.dumps(load_path, ensure_ascii=False)
+    return command.replace(f"{_LOAD_PATH}auto", shlex.quote(f"{_LOAD_PATH}{written}"))
+
+
+def continue_command(argv: Sequence[str], load_path: str = "auto") -> str:
+    """The same command, continuing from the newest checkpoint wherever the first one started from: `load_path`."""
+    kept = [argument for argument in argv if not argument.lstrip("+").startswith(_LOAD_PATH)]
     is_script = kept[0].endswith(".py")
     program = ["uv", "run", kept[0]] if is_script else [Path(kept[0]).name]
-    return shlex.join([*program, *kept[1:], *([f"{key}auto"] if len(kept) < len(argv) else [])])
+    return shlex.join(
+        [*program, *kept[1:], *([f"{_LOAD_PATH}auto"] if len(kept) < len(argv) or load_path != "auto" else [])]
+    )
 
 
 def draw_curves_of(log_directory: Path) -> None:

@@ -221,6 +221,8 @@ def test_the_command_to_continue_does_not_start_over():
 
     assert command == "uv run examples/run_grpo.py a.b=1 checkpointing.load_path=auto"
     assert continue_command(["examples/run_grpo.py", "a.b=1"]) == "uv run examples/run_grpo.py a.b=1"
+    of_a_file = continue_command(["examples/run_grpo.py", "--config", "a.yaml"], "results/step_3")
+    assert of_a_file == "uv run examples/run_grpo.py --config a.yaml checkpointing.load_path=auto"
 
 
 def test_dynamic_sampling_keeps_only_groups_whose_rewards_differ(tiny_run):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -353,6 +354,35 @@ def test_a_full_disk_and_a_signal_at_a_boundary_lose_nothing(whole, phased, monk
     assert "Continue with:" in ended.out
     monkeypatch.undo()
     ended = phased(*ALL)
+    assert ended.code == 0, ended.err
+    assert same(adapter(phased.tiny.checkpoints / "step_6"), adapter(whole.tiny.checkpoints / "step_6"))
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_the_way_on_from_a_step_elsewhere_is_that_step_until_a_step_is_saved(
+    whole, phased, tmp_path, monkeypatch, is_saved
+):
+    phased.rows = whole.rows
+    step = tmp_path / "a, (b)" / "step_2"
+    shutil.copytree(whole.tiny.checkpoints / "step_2", step)
+    owner, name = (DTensorPolicy, "train_step") if is_saved else (crossing, "write_frozen")
+    disturbed = getattr(owner, name)
+
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return disturbed(*arguments)
+
+    monkeypatch.setattr(owner, name, stopped)
+    arguments = phased.arguments(*ALL, f"checkpointing.load_path={json.dumps(str(step))}")
+    monkeypatch.setattr(sys, "argv", ["examples/run_sft.py", *arguments])
+    ended = run_driver(*arguments, algorithm="sft")
+    assert ended.code == 128 + signal.SIGTERM, ended.err
+    monkeypatch.undo()
+    given = re.search(r"Continue with: +(.*)", ended.out)[1]
+    again = shlex.split(given)[3:]
+    (load_path,) = [text for text in again if text.startswith("checkpointing.load_path=")]
+    assert load_path.endswith("=auto") == is_saved, load_path
+    ended = run_driver(*again, algorithm="sft")
     assert ended.code == 0, ended.err
     assert same(adapter(phased.tiny.checkpoints / "step_6"), adapter(whole.tiny.checkpoints / "step_6"))
 
