@@ -91,7 +91,14 @@ class PhaseStart(Start):
         if self.made_base is None:
             return
         refuse_what_is_in_the_way(self.made_base)
-        if self.at_end == "merge" and self.plan is not None and not stored_tensors(self.source.path):
+        phases = self._run_config.sft.phases
+        is_on_the_model = all(at_end_of(phases, before) == "nothing" for before in range(self.index))
+        if (
+            self.at_end == "merge"
+            and is_on_the_model
+            and self.plan is not None
+            and not stored_tensors(self.source.path)
+        ):
             raise ValueError(
                 f"policy.model_name={self.config.policy.model_name!r}: {self.source.path} holds no safetensors file, "
                 f"and a phase whose adapter is merged into it needs one. Load the model with transformers, and save it "

@@ -332,6 +332,22 @@ def test_what_cannot_be_merged_is_found_before_it_is_trained(phased, tmp_path):
     assert "holds no safetensors file, and a phase whose adapter is merged into it needs one." in ended.err
 
 
+def test_what_is_merged_into_a_base_that_the_run_makes_needs_no_safetensors_files_of_the_model(phased, tmp_path):
+    model = shutil.copytree(phased.tiny.model, tmp_path / "model")
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    phases = "sft.phases=[{train: full, steps: 1}, {train: lora, steps: 1, at_end: merge}, {train: lora, steps: 1}]"
+    ended = phased(phases, f"policy.model_name={model}")
+    assert ended.code == 0, ended.err
+    assert (phased.tiny.checkpoints / "step_3" / "policy" / "adapter").is_dir()
+    later = (
+        "sft.phases=[{train: lora, steps: 1}, {name: b, train: lora, steps: 1, at_end: merge}, {train: full, steps: 1}]"
+    )
+    ended = phased(later, f"policy.model_name={model}", "checkpointing.load_path=none")
+    assert ended.code == 2
+    assert "holds no safetensors file" in ended.err
+
+
 def test_a_full_disk_and_a_signal_at_a_boundary_lose_nothing(whole, phased, monkeypatch):
     write, what = crossing.write_frozen, []
 
