@@ -12,8 +12,11 @@ from nemo_rl_lora.generation.in_process import engine
 from nemo_rl_lora.generation.in_process.decoder import CausalDecoder
 from nemo_rl_lora.generation.in_process.fallback import PlainDecoder
 from nemo_rl_lora.lora.adapter_tensors import AdapterTensors
+from nemo_rl_lora.lora.spec import LoraSpec
 from nemo_rl_lora.policy.offer import OfferedTensors
 from nemo_rl_lora.types import WeightsRef
+from tests.generation.engine_inputs import LetterTokenizer, adapted_modules, adapter_tensors, ref
+from tests.tiny_models import sampling_model
 
 DECODERS = {"fast": CausalDecoder, "plain": PlainDecoder}
 MODES = ("merged", "adapter")
@@ -166,3 +169,36 @@ def test_products_confirm_a_version_that_is_not_the_base(tiny_run, decoder, mode
     assert tiny_run(f"policy.generation.lora_sync={mode}", "grpo.max_num_steps=3").code == 0
 
     assert [line["sync_confirmed"] for line in tiny_run.metrics()] == [0.0, 1.0, 1.0]  # at first B is zero
+
+
+SCALES = (1.5, 4 / 3, 1 / 3, 3.05, 16 / 8**0.5, 100 / 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_any_scale_is_served_in_any_precision(decoder, dtype):
+    """Also one that the precision does not have: the decoder rounds the product that it scales."""
+    model = sampling_model("llama").to(dtype)
+    for scale in SCALES:
+        adapted = [replace(module, scale=scale) for module in adapted_modules(model)]
+        served = engine.InProcessGeneration(
+            model,
+            tokenizer=LetterTokenizer(),
+            spec=LoraSpec(dim=4, alpha=6),
+            adapted=adapted,
+            compute_dtype=dtype,
+            max_concurrent_sequences=4,
+        )
+        receipts = [served.sync_weights(ref(adapter_tensors(model, version), "adapter", version)) for version in (1, 2)]
+        assert [receipt.verdict for receipt in receipts] == ["confirmed"] * 2, scale
+
+
+def test_rslora_in_bfloat16_is_served(tiny_run):
+    overrides = ("lora_cfg.dim=8", "lora_cfg.use_rslora=true")
+    ended = tiny_run(
+        *(f"policy.dtensor_cfg.{override}" for override in overrides),
+        "policy.precision=bfloat16",
+        "policy.generation.lora_sync=adapter",
+        "grpo.max_num_steps=3",
+    )
+    assert ended.code == 0, ended.err
+    assert [line["sync_confirmed"] for line in tiny_run.metrics()] == [0.0, 1.0, 1.0]
