@@ -29,6 +29,17 @@ _WITHOUT_FORM = re.compile(
 )
 
 
+def set_workspace() -> None:
+    """Tell cuBLAS, by an environment variable of which a value of the user's own stays. Whatever starts CUDA comes
+    later: a look at the memory of a GPU does. ValueError where it has started."""
+    if WORKSPACE not in os.environ and torch.cuda.is_initialized():
+        raise ValueError(
+            f"{KEY}=True: CUDA has started in this process without {WORKSPACE}. Set it to {_SIZES} in the shell that "
+            f"starts Python."
+        )
+    os.environ.setdefault(WORKSPACE, _SIZES)
+
+
 @contextmanager
 def deterministic_algorithms(on: bool, tell: Callable[[str], None] | None = None) -> Iterator[None]:
     """`tell` gets the name of each operation that has no deterministic form, once; None: the log has it. ValueError
@@ -36,12 +47,7 @@ def deterministic_algorithms(on: bool, tell: Callable[[str], None] | None = None
     if not on:
         yield
         return
-    if WORKSPACE not in os.environ and torch.cuda.is_initialized():
-        raise ValueError(
-            f"{KEY}=True: CUDA has started in this process without {WORKSPACE}. Set it to {_SIZES} in the shell that "
-            f"starts Python."
-        )
-    os.environ.setdefault(WORKSPACE, _SIZES)
+    set_workspace()
     settings: Any = torch.utils.deterministic
     fills, fused = settings.fill_uninitialized_memory, _fused_attention()
     torch.use_deterministic_algorithms(True, warn_only=True)

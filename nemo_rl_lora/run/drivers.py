@@ -105,11 +105,14 @@ def train(config: MasterConfig, command: str | None = None, started: float | Non
     ValueError where the run cannot start, before a weight is loaded; control.RunFailedError where it fails later.
     """
     from nemo_rl_lora.distributed.shared_memory import remove_leftovers
+    from nemo_rl_lora.policy.determinism import set_workspace
     from nemo_rl_lora.run.console import setup_logging
     from nemo_rl_lora.run.restarts import Restarts
 
     setup_logging()
     remove_leftovers()
+    if config.policy.deterministic:
+        set_workspace()  # the checks before a start look at the GPU
     restarts = Restarts(config, command, started)
     while True:
         start = restarts.start()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
+from nemo_rl_lora.models.stored import BadWeightsError
 from nemo_rl_lora.policy import flash_segments
 from nemo_rl_lora.policy.determinism import WORKSPACE, deterministic_algorithms, repeatable, strictly
 from nemo_rl_lora.policy.dtensor.policy import DTensorPolicy
@@ -57,6 +58,27 @@ def test_a_process_whose_cuda_has_started_without_a_workspace_is_refused(monkeyp
     ):
         pass
     assert state() == before
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "grpo"])
+def test_a_run_has_the_workspace_before_its_checks_look_at_the_gpu(algorithm, tiny_sft, tiny_run, monkeypatch):
+    """The memory of a GPU is asked for at every start, which starts CUDA."""
+    found: list[str | None] = []
+
+    def look() -> int:
+        found.append(os.environ.get(WORKSPACE))
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        return 1 << 40
+
+    def build(start: object) -> None:
+        raise BadWeightsError("the run has come as far as its weights.")
+
+    monkeypatch.setattr("nemo_rl_lora.plan.plan._device_bytes", look)
+    monkeypatch.setattr("nemo_rl_lora.run.start._build_policy", build)
+    ended = {"sft": tiny_sft, "grpo": tiny_run}[algorithm]("policy.deterministic=true")
+
+    assert found[0] == ":4096:8"
+    assert "the run has come as far as its weights." in ended.err
 
 
 def test_inside_strictly_torch_stops_where_it_would_only_warn():
