@@ -86,6 +86,9 @@ class Trained(ABC):
     def take_gradients(self) -> None:  # noqa: B027 (nothing to do where they are the masters' own)
         """Bring the gradients of a backward pass to the masters."""
 
+    def forget_pass(self) -> None:  # noqa: B027 (nothing to do where layers keep nothing from one call to the next)
+        """Let go of what layers keep of a forward pass that broke off."""
+
     def apply(self) -> None:  # noqa: B027 (nothing to do where the layers read the masters)
         """Bring the masters, which have moved, into the parameters."""
 
@@ -215,6 +218,7 @@ class TrainedPolicy(ABC):
         try:
             read_shares(self._gradients_of(portion, SftLoss()))
         finally:
+            self._trained.forget_pass()
             self._trained.take_gradients()
             self._optimizer.zero_grad(set_to_none=True)
             for parameter in self._trained.parameters().values():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -273,6 +275,26 @@ def test_an_attempt_goes_through_the_microbatches_that_are_in_memory_at_a_time(p
     assert policy._attempt(batch, 200) == 136  # 40 tokens of a prompt and 24 of each of its four completions
     pairs = replace(longest(), group_index=torch.arange(16) // 2, whole_groups=True)
     assert policy._sizes(pairs).least == 128  # 127, rounded up: a pair stays together
+
+
+def test_an_attempt_that_breaks_off_between_layers_of_one_input_leaves_nothing(tiny_model):
+    """gate_proj and up_proj are computed by the first call, and out of memory comes before the second."""
+    policy = policy_of(tiny_model("llama"), "dtensor", spec=spec(targets=ALL_LINEAR, kernels=False))
+    kept, mlp = [], policy._model.get_submodule("model.layers.1.mlp")
+
+    def break_off(_module, _inputs):
+        kept.extend(weakref.ref(out) for out in mlp.up_proj.together._outs.values())
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    handle = mlp.act_fn.register_forward_pre_hook(break_off)
+    with contextlib.suppress(torch.OutOfMemoryError):
+        policy._attempt(longest(), 200)
+    assert [out() for out in kept] == [None]
+    with contextlib.suppress(torch.OutOfMemoryError):
+        policy.logprobs(longest())  # what is left of it is let go when the next pass begins
+    handle.remove()
+    policy._attempt(longest(), 200)
+    assert not mlp.up_proj.together._is_split
 
 
 @pytest.mark.parametrize("backend", BOTH)

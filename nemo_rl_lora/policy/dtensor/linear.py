@@ -117,11 +117,16 @@ class Together:
         self._outs: dict[AdapterLinear, Tensor] = {}
         self._is_split = False
 
+    def forget(self) -> None:
+        """Let go of what a pass has left that broke off between two of the calls."""
+        self._outs.clear()
+        self._x = None
+
     def output_of(self, linear: AdapterLinear, x: Tensor) -> Tensor | None:
         """None where the layer has to be computed by itself."""
         if self._outs and x is not self._x:
             self._is_split = True
-            self._outs.clear()
+            self.forget()
         if self._is_split:
             return None
         if linear not in self._outs:

@@ -101,6 +101,7 @@ class DTensorPolicy(TrainedPolicy):
         """[b, T] fp32 of the portion's rows, in a process that reports; elsewhere zeros."""
         shape = portion.batch.token_ids.shape
         micros = portion.microbatches()
+        self._trained.forget_pass()
         with torch.no_grad():
             found = [self._forward(micro, shape[1]) for micro in micros]
         self._forget_gathered()
@@ -109,6 +110,7 @@ class DTensorPolicy(TrainedPolicy):
     def _gradients_of(self, portion: Portion, loss_fn: LossFn) -> list[Share]:
         batch, data = portion.batch, self._ranks.data_share
         width, shares = batch.token_ids.shape[1], []
+        self._trained.forget_pass()
         for place, micro in enumerate(portion.microbatches()):
             index = place * data.number + data.index  # a number of its own for what each rank drops
             with dropout_of(self._trained.switch, self._setup.seed, self._optimizer.num_steps, index):
@@ -250,6 +252,7 @@ class ModuleParameters(Trained):
         self, model: nn.Module, adapted: tuple[AdaptedModule, ...] = (), switch: AdapterSwitch | None = None
     ) -> None:
         self.adapted, self.switch = adapted, switch
+        self._linears = [linear for _, linear in named_adapters(model, adapted)]
         self.held: dict[str, nn.Parameter] = dict(model.named_parameters())
         if switch is not None:
             tensors = canonical_tensors({name: linear.tensors for name, linear in named_adapters(model, adapted)})
@@ -274,6 +277,11 @@ class ModuleParameters(Trained):
         for name, parameter in self.held.items():
             if isinstance(gradient := parameter.grad, DTensor):
                 self._masters[name].grad, parameter.grad = gradient.to_local(), None
+
+    def forget_pass(self) -> None:
+        for linear in self._linears:
+            if linear.together is not None:
+                linear.together.forget()
 
     @torch.no_grad()
     def draw(self, spec: LoraSpec, seed: int) -> None:
