@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_rl_lora.config.master import Algorithm
-from nemo_rl_lora.policy.determinism import deterministic_algorithms
+from nemo_rl_lora.policy.determinism import WORKSPACE, deterministic_algorithms
 from tests.driver import TinyRun, adapter, same
 from tests.gpu.checks import Answer, Check, Machine, relative, within
 from tests.tiny_models import make_tiny_llama
@@ -90,6 +90,7 @@ def checks(machine: Machine) -> Iterator[Check]:
         yield Check(name=f"{case}, repeated and resumed", ask=partial(repeated_and_resumed, runs, case))
     for case in (SFT, DPO) if machine.has_gpu else (SFT,):
         yield Check(name=f"{case}, continued on the CPU", ask=partial(continued_on_cpu, runs, case))
+    yield Check(name="policy.deterministic=true in a command", ask=partial(deterministic_by_key, runs, SFT))
     yield Check(name=f"{DPO}, exported and judged by PEFT", ask=partial(exported, runs, DPO))
 
 
@@ -177,10 +178,21 @@ def continued_on_cpu(runs: Runs, case: Case) -> Answer:
     return within(MOVE_BOUND, {"difference": largest_distance(found, expected)})
 
 
-def run_script(script: str, *arguments: str) -> None:
-    """A script of this checkout, in a process that sees no GPU."""
+def deterministic_by_key(runs: Runs, case: Case) -> Answer:
+    """A run to which only its command says so, in a process that finds no workspaces for cuBLAS set."""
+    asked = runs.tiny(case, "by key")
+    arguments = [*asked.arguments(*runs.overrides(case)), "policy.deterministic=true"]
+    run_script(f"examples/run_{case.algorithm}.py", *arguments, cpu=False)
+    steps = [line["step"] for line in asked.metrics()]
+    return Answer(ok=steps == [1, 2, 3, 4], facts={"steps": len(steps)})
+
+
+def run_script(script: str, *arguments: str, cpu: bool = True) -> None:
+    """A script of this checkout, in a process of its own; `cpu`: one that sees no GPU."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""} if cpu else {}
+    environment.pop(WORKSPACE, None)
     done = subprocess.run(
         [sys.executable, script, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
     )
