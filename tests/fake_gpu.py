@@ -356,6 +356,7 @@ def fake_gpu() -> Iterator[FakeGpu]:
         patch.setattr(torch.cuda, "is_available", lambda: gpu.is_available)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # likewise, of the machine's driver
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
         patch.setattr(torch.cuda, "current_device", lambda: GPU)
         patch.setattr(torch.cuda, "synchronize", lambda *_: gpu.wait())
         patch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)

@@ -205,18 +205,18 @@ def lora_spec_from_policy(policy: PolicyConfig) -> LoraSpec | None:
     return block.spec(backend) if block.enabled else None
 
 
-def kernels_off_because(policy: PolicyConfig, spec: LoraSpec, *, cuda: bool) -> str | None:
+def kernels_off_because(policy: PolicyConfig, spec: LoraSpec, *, lacks: str | None) -> str | None:
     """Why Triton kernels that were asked for do not run: a sentence that names the keys, or None where they do.
 
-    None too where they were not asked for.
+    None too where they were not asked for. `lacks`: why this machine runs none (kernels/machine.py).
     """
     if not spec.kernels:
         return None
     key, tensor_parallel = lora_field_key(policy, "kernels"), policy.dtensor_cfg.tensor_parallel_size
     if tensor_parallel > 1:
         return f"{key}: off, because policy.dtensor_cfg.tensor_parallel_size={tensor_parallel} is above 1."
-    if not cuda:
-        return f"{key}: off, because there is no CUDA device: plain torch products are used."
+    if lacks is not None:
+        return f"{key}: off, because {lacks}."
     dtype, dim = spec.dtype or policy.precision, max(spec.dim, *spec.rank_pattern.values(), 0)
     if spec.kernels == AUTOMODEL and dim * (4 if dtype == "float32" else 2) > _AUTOMODEL_ROW_BYTES:
         return (
@@ -226,8 +226,8 @@ def kernels_off_because(policy: PolicyConfig, spec: LoraSpec, *, cuda: bool) -> 
     return None
 
 
-def kernels_in_force(policy: PolicyConfig, spec: LoraSpec, *, cuda: bool) -> Literal["own", "automodel"] | None:
+def kernels_in_force(policy: PolicyConfig, spec: LoraSpec, *, lacks: str | None) -> Literal["own", "automodel"] | None:
     """Which Triton kernels compute the adapter; None where plain torch products do."""
-    if not spec.kernels or kernels_off_because(policy, spec, cuda=cuda) is not None:
+    if not spec.kernels or kernels_off_because(policy, spec, lacks=lacks) is not None:
         return None
     return "automodel" if spec.kernels == AUTOMODEL else "own"

@@ -25,6 +25,7 @@ from nemo_rl_lora.generation.sync_mode import KEY as SYNC_KEY
 from nemo_rl_lora.generation.sync_mode import Chosen, choose_sync
 from nemo_rl_lora.generation.vllm.generation import adapter_problems as adapter_problems_of_vllm
 from nemo_rl_lora.generation.vllm.generation import vllm_problems
+from nemo_rl_lora.kernels import machine
 from nemo_rl_lora.lora.spec import LoraSpec, require_adapter_dtype
 from nemo_rl_lora.lora.targets import AdaptedModule, resolve_trained_targets
 from nemo_rl_lora.models.families import changing_positions
@@ -344,7 +345,7 @@ def _compiled(asked: bool) -> Effect:
 
 def _kernels(policy: PolicyConfig, spec: LoraSpec) -> Effect:
     asked = spec.kernels if isinstance(spec.kernels, str) else _on_off(spec.kernels)
-    off = kernels_off_because(policy, spec, cuda=torch.cuda.is_available())
+    off = kernels_off_because(policy, spec, lacks=machine.kernel_problem())
     reason = (off or "").partition(": ")[2].removeprefix("off, because ").removesuffix(".")
     return Effect(
         key=f"{lora_block_key(policy)}.use_triton",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_rl_lora.kernels import machine
 from nemo_rl_lora.policy.determinism import strictly
 from nemo_rl_lora.policy.microbatches import Segment
 
@@ -48,7 +49,8 @@ class FlashPlan:
 def takes(query: Tensor, value: Tensor) -> bool:
     """Whether flash kernels take these: query [.., d] and value, whose dtype is that of the computation."""
     size = query.shape[-1]
-    return value.is_cuda and value.dtype in DTYPES and size % _HEAD_MULTIPLE == 0 and size <= LARGEST_HEAD
+    fits = value.is_cuda and value.dtype in DTYPES and size % _HEAD_MULTIPLE == 0 and size <= LARGEST_HEAD
+    return fits and machine.is_recent()
 
 
 def plan_flash(segments: Sequence[Segment]) -> FlashPlan:

@@ -14,13 +14,13 @@ and all get every log-probability and the whole gradient of the hidden states.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemo_rl_lora.kernels import machine
 from nemo_rl_lora.models.own_forward import HeadForm
 
 
@@ -57,7 +57,7 @@ def _logits(hidden: Tensor, weight: Tensor, head: Head) -> tuple[Tensor, Tensor 
 
 def _kernel_takes(hidden: Tensor, head: Head) -> bool:
     """Whether the Triton kernel computes the log-probabilities of these: it sees one rank's logits alone."""
-    return hidden.is_cuda and head.group is None and find_spec("triton") is not None
+    return hidden.is_cuda and head.group is None and machine.kernel_problem() is None
 
 
 def _by_kernel(hidden: Tensor, weight: Tensor, target: Tensor, head: Head, slope: Tensor | None) -> Tensor:

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from nemo_rl_lora.algorithms.algorithm import Run
 from nemo_rl_lora.algorithms.served import ServedPolicy
 from nemo_rl_lora.checkpoints.record import TrainingInfo
@@ -22,6 +20,7 @@ from nemo_rl_lora.config.lora import kernels_off_because
 from nemo_rl_lora.config.master import GrpoMaster, MasterConfig
 from nemo_rl_lora.generation.protocol import Generation
 from nemo_rl_lora.generation.sync_mode import SyncChoice, stored_weight
+from nemo_rl_lora.kernels import machine
 from nemo_rl_lora.lora.files import AdapterBase
 from nemo_rl_lora.models.flops import flop_rates, why_not_counted
 from nemo_rl_lora.models.stored import BadWeightsError
@@ -177,8 +176,8 @@ def _say_why_kernels_are_off(start: Start) -> None:
     config, spec = start.config.policy, start.spec
     if spec is None or config.active_backend != "dtensor":
         return
-    cuda = torch.cuda.is_available() or joins_ray()  # on the nodes of a cluster that this one knows nothing about
-    if (reason := kernels_off_because(config, spec, cuda=cuda)) is not None:
+    lacks = None if joins_ray() else machine.kernel_problem()  # of a cluster's nodes nothing is known here
+    if (reason := kernels_off_because(config, spec, lacks=lacks)) is not None:
         logger.warning(reason)
 
 

@@ -25,7 +25,7 @@ from tests.tiny_models import FAMILIES, save_random_model
 def run_on_kernels(patch: pytest.MonkeyPatch) -> dict[str, CountedKernel]:
     """The DTensor backend and the head as on a GPU, from here on; counters of launches."""
     chosen = dtensor.kernels_in_force
-    patch.setattr(dtensor, "kernels_in_force", lambda config, spec, *, cuda: chosen(config, spec, cuda=True))
+    patch.setattr(dtensor, "kernels_in_force", lambda config, spec, *, lacks: chosen(config, spec, lacks=None))
     patch.setattr(head, "_kernel_takes", lambda *_: True)
     of_head = CountedKernel(logprobs.logprob_kernel)
     patch.setattr(logprobs, "logprob_kernel", of_head)

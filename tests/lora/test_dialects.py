@@ -247,6 +247,9 @@ def test_nemo_automodels_kernels_are_chosen_by_their_name(parse):
     assert parse(use_triton="automodel").kernels == "automodel"
 
 
+NO_GPU = "there is no CUDA device: plain torch products are used"
+
+
 @pytest.mark.parametrize(
     ("written", "cuda", "expected"),
     [
@@ -259,7 +262,7 @@ def test_nemo_automodels_kernels_are_chosen_by_their_name(parse):
 )
 def test_the_kernels_in_force_are_those_asked_for_where_they_run(written, cuda, expected):
     policy = _policy(lora_cfg={"enabled": True, "use_triton": written})
-    assert kernels_in_force(policy, _dtensor(use_triton=written), cuda=cuda) == expected
+    assert kernels_in_force(policy, _dtensor(use_triton=written), lacks=None if cuda else NO_GPU) == expected
 
 
 def test_two_adapters_are_refused():
@@ -274,13 +277,13 @@ def test_an_adapter_of_the_backend_that_is_off_is_refused():
 
 def test_kernels_are_off_for_a_reason_that_names_the_keys():
     policy = _policy(lora_cfg={"enabled": True}, tensor_parallel_size=2)
-    reason = kernels_off_because(policy, _dtensor(), cuda=True) or ""
+    reason = kernels_off_because(policy, _dtensor(), lacks=None) or ""
     assert "policy.dtensor_cfg.lora_cfg.use_triton" in reason
     assert "policy.dtensor_cfg.tensor_parallel_size=2" in reason
     one = _policy(lora={})
-    assert (kernels_off_because(one, _unified(), cuda=False) or "").startswith("policy.lora.use_triton: off")
-    assert kernels_off_because(one, _unified(), cuda=True) is None
-    assert kernels_off_because(one, _unified(use_triton=False), cuda=False) is None
+    assert (kernels_off_because(one, _unified(), lacks=NO_GPU) or "").startswith("policy.lora.use_triton: off")
+    assert kernels_off_because(one, _unified(), lacks=None) is None
+    assert kernels_off_because(one, _unified(use_triton=False), lacks=NO_GPU) is None
 
 
 @pytest.mark.parametrize(
@@ -294,13 +297,13 @@ def test_kernels_are_off_for_a_reason_that_names_the_keys():
 )
 def test_nemo_automodels_kernels_are_off_where_no_configuration_fits_a_gpu_and_ours_are_not(block, reason):
     policy = _policy(lora={})
-    said = kernels_off_because(policy, _unified(**block, use_triton="automodel"), cuda=True)
+    said = kernels_off_because(policy, _unified(**block, use_triton="automodel"), lacks=None)
     assert said == (
         reason
         and f"policy.lora.use_triton: off, because {reason} of nemo-automodel's kernels do not fit in a GPU's shared "
         f"memory. Set it to true, for kernels of any rank."
     )
-    assert kernels_off_because(policy, _unified(**block), cuda=True) is None
+    assert kernels_off_because(policy, _unified(**block), lacks=None) is None
 
 
 _specs = st.builds(

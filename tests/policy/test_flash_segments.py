@@ -125,6 +125,13 @@ def test_the_kernel_takes_what_it_is_given(on_gpu, layout):
         assert call.query_bounds.dtype == call.key_bounds.dtype == torch.int32
 
 
+def test_a_gpu_before_ampere_pads_too(on_gpu, monkeypatch):
+    """torch's flash attention raises there."""
+    monkeypatch.setattr("nemo_rl_lora.kernels.machine.is_recent", lambda: False)
+    plan, _ = attend_on_gpu(torch.bfloat16, 64, LAYOUTS["rows"])
+    assert "padded" in vars(plan)
+
+
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 64), (torch.bfloat16, 60), (torch.float16, 264)])
 def test_what_it_does_not_take_is_padded(on_gpu, dtype, size):
     plan, out = attend_on_gpu(dtype, size, LAYOUTS["rows"])

@@ -84,8 +84,8 @@ class Inspection:
             return
         served = sent.detach().to(staged.dtype)
         if side_of(name) == "B":
-            scale = torch.tensor(self._scales[module_of(name)], dtype=staged.dtype)  # times a one, as the decoder has it
-            served = served * scale
+            # rounded as the decoder rounds it where it scales a row that has a one
+            served = served * torch.tensor(self._scales[module_of(name)], dtype=staged.dtype)
         self._columns[name] = columns_of(name, served, staged.dtype)
         self._columns |= {other: self._columns[name] for other, own in self._also.items() if own == name}
 

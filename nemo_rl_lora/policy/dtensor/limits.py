@@ -6,9 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import sysconfig
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from transformers import PreTrainedModel
 
 from nemo_rl_lora.config.dtensor import DTensorConfig
 from nemo_rl_lora.config.policy import PolicyConfig
+from nemo_rl_lora.kernels.machine import c_compilers, has_python_headers
 from nemo_rl_lora.lora.targets import AdaptedModule
 from nemo_rl_lora.models.families import families_for
 from nemo_rl_lora.models.load import empty_model
@@ -109,7 +108,7 @@ def compile_problems(policy: PolicyConfig, model_config: Any) -> list[str]:
             f"{COMPILE_KEY}=True: only layers with full causal attention are compiled, which {model_config.model_type} "
             f"does not have at this length (or with attention dropout). Set {COMPILE_KEY}=false."
         )
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+    if not has_python_headers():
         problems.append(
             f"{COMPILE_KEY}=True: torch.compile needs the headers of Python {sys.version_info.major}."
             f"{sys.version_info.minor}, and they are not installed. Install them, or set {COMPILE_KEY}=false."
@@ -125,5 +124,5 @@ def compile_problems(policy: PolicyConfig, model_config: Any) -> list[str]:
 def _compilers() -> list[str]:
     """Programs of which torch.compile needs one: of C++ for a CPU; Triton compiles its launcher, which is C."""
     if torch.cuda.is_available():
-        return [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+        return c_compilers()
     return [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]

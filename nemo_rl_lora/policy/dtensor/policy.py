@@ -23,6 +23,7 @@ from nemo_rl_lora.config.dtensor import DTensorConfig
 from nemo_rl_lora.config.lora import kernels_in_force, lora_block_key
 from nemo_rl_lora.config.policy import PolicyConfig
 from nemo_rl_lora.distributed.ranks import Ranks
+from nemo_rl_lora.kernels import machine
 from nemo_rl_lora.lora.adapter_tensors import SIDES, canonical_tensors
 from nemo_rl_lora.lora.files import adapter_tensor_name
 from nemo_rl_lora.lora.spec import LoraSpec
@@ -147,7 +148,7 @@ class DTensorPolicy(TrainedPolicy):
             self._model.requires_grad_(True)
             return (), None
         adapted = adapted_modules(config, setup, spec, self._model)
-        kernels = kernels_in_force(config, spec, cuda=torch.cuda.is_available())
+        kernels = kernels_in_force(config, spec, lacks=machine.kernel_problem())
         return adapted, install_adapters(self._model, adapted, spec, kernels=kernels)
 
     def _forward_pass(self, config: PolicyConfig, setup: PolicySetup) -> ForwardPass:
