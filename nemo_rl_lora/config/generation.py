@@ -13,11 +13,15 @@ def chosen_engine(asked: str) -> tuple[str, str]:
     """The engine that samples on this machine, and why."""
     if asked != "auto":
         return asked, "as asked for"
-    import torch
-
-    if torch.cuda.is_available():
+    if has_gpu():
         return "in_process", "vLLM was not run on a GPU yet: policy.generation.backend=vllm asks for it"
     return "in_process", "there is no GPU"
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 _SYNC_OF_REFIT: dict[str, Literal["merged", "adapter"]] = {"native": "adapter", "merged": "merged"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from nemo_rl_lora.config.cluster_rules import cluster_problems
 from nemo_rl_lora.config.engine_rules import engine_problems
-from nemo_rl_lora.config.generation import chosen_engine
+from nemo_rl_lora.config.generation import chosen_engine, has_gpu
 from nemo_rl_lora.config.lora import lora_field_key, lora_spec_from_policy
 from nemo_rl_lora.config.master import GrpoMaster, MasterConfig, SftMaster
 from nemo_rl_lora.config.optimizer_settings import (
@@ -127,6 +127,11 @@ def _ahead_problems(config: GrpoMaster) -> list[str]:
         return [
             f"policy.generation.colocated.enabled=True: vLLM has to sample while this process trains. Set it to false, "
             f"which gives vLLM a process of its own, or {off}."
+        ]
+    if engine == "in_process" and config.policy.deterministic and has_gpu():
+        return [
+            f"policy.deterministic=True: the engine samples in a thread of the process that trains, and torch has one "
+            f"switch for both, so neither would repeat. Set it to false, or {off}."
         ]
     if engine == "in_process" and ahead.recompute_kv_cache_after_weight_updates:
         return [

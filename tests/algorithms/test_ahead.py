@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from nemo_rl_lora.algorithms.ahead import AHEAD_FILE
+from nemo_rl_lora.config.load import load_config
+from nemo_rl_lora.config.support import check_runnable
 from nemo_rl_lora.environments.reward_function import RewardFunctionEnvironment
 from nemo_rl_lora.generation.in_process.engine import InProcessGeneration
 from nemo_rl_lora.policy.dtensor.policy import DTensorPolicy
@@ -308,6 +310,16 @@ def test_what_does_not_go_together_is_refused(tiny_run, overrides, words):
     refused = tiny_run("grpo.async_grpo.enabled=true", *overrides)
     assert refused.code == 2
     assert words in refused.err
+
+
+def test_on_a_gpu_the_sampling_thread_does_not_share_the_deterministic_switch(tiny_run, monkeypatch):
+    asked = load_config(None, tiny_run.arguments(*of_age(1), "policy.deterministic=true"), "grpo")
+    assert check_runnable(asked) == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (said,) = check_runnable(asked)
+    assert said.startswith("policy.deterministic=True: the engine samples in a thread of the process that trains")
+    synchronous = load_config(None, tiny_run.arguments(*of_age(0), "policy.deterministic=true"), "grpo")
+    assert check_runnable(synchronous) == []
 
 
 def test_the_correction_comes_with_it_and_the_resolved_file_says_so(tiny_run):
