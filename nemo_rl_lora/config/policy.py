@@ -100,7 +100,8 @@ class PolicyConfig(ModelConfig):
     logprob_batch_size: int | None = Field(default=None, ge=1)
     """Rows of a pass without gradient; null is train_micro_batch_size."""
     logprob_chunk_size: int | None = Field(default=None, ge=1)
-    """Tokens whose logits exist at a time; null is 256."""
+    """Tokens whose logits exist at a time; null is 1,024 on a GPU and 256 on a CPU, and on Megatron what
+    megatron_cfg.fused_linear_logprobs_chunk_size says."""
     make_sequence_length_divisible_by: int = Field(default=1, ge=1)
     """Padded lengths are a multiple of this."""
     max_grad_norm: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)

@@ -39,12 +39,17 @@ from nemo_rl_lora.policy.microbatches import Microbatch, Segment
 from nemo_rl_lora.policy.upload import upload
 from nemo_rl_lora.types import Batch
 
-DEFAULT_CHUNK_TOKENS = 256
+_CHUNK_TOKENS = {"cuda": 1024, "cpu": 256}  # a GPU is kept busy by 263 MB of logits: 128k words in bf16
 _NUM_PROBE_TOKENS = 24
 # What rounding may come to, where the form of the head and each attention call are known to be exact: of
 # log-probabilities, on average, and of hidden states relative to their size, of the worst token and of the middle one.
 _FP32_BOUNDS = (1e-3, 1e-3)
 _BF16_BOUNDS = (0.25, 0.1)
+
+
+def default_chunk_tokens(device: torch.device) -> int:
+    """Tokens whose logits exist at a time, where policy.logprob_chunk_size is null."""
+    return _CHUNK_TOKENS.get(device.type, _CHUNK_TOKENS["cpu"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

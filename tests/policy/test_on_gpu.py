@@ -93,6 +93,14 @@ def batch_of(algorithm: str) -> Batch:
     return replace(batch, reference_logprobs=torch.zeros(batch.token_ids.shape))
 
 
+def test_more_logits_exist_at_a_time_than_on_a_cpu_unless_the_key_says_how_many(models):
+    path = model_of("llama", 2, models)
+    assert make_policy(path)._forward.chunk_tokens == 256
+    with gpu_for_policies():
+        assert make_policy(path)._forward.chunk_tokens == 1024
+        assert make_policy(path, logprob_chunk_size=7)._forward.chunk_tokens == 7
+
+
 @pytest.mark.parametrize(("backend", "algorithm", "layout", "precision", "adapter"), CASES)
 def test_every_tensor_of_a_policy_is_where_it_is_computed(
     gpu: FakeGpu, models: Path, tmp_path: Path, backend: str, algorithm: str, layout: str, precision: str, adapter: str

@@ -51,7 +51,7 @@ from nemo_rl_lora.policy.dtensor.sharding import (
     split_matrices,
     whole_on_first,
 )
-from nemo_rl_lora.policy.forward import DEFAULT_CHUNK_TOKENS, ForwardPass, Placed, refuse_unreached
+from nemo_rl_lora.policy.forward import ForwardPass, Placed, default_chunk_tokens, refuse_unreached
 from nemo_rl_lora.policy.microbatches import Cutting, Portion
 from nemo_rl_lora.policy.protocol import PolicySetup
 from nemo_rl_lora.policy.step import Share, empty_loss, microbatch_loss, rows_in_order
@@ -156,7 +156,7 @@ class DTensorPolicy(TrainedPolicy):
             self._model,
             flat=self._flat,
             temperature=setup.temperature,
-            chunk_tokens=config.logprob_chunk_size or DEFAULT_CHUNK_TOKENS,
+            chunk_tokens=config.logprob_chunk_size or default_chunk_tokens(self._device),
             autocast_dtype=_trained_dtype(config, setup) if self._sharing is None else None,
             device=self._device,
             sequence_mesh=None if self._sharing is None else self._sharing.sequence_mesh,
