@@ -7,6 +7,7 @@ import random
 import weakref
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -280,7 +281,8 @@ def test_an_attempt_goes_through_the_microbatches_that_are_in_memory_at_a_time(p
 def test_an_attempt_that_breaks_off_between_layers_of_one_input_leaves_nothing(tiny_model):
     """gate_proj and up_proj are computed by the first call, and out of memory comes before the second."""
     policy = policy_of(tiny_model("llama"), "dtensor", spec=spec(targets=ALL_LINEAR, kernels=False))
-    kept, mlp = [], policy._model.get_submodule("model.layers.1.mlp")
+    mlp: Any = policy._model.get_submodule("model.layers.1.mlp")
+    kept: list[Any] = []
 
     def break_off(_module, _inputs):
         kept.extend(weakref.ref(out) for out in mlp.up_proj.together._outs.values())

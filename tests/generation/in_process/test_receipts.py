@@ -182,7 +182,7 @@ def test_any_scale_is_served_in_any_precision(decoder, dtype):
         adapted = [replace(module, scale=scale) for module in adapted_modules(model)]
         served = engine.InProcessGeneration(
             model,
-            tokenizer=LetterTokenizer(),
+            tokenizer=LetterTokenizer(),  # type: ignore[arg-type]
             spec=LoraSpec(dim=4, alpha=6),
             adapted=adapted,
             compute_dtype=dtype,
