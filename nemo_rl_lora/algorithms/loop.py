@@ -260,7 +260,9 @@ class TrainingLoop:
             reason=reason,
         )
         started = time.perf_counter()
-        path = run.checkpointer.save(info, partial(self._write, urgent=reason in _URGENT))
+        path = run.checkpointer.save(
+            info, partial(self._write, urgent=reason in _URGENT), is_measured=reason not in _URGENT
+        )
         seconds = time.perf_counter() - started
         self._watch.add("checkpointing", seconds)
         num_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

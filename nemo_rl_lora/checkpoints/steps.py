@@ -273,11 +273,11 @@ class Checkpointer:
             return True
         return bool(config.save_epochs and num_finished_epochs and num_finished_epochs % config.save_epochs == 0)
 
-    def save(self, info: TrainingInfo, write: Callable[[Path], None]) -> Path:
+    def save(self, info: TrainingInfo, write: Callable[[Path], None], *, is_measured: bool = True) -> Path:
         """Write `step_N`, then remove what `keep_top_k` does not keep. `write` fills the directory it is given.
 
-        CheckpointWriteError on a full disk. ValueError where this step's metrics lack `metric_name`; the
-        checkpoint is kept then.
+        CheckpointWriteError on a full disk. ValueError where this step's metrics lack `metric_name`, unless it is saved
+        before it `is_measured`; the checkpoint is kept then.
         """
         assert self._config.enabled, "save() with checkpointing.enabled=false"
         final = self._directory / f"{STEP_PREFIX}{info.step}"
@@ -298,7 +298,8 @@ class Checkpointer:
             write_checksums(unfinished)
         self.saved = final
         logger.info(f"saved {final}")
-        refuse_without_metric(info, self._config)
+        if is_measured:
+            refuse_without_metric(info, self._config)
         prune(step_directories(self._directory), self._config)
         prune_bases(self._directory, step_directories(self._directory))
         return final

@@ -199,7 +199,8 @@ class EngineProcesses:
             choose = partial(engine_nodes, generation=generation, training=training, per_node=cluster.gpus_per_node)
             # a cluster that is joined may give away the GPU that this process uses: then other nodes are left
             self._avoided = own if taken and joins_ray() else None
-            self.nodes = _free_nodes(partial(choose, driver=own), self._avoided)
+            number = generation.known_engines
+            self.nodes = _free_nodes(partial(choose, driver=own), self._avoided, takes_fewer=number is None)
             self._files = BroughtFiles()
             self._cleanup.callback(self._files.close)
         except BaseException:
@@ -238,19 +239,21 @@ def _usable_nodes(avoided: str | None) -> list[Node]:
     return [node for node in nodes_of_ray() if node.node_id != avoided or not node.num_gpus]
 
 
-def _free_nodes(choose: Callable[..., list[Node]], avoided: str | None) -> list[Node]:
-    """Places that are free, or will be within _FREE_SECONDS, as after a run that has just ended. ConfigError
-    where the cluster has too few, or others use them."""
+def _free_nodes(choose: Callable[..., list[Node]], avoided: str | None, *, takes_fewer: bool = False) -> list[Node]:
+    """Places that are free, or will be within _FREE_SECONDS, as after a run that has just ended; after that fewer, if
+    it `takes_fewer`. ConfigError where the cluster has too few, or others use them."""
     nodes, until = _usable_nodes(avoided), time.monotonic() + _FREE_SECONDS
     if avoided is not None:
         _refuse_the_drivers_gpus(nodes)
     number = len(choose(nodes))
     while True:
+        is_over, found = time.monotonic() > until, list[Node]()
         with contextlib.suppress(ConfigError):
-            if len(found := choose(nodes, only_free=True)) >= number:
-                return found[:number]
+            found = choose(nodes, only_free=True)
+        if len(found) >= number or (is_over and takes_fewer and found):
+            return found[:number]
         nodes = _usable_nodes(avoided)
-        if time.monotonic() > until:
+        if is_over:
             raise ConfigError(
                 f"policy.generation.colocated.enabled=False: the cluster has room for {number} engine(s), and other "
                 f"runs use it: free are {', '.join(f'{node.num_free} of {node}' for node in nodes[:8])}. Wait for "

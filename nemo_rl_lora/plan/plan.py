@@ -475,7 +475,7 @@ def engine_problems_of_cpus(config: MasterConfig, plan: Plan) -> list[str]:
         return []
     number, size = generation.known_engines or 1, generation.devices_per_engine
     cores, available = os.cpu_count() or 1, psutil.virtual_memory().available
-    engine_bytes = plan.num_params * DTYPES[config.policy.precision].num_bytes + size * _PROCESS_BYTES
+    engine_bytes = plan.num_params * DTYPES[generation.vllm_cfg.precision].num_bytes + size * _PROCESS_BYTES
     engines = f"policy.generation.colocated.enabled=False: {number} engine(s) of {size} process(es) each"
     remedy = "Lower policy.generation.num_engines, colocated.resources or vllm_cfg.tensor_parallel_size"
     if number * size > cores * _PROCESSES_A_CORE:

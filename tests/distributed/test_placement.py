@@ -149,6 +149,7 @@ def test_engines_take_what_is_free_and_wait_a_while_for_it(monkeypatch):
     busy, free = nodes(2, 2, free=(0, 0), gpus=True), nodes(2, 2, free=(0, 1), gpus=True)
     assert places_of(monkeypatch, [free], "policy.generation.num_engines=1") == ["n2"]
     assert places_of(monkeypatch, [busy, busy, busy, free], "policy.generation.num_engines=1") == ["n2"]
+    assert places_of(monkeypatch, [nodes(2, 2, free=(1, 2), gpus=True)]) == ["n1", "n2", "n2"]  # as many as are free
 
 
 def test_engines_whose_places_others_use_are_refused_by_name(monkeypatch):

@@ -282,11 +282,12 @@ class VllmGeneration(Ticketed):
     def sync_weights(self, ref: WeightsRef) -> SyncReceipt:
         """Confirmed only by all engines, each for itself."""
         start = time.perf_counter()
+        if not self._in_flight:  # nothing is sampled meanwhile: an engine that is started again waits for this one
+            self._newest = None
+            self._keep_only(None)
         self._refuse(ref)
         push = Push(ref, self._shown)
         sent = Sent(version=ref.version, mode=ref.mode, digests=push.digests, columns=push.columns)
-        if not self._in_flight:  # nothing is sampled meanwhile, so that no engine is started again with it
-            self._keep_only(None)
         source = self._source(push)
         self._newest = sent, source  # also for an engine that is lost before all have it
         receipts = in_parallel(lambda engine: engine.sync(sent, source), self._engines)

@@ -20,6 +20,11 @@ from nemo_rl_lora.config.errors import did_you_mean
 from nemo_rl_lora.models.shapes import type_name
 
 _KEY, _SEQUENCE_KEY = "policy.dtensor_cfg.custom_parallel_plan", "policy.dtensor_cfg.sequence_parallel"
+_STYLES = "nemo_automodel.components.distributed.parallel_styles"
+_REMEDIES = {  # by whether an adapter is trained
+    False: f"Give them a style, as {_STYLES}.ReplicatedWithGradAllReduce, which adds them up, or train an adapter.",
+    True: "Give them a style that splits them (ColwiseParallel, RowwiseParallel), or leave them out of the adapter.",
+}
 _FORM = "A plan is a dict of module names and parallel styles, or a function without arguments that returns one."
 
 
@@ -113,9 +118,7 @@ def custom_plan_problems(sizes: DTensorConfig, model: PreTrainedModel, adapted: 
     if partial := _partly_trained(model, plan, planned, splits, adapted):
         problems.append(
             f"{key}: has no style for {', '.join(partial)}, beside which it splits activations: a rank may compute a "
-            "part of their gradients, and nothing would add the parts up. Give them a style, such as "
-            "nemo_automodel.components.distributed.parallel_styles.ReplicatedWithGradAllReduce, which adds them up"
-            f"{', or train an adapter.' if adapted is None else '.'}"
+            f"part of their gradients, and nothing would add the parts up. {_REMEDIES[adapted is not None]}"
         )
     return problems
 
@@ -130,7 +133,14 @@ def _partly_trained(
     """Trained modules without a style that compute from a part of the activations: of a sequence, wherever they are;
     of what a layer beside them gives, where not only matrices are trained, which take no part of their input."""
     blocks = {*([""] if splits_sequences else ()), *(_split_blocks(model, plan, planned) if adapted is None else ())}
-    named = {name for names in planned.values() for name in names}
+    from nemo_automodel.components.distributed.parallel_styles import ReplicatedWithGradAllReduce
+
+    styled = {  # what adds up a module's gradients does not add up those of an adapter on it
+        pattern: names
+        for pattern, names in planned.items()
+        if adapted is None or not isinstance(plan[pattern], ReplicatedWithGradAllReduce)
+    }
+    named = {name for names in styled.values() for name in names}
     partial = []
     for name, module in model.named_modules():
         is_trained = any(True for _ in module.parameters(recurse=False)) if adapted is None else name in adapted

@@ -196,6 +196,20 @@ def test_an_engine_lost_while_the_policy_moves_serves_what_was_sent(tmp_path, mo
     generation.close()
 
 
+@pytest.mark.parametrize(("mode", "as_file"), [("adapter", False), ("merged", False), ("merged", True)])
+def test_an_engine_lost_while_nothing_is_sampled_serves_the_next_version(tmp_path, mode, as_file):
+    """Whose publishing removes the file of the one before, where several processes train."""
+    served = Served(tmp_path, mode, in_flight=None)
+    generation = served.generation
+    generation.sync_weights(served.publish(1, as_file=as_file))
+    ref = served.publish(2, as_file=as_file)
+    served.lose()
+    assert generation.sync_weights(ref).version == 2
+    assert versions_of(generate(generation, ASKED)) == [((4, 2),)]
+    assert len(served.engines) == 2
+    generation.close()
+
+
 def test_an_engine_that_a_sync_has_started_again_first_serves_what_waits_for_it(tmp_path):
     """The sync asks the lost engine about the names of its weights, and starts another one."""
     served = Served(tmp_path, "merged")

@@ -72,6 +72,11 @@ def sequences_of_attention() -> dict[str, ParallelStyle]:
     return {name: style for name, style in whole_sequences().items() if ".mlp." not in name}
 
 
+def summed_mlp() -> dict[str, ParallelStyle]:
+    names = (f"model.layers.*.mlp.{name}_proj" for name in ("gate", "up", "down"))
+    return {**sequences_of_attention(), **{name: ReplicatedWithGradAllReduce() for name in names}}
+
+
 def misspelt() -> dict[str, ParallelStyle]:
     return {**mlp_alone(), "model.layers.*.self_attn.q_prj": ColwiseParallel()}
 

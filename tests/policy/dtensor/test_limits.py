@@ -110,8 +110,10 @@ def test_adapters_on_what_a_plan_leaves_whole_are_refused_where_it_splits_sequen
     adapted = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"]
     assert problems(QWEN, 2, f"{PLANS}.attention", adapted=adapted) == []
     assert problems(QWEN, 2, f"{PLANS}.whole_sequences", sp=True, adapted=adapted) == []
-    (problem,) = problems(QWEN, 2, f"{PLANS}.sequences_of_attention", sp=True, adapted=adapted)
-    assert "has no style for model.layers.*.mlp.up_proj, beside" in problem
+    for plan in ("sequences_of_attention", "summed_mlp"):  # of an adapter no style sums a part
+        (problem,) = problems(QWEN, 2, f"{PLANS}.{plan}", sp=True, adapted=adapted)
+        assert "has no style for model.layers.*.mlp.up_proj, beside" in problem
+        assert problem.endswith("(ColwiseParallel, RowwiseParallel), or leave them out of the adapter.")
 
 
 @pytest.mark.parametrize(("plan", "does"), [("whole_sequences", "splits"), ("attention", "does not split")])
