@@ -39,12 +39,17 @@ _HARMLESS_EVERYWHERE: dict[str, tuple[Any, ...] | None] = {
             *("max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep", "max_ckpt_to_keep", "remove_previous_ckpt_in_save"),
             *("log_val_generations", "val_generations_to_log_to_wandb", "rollout_data_dir", "validation_data_dir"),
             *("esi_redundant_time", "seed", "val_before_train", "strategy"),
-            *("profile_steps", "npu_profile.*", "worker_nsight_options.*", "controller_nsight_options.*"),
+            *(
+                "profile_steps",
+                "profile_interval",
+                "npu_profile.*",
+                "worker_nsight_options.*",
+                "controller_nsight_options.*",
+            ),
         )
     ),
+    "trainer.*": (False,),  # what is off, of any version
     "trainer.resume_mode": ("auto", "disable"),
-    "trainer.resume_from_path": (False,),
-    "trainer.val_only": (False,),
     "trainer.critic_warmup": (0,),  # steps in which the policy is not trained, without a critic too
     "data.*num_workers": None,
     "data.*_workers": None,
@@ -93,6 +98,8 @@ _HARMLESS_OF_REWARDS: dict[str, tuple[Any, ...] | None] = {
             *("overlong_buffer.log", "reward_kwargs.overlong_buffer_cfg.log"),
         )
     ),
+    "*": (False,),
+    "reward_loop_source": ("register",),
     "reward_manager": ("naive", "dapo", "prime"),  # which call a function of the file's own alike
     "reward_manager.name": ("naive", "dapo", "prime"),
     "reward_manager.source": ("register",),
@@ -107,6 +114,7 @@ _ENGINE = (
     *("enable_chunked_prefill", "enable_prefix_caching", "load_format", "layered_summon", "micro_batch_size"),
     *("multi_turn.*", "val_kwargs.do_sample", "engine_kwargs.*.swap_space", "engine_kwargs.*.attention_backend"),
     *("engine_kwargs.*.disable_mm_preprocessor_cache", "prometheus.*", "scheduling_policy", "logprobs_mode"),
+    *("nnodes", "n_gpus_per_node", "server.*"),
 )
 _HARMLESS_IN_GRPO = _HARMLESS_EVERYWHERE | {
     "critic.*": None,
@@ -136,7 +144,7 @@ _HARMLESS_IN_GRPO = _HARMLESS_EVERYWHERE | {
     **{f"actor_rollout_ref.rollout.{key}": None for key in _ENGINE},
     "actor_rollout_ref.rollout.agent.default_agent_loop": ("single_turn_agent",),
     "actor_rollout_ref.rollout.over_sample_rate": (0,),
-    "actor_rollout_ref.rollout.skip_rollout": (False,),
+    "actor_rollout_ref.rollout.*": (False,),
     "actor_rollout_ref.rollout.repetition_penalty": (1,),
     "actor_rollout_ref.rollout.presence_penalty": (0,),
     "actor_rollout_ref.rollout.frequency_penalty": (0,),

@@ -64,8 +64,9 @@ def _require_tools_are_read(tokenizer: Any, messages: Sequence[Message], tools: 
 
 def _left_out(what: str, place: str) -> ValueError:
     return ValueError(
-        f"policy.tokenizer.chat_template: does not write {what} of {place}. Give a template that does: "
-        f"policy.tokenizer.chat_template=default is the model's own."
+        f"policy.tokenizer.chat_template: does not write {what} of {place}. Give a template that does "
+        f"(policy.tokenizer.chat_template=default is the model's own), or leave them out of the data "
+        f"(system_prompt_file=null)."
     )
 
 

@@ -41,7 +41,7 @@ _PLACES = (  # words of names that say what a parameter by position is
     {"completion", "response", "output", "generation", "prediction", "pred", "solution", "answer"},
     {"row", "example", "record"},
 )
-_NO_PLACE = {"self", "cls", "expected", "truth", "gold", "label", "reference", "target", "extra", "source", "queries"}
+_NO_PLACE = {"self", "cls", "expected", "truth", "gold", "label", "reference", "target", "source", "queries"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +207,7 @@ def _found(module: ModuleType, place: str, attribute: str, key: str) -> Callable
         raise ValueError(f"{key}: {place} has no function {attribute!r}. It has: {', '.join(names) or 'none'}.")
     if inspect.isclass(function):
         raise ValueError(f"{key}: is a class, and calling it makes an object, no reward. Name a function or an object.")
-    stored = inspect.getattr_static(owner, part)
+    stored = inspect.getattr_static(owner, part, None)
     needs_object = inspect.isfunction(stored) or inspect.ismethoddescriptor(stored)
     if inspect.isclass(owner) and needs_object and not isinstance(stored, (staticmethod, classmethod)):
         raise ValueError(
@@ -258,7 +258,8 @@ def _refuse_misplaced(parameters: Mapping[str, inspect.Parameter]) -> None:
     for name, given, place in zip(names, _PLACES, ("prompt", "completion", "row"), strict=False):
         words = set(name.lower().split("_"))
         is_list = any(word.removesuffix("s") in known - {word} for word in words)
-        if is_list or words & _NO_PLACE or (words & known and not words & given):
+        is_expected = place != "row" and words & _NO_PLACE  # a gold answer is no completion, and a gold row is a row
+        if is_list or is_expected or (words & known and not words & given):
             raise TypeError(f"its parameter {name!r} would get the {place}")
 
 

@@ -194,11 +194,18 @@ def test_dapos_penalty_of_length_is_read_below_a_reward_managers_arguments(run, 
         ("verl_grpo", "reward__reward_manager__name", {"reward__reward_manager__name": "dapo"}),
         *(
             ("verl_grpo", f"actor_rollout_ref__rollout__{key}", {f"actor_rollout_ref__rollout__{key}": neutral})
-            for key, neutral in (("repetition_penalty", 1.0), ("min_p", 0.0), ("presence_penalty", 0), ("later", None))
+            for key, neutral in (
+                ("repetition_penalty", 1.0),
+                ("min_p", 0.0),
+                ("presence_penalty", 0),
+                ("later", None),
+                ("use_fire_sampling", False),
+            )
         ),
         ("verl_grpo", "actor_rollout_ref__rollout__engine_kwargs__vllm__quantization", {}),
         ("verl_grpo", "actor_rollout_ref__rollout__agent__default_agent_loop", {}),
         ("verl_grpo", "actor_rollout_ref__ref__model__path", {}),
+        ("verl_grpo", "reward_model__reward_loop_source", {"reward_model__reward_loop_source": "register"}),
         ("verl_grpo", "trainer__val_only", {"trainer__val_only": False}),
         ("verl_grpo", "trainer__critic_warmup", {"trainer__critic_warmup": 0}),
         *(
@@ -207,6 +214,7 @@ def test_dapos_penalty_of_length_is_read_below_a_reward_managers_arguments(run, 
             for key, neutral in (("resume_mode", "disable"), ("resume_from_path", None), ("later", None))
         ),
         ("veomni", "train__checkpoint__load_path", {"train__checkpoint__load_path": "auto"}),
+        ("veomni", "train__checkpoint__load_path", {"train__checkpoint__load_path": ""}),
         ("veomni", "train__checkpoint__later", {}),
     ],
 )

@@ -402,6 +402,7 @@ def test_function_that_cannot_be_had_is_refused_at_the_start(tmp_path):
         ("prompt, response, label", "label", "row"),
         ("p, prompt_text, r", "prompt_text", "completion"),
         ("pred, gold, meta=None", "pred", "prompt"),
+        ("prompt, gold_answer, row", "gold_answer", "completion"),
     ],
 )
 def test_a_parameter_whose_name_says_something_else_than_its_place_is_refused(tmp_path, parameters, name, gets):
@@ -411,10 +412,24 @@ def test_a_parameter_whose_name_says_something_else_than_its_place_is_refused(tm
 
 
 @pytest.mark.parametrize(
-    "parameters", ["question, model_answer, example", "p, response, row, *rest", "*given", "a, b, c"]
+    "parameters",
+    [
+        "question, model_answer, example",
+        "p, response, row, *rest",
+        "prompt, completion, extra_info",
+        "p, c, gold_row",
+        "*given",
+        "a, b, c",
+    ],
 )
 def test_other_names_are_given_by_position(tmp_path, parameters):
     environment = own(tmp_path, f"def reward({parameters}):\n    return 1.0\n")
+    assert environment.score([prompt_of()], ["text"]).rewards == (1.0,)
+
+
+def test_a_function_that_a_module_makes_when_asked_is_found(tmp_path):
+    made = "def __getattr__(name):\n    return lambda prompt, completion, row: 1.0\n"
+    environment = own(tmp_path, made)
     assert environment.score([prompt_of()], ["text"]).rewards == (1.0,)
 
 
