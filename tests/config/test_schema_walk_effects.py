@@ -124,7 +124,7 @@ def runs(tmp_path_factory):
             "{name: torch.optim.lr_scheduler.ConstantLR},"
             "{name: torch.optim.lr_scheduler.CosineAnnealingLR, kwargs: {T_max: 4}},"
             "{milestones: [1, 2]}]",
-            "grpo.max_num_steps=2",
+            "grpo.max_num_steps=3",
         ],
         "own rows and reward": [
             "policy.lora.dim=4",

@@ -446,7 +446,7 @@ def test_engines_that_fit_are_no_problem(tiny, monkeypatch):
 def test_what_stays_in_the_hosts_memory_is_held_against_it_though_there_is_a_gpu(tiny, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     overrides = [f"policy.model_name={tiny}", "policy.lora={dim: 4}", "cluster.gpus_per_node=2"]
-    key, gpu = "policy.dtensor_cfg.cpu_offload", SimpleNamespace(total_memory=2**10)
+    key, gpu = "policy.dtensor_cfg.cpu_offload", SimpleNamespace(total_memory=2**10, major=9, minor=0)
     configs = {is_set: load_config(None, [*overrides, f"{key}={is_set}"], "sft") for is_set in ("false", "true")}
     plans = {is_set: make_plan(config) for is_set, config in configs.items()}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

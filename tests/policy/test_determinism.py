@@ -65,7 +65,7 @@ def test_a_run_has_the_workspace_before_its_checks_look_at_the_gpu(algorithm, ti
     """The memory of a GPU is asked for at every start, which starts CUDA."""
     found: list[str | None] = []
 
-    def look() -> int:
+    def look(_: object) -> int:
         found.append(os.environ.get(WORKSPACE))
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         return 1 << 40
@@ -73,7 +73,7 @@ def test_a_run_has_the_workspace_before_its_checks_look_at_the_gpu(algorithm, ti
     def build(start: object) -> None:
         raise BadWeightsError("the run has come as far as its weights.")
 
-    monkeypatch.setattr("nemo_rl_lora.plan.plan._device_bytes", look)
+    monkeypatch.setattr("nemo_rl_lora.plan.plan._memory_bytes", look)
     monkeypatch.setattr("nemo_rl_lora.run.start._build_policy", build)
     ended = {"sft": tiny_sft, "grpo": tiny_run}[algorithm]("policy.deterministic=true")
 
