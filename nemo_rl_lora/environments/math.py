@@ -8,13 +8,12 @@ longer than its time.
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Iterable, Sequence
 
 from nemo_rl_lora.config.errors import show
 from nemo_rl_lora.environments.math_worker import TIMED_OUT, Verdict, Verifier
-from nemo_rl_lora.environments.processes import GRACE_SECONDS, Failed, Program, Workers, in_order
+from nemo_rl_lora.environments.processes import Failed, Program, TimedWorkers
 from nemo_rl_lora.environments.protocol import Environment, Scores
 from nemo_rl_lora.types import Prompt
 
@@ -29,13 +28,10 @@ class MathEnvironment(Environment):
     name = "math"
 
     def __init__(self, num_workers: int, timeout_seconds: float) -> None:
-        self._num_workers = max(1, min(num_workers, len(os.sched_getaffinity(0))))
-        self._timeout_seconds = timeout_seconds
         program = Program(
             module=Verifier.__module__, name=Verifier.__name__, key="env.math", imports="math-verify", is_quiet=True
         )
-        self._workers = Workers(program, self._num_workers)
-        self._workers.admit(self._num_workers)
+        self._workers = TimedWorkers(program, num_workers, timeout_seconds)
 
     def check(self, prompts: Iterable[Prompt]) -> None:
         """Warns of rows whose answer cannot be read, no completion of which is ever right; ValueError for a row without
@@ -80,14 +76,8 @@ class MathEnvironment(Environment):
         self._workers.close()
 
     def _verify(self, golds: Sequence[str], texts: Sequence[str]) -> list[Verdict]:
-        assert len(golds) == len(texts), (len(golds), len(texts))
-
-        def verdict(index: int) -> Verdict:
-            request = (golds[index], texts[index], self._timeout_seconds)
-            answer = self._workers.call(request, self._timeout_seconds + GRACE_SECONDS)
-            return TIMED_OUT if isinstance(answer, Failed) else answer
-
-        return in_order(verdict, len(texts), self._num_workers)
+        answers = self._workers.answers(list(zip(golds, texts, strict=True)))
+        return [TIMED_OUT if isinstance(answer, Failed) else answer for answer in answers]
 
 
 def answer_of(prompt: Prompt) -> str:

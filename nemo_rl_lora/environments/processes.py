@@ -26,7 +26,7 @@ from nemo_rl_lora.environments.worker import Refused
 
 T = TypeVar("T")
 
-GRACE_SECONDS = 0.5  # for a worker that keeps its calls' time itself
+_GRACE_SECONDS = 0.5  # for a worker that keeps its calls' time itself
 _START_SECONDS = 300.0
 _END_SECONDS = 1.0  # from a closed connection to the exit code
 _PROGRAM = (
@@ -136,6 +136,25 @@ def in_order(call: Callable[[int], T], num: int, at_once: int) -> list[T]:
     finally:
         stopped.set()
     return [answers[index] for index in range(num)]
+
+
+class TimedWorkers(Workers):
+    """Processes that take one call at a time each and keep its time themselves; no more than there are cores."""
+
+    def __init__(self, program: Program, num_workers: int, timeout_seconds: float) -> None:
+        self._num_at_once = max(1, min(num_workers, len(os.sched_getaffinity(0))))
+        self._timeout_seconds = timeout_seconds
+        super().__init__(program, self._num_at_once)
+        self.admit(self._num_at_once)
+
+    def answers(self, requests: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The answer to each request, or Failed. What answers gets the seconds of a call as the request's last part."""
+        seconds = self._timeout_seconds
+        return in_order(
+            lambda index: self.call((*requests[index], seconds), seconds + _GRACE_SECONDS),
+            len(requests),
+            self._num_at_once,
+        )
 
 
 class _Place:

@@ -6,11 +6,10 @@ their own, as those of `math` do, which start when they are first needed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 
 from nemo_rl_lora.data.reasoning_gym import Settings, make_task, task_key
-from nemo_rl_lora.environments.processes import GRACE_SECONDS, Failed, Program, Workers, in_order
+from nemo_rl_lora.environments.processes import Failed, Program, TimedWorkers
 from nemo_rl_lora.environments.protocol import Environment, Scores
 from nemo_rl_lora.environments.reasoning_gym_worker import Scored, Scorer
 from nemo_rl_lora.types import Prompt
@@ -20,8 +19,6 @@ class ReasoningGymEnvironment(Environment):
     name = "reasoning_gym"
 
     def __init__(self, num_workers: int, timeout_seconds: float) -> None:
-        self._num_workers = max(1, min(num_workers, len(os.sched_getaffinity(0))))
-        self._timeout_seconds = timeout_seconds
         self._tasks: dict[str, tuple[str, Settings]] = {}  # a process that starts makes those known by then
         program = Program(
             module=Scorer.__module__,
@@ -31,8 +28,7 @@ class ReasoningGymEnvironment(Environment):
             imports="reasoning-gym",
             is_quiet=True,
         )
-        self._workers = Workers(program, self._num_workers)
-        self._workers.admit(self._num_workers)
+        self._workers = TimedWorkers(program, num_workers, timeout_seconds)
 
     def check(self, prompts: Iterable[Prompt]) -> None:
         for prompt in prompts:
@@ -51,16 +47,8 @@ class ReasoningGymEnvironment(Environment):
     ) -> Scores:
         """Answers on which a scorer fails or ends its process are worth 0 and counted as `reasoning_gym_scorer_errors`,
         those on which it takes too long as `reasoning_gym_timeouts`."""
-
-        def scored(index: int) -> Scored:
-            request = (dict(prompts[index].row), texts[index], self._timeout_seconds)
-            answer = self._workers.call(request, self._timeout_seconds + GRACE_SECONDS)
-            if isinstance(answer, Failed):
-                return Scored(failure="timeout" if answer.kind == "timeout" else "error")
-            return answer
-
-        assert len(prompts) == len(texts), (len(prompts), len(texts))
-        found = in_order(scored, len(texts), self._num_workers)
+        answers = self._workers.answers([(dict(p.row), text) for p, text in zip(prompts, texts, strict=True)])
+        found = [_scored(answer) for answer in answers]
         return Scores(
             rewards=tuple(each.reward for each in found),
             metrics={
@@ -71,3 +59,9 @@ class ReasoningGymEnvironment(Environment):
 
     def close(self) -> None:
         self._workers.close()
+
+
+def _scored(answer: Scored | Failed) -> Scored:
+    if isinstance(answer, Failed):
+        return Scored(failure="timeout" if answer.kind == "timeout" else "error")
+    return answer

@@ -280,8 +280,12 @@ def expected_steps(start: Start) -> tuple[int, int]:
     """At which steps the run, or the phase, ends at the latest and at the earliest, by the mean of the rows."""
     if (tokens := start.algorithm.loop.max_num_tokens) is None:
         return start.num_steps, start.num_steps
-    latest, earliest = (min(math.ceil(tokens / of_a_step), start.num_steps) for of_a_step in _tokens_of_a_step(start))
-    return latest, earliest
+    return _steps_to(tokens, _tokens_of_a_step(start), start.num_steps)
+
+
+def _steps_to(num_tokens: int, tokens_of_a_step: tuple[float, float], num_steps: int) -> tuple[int, int]:
+    least, most = tokens_of_a_step
+    return min(math.ceil(num_tokens / least), num_steps), min(math.ceil(num_tokens / most), num_steps)
 
 
 def _tokens_of_a_step(start: Start) -> tuple[float, float]:
@@ -298,10 +302,10 @@ def _token_budget(start: Start) -> str:
     """When `max_num_tokens` ends the run."""
     if (tokens := start.algorithm.loop.max_num_tokens) is None:
         return ""
-    latest, earliest = expected_steps(start)
+    loop, ends, of_a_step = start.config.algorithm, start.num_steps, _tokens_of_a_step(start)
+    latest, earliest = _steps_to(tokens, of_a_step, ends)
     when = f"about step {latest}" if latest == earliest else f"a step from {earliest} to {latest}"
-    loop, ends = start.config.algorithm, start.num_steps
-    least, most = (of_a_step * ends for of_a_step in _tokens_of_a_step(start))
+    least, most = (number * ends for number in of_a_step)
     if least < tokens:
         when = f"step {earliest} at the earliest, if at all"
     if most < tokens:

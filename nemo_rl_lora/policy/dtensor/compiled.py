@@ -23,6 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from nemo_rl_lora.policy import attention
 from nemo_rl_lora.policy.dtensor.limits import COMPILE_KEY
 from nemo_rl_lora.policy.dtensor.linear import AdapterLinear
+from nemo_rl_lora.policy.dtensor.sharding import layers_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +48,13 @@ def compile_layers(model: PreTrainedModel) -> None:
         inductor.deterministic = True  # else it chooses some kernels by timing them
     AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.segment_attention))
     adapted = torch.compiler.disable(AdapterLinear.forward)
-    layer_names = set(model._no_split_modules or ())
     for module in model.modules():
         if isinstance(module, AdapterLinear):
             module.__dict__["forward"] = MethodType(adapted, module)
-        elif not layer_names.isdisjoint(base.__name__ for base in type(module).__mro__):  # FSDP2 makes subclasses
-            module.compile(dynamic=True)
-            assert module._compiled_call_impl is not None
-            module._compiled_call_impl = _named(module._compiled_call_impl)
+    for layer in layers_of(model):
+        layer.compile(dynamic=True)
+        assert layer._compiled_call_impl is not None
+        layer._compiled_call_impl = _named(layer._compiled_call_impl)
 
 
 def _named(compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -157,12 +157,14 @@ def shard_layers(
 
 
 def layers_of(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """The outermost of a model's layers all of whose parameters are theirs alone: no two of them overlap."""
+    """The outermost of a model's layers all of whose parameters are theirs alone: no two of them overlap. The classes
+    may be FSDP2's, which are subclasses of the model's."""
     layer_names = set(model._no_split_modules or ())
     uses = _uses(model)
 
     def within(module: nn.Module) -> Iterator[nn.Module]:
-        own = _uses(module) if type(module).__name__ in layer_names else {}
+        is_layer = any(base.__name__ in layer_names for base in type(module).__mro__)
+        own = _uses(module) if is_layer else {}
         if own and all(uses[parameter] == number for parameter, number in own.items()):
             yield module
             return

@@ -132,9 +132,9 @@ def _partly_trained(
 ) -> list[str]:
     """Trained modules without a style that compute from a part of the activations: of a sequence, wherever they are;
     of what a layer beside them gives, where not only matrices are trained, which take no part of their input."""
-    blocks = {*([""] if splits_sequences else ()), *(_split_blocks(model, plan, planned) if adapted is None else ())}
     from nemo_automodel.components.distributed.parallel_styles import ReplicatedWithGradAllReduce
 
+    blocks = {*([""] if splits_sequences else ()), *(_split_blocks(model, plan, planned) if adapted is None else ())}
     styled = {  # what adds up a module's gradients does not add up those of an adapter on it
         pattern: names
         for pattern, names in planned.items()
